@@ -1,0 +1,8 @@
+"""matpac_fast: MATPAC audio self-supervision, pre-training and embeddings, with fused kernels."""
+
+from . import ops
+from .backend import use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "ops", "use_backend"]

@@ -1,0 +1,169 @@
+"""What can run here and why not: the availability table, the dispatch rule and `use_backend`.
+
+Two levels of dispatch. A public function of `ops` asks `choose(op, device)` and either computes the reference in plain
+PyTorch or calls its registered op; inside the op's implementation for a device, `choose` names the launcher again.
+
+*Forced and missing* raises `BackendError` with the stored reason. *Automatic and falling back to the reference on a
+CUDA tensor* warns once, naming the reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from types import TracebackType
+
+import torch
+
+from .errors import BackendError
+
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
+
+# op -> device type -> launchers in order of preference.
+LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "log_mel": {"cpu": (), "cuda": ()},
+    "mask_shuffle": {"cpu": (), "cuda": ()},
+    "masked_patch_embed": {"cpu": (), "cuda": ()},
+    "prototype_loss": {"cpu": (), "cuda": ()},
+}
+
+_forced = "auto"
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run on this machine, in one line, or None where it can."""
+    if backend in ("auto", "reference"):
+        return None
+    if backend == "cpp":
+        return _native_missing()
+    if backend == "cuda":
+        return _native_missing() or _cuda_missing()
+    if backend == "triton":
+        return _triton_missing()
+    raise BackendError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+
+
+def _native_missing() -> str | None:
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        if importlib.util.find_spec("matpac_fast._C") is None:
+            return "the extension matpac_fast._C was not built; install with a C++17 compiler: pip install ."
+        return f"the extension matpac_fast._C does not load: {error}"
+    return None
+
+
+def _cuda_missing() -> str | None:
+    from . import _C
+
+    if not _C.CUDA_ARCHS:
+        return "the extension was built without CUDA; rebuild with nvcc: MATPAC_FAST_CUDA=ON pip install ."
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    driver, runtime = _C.cuda_versions()
+    if driver < runtime:
+        return (
+            f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            f"the extension needs {runtime // 1000}.{runtime % 1000 // 10}"
+        )
+    return None
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'matpac_fast[triton]'"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The launcher that `op` uses on `device`: "reference" or one of LAUNCHERS.
+
+    Raises BackendError where a backend is forced that cannot serve this op on this device.
+    """
+    if _forced == "reference":
+        return "reference"
+    table = LAUNCHERS[op].get(device.type, ())
+    if _forced == "auto":
+        for launcher in table:
+            if unavailable(launcher) is None:
+                return launcher
+        if device.type == "cuda":
+            _warn_slow(op)
+        return "reference"
+    return _forced_launcher(op, device, table)
+
+
+def _forced_launcher(op: str, device: torch.device, table: tuple[str, ...]) -> str:
+    reason = unavailable(_forced)
+    if reason is not None:
+        raise BackendError(f"{op}: backend {_forced!r} is forced and cannot run here: {reason}")
+    if _forced in table:
+        return _forced
+    # Triton's interpreter computes on CPU tensors: that is how its kernels are tested without a GPU.
+    if _forced == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "triton"
+    # "cuda" means the fastest native CUDA path; an op whose only CUDA path is Triton takes it.
+    if _forced == "cuda" and table == ("triton",):
+        reason = unavailable("triton")
+        if reason is None:
+            return "triton"
+        raise BackendError(f"{op}: backend 'cuda' is forced; its CUDA path is triton, which cannot run here: {reason}")
+    raise BackendError(
+        f"{op}: backend {_forced!r} is forced and has no path for a tensor on {device.type}; "
+        f"move the tensor or use one of: auto, reference{''.join(', ' + b for b in table)}"
+    )
+
+
+@functools.cache
+def _warn_slow(op: str) -> None:
+    reasons = "; ".join(f"{launcher}: {unavailable(launcher)}" for launcher in LAUNCHERS[op]["cuda"])
+    warnings.warn(f"matpac_fast.ops.{op} runs on the PyTorch reference on this GPU ({reasons})", stacklevel=3)
+
+
+class use_backend:
+    """Force a backend for every op, as a function or as a context manager.
+
+    >>> use_backend("reference")                  # from here on
+    >>> with use_backend("cpp"): ...              # inside the block only
+
+    Args:
+        name: "auto" (the fastest that can run, per device), "reference", "cpp", "cuda" or "triton".
+
+    Raises:
+        BackendError: `name` is unknown, or cannot run on this machine (the message says why).
+
+    The setting is one per process, not per thread: it is meant for tests, benchmarks and debugging.
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        reason = unavailable(name)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot run here: {reason}")
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        global _forced
+        _forced = self._before
+
+
+def table() -> str:
+    """What runs where, as text: one line a backend, then the launcher each op takes by device."""
+    lines = ["backend    here"]
+    lines += [f"{name:<10} {unavailable(name) or 'yes'}" for name in BACKENDS[1:]]
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    lines += ["", f"{'op':<20} " + " ".join(f"{d:<10}" for d in devices)]
+    for op in LAUNCHERS:
+        lines.append(f"{op:<20} " + " ".join(f"{choose(op, torch.device(d)):<10}" for d in devices))
+    return "\n".join(line.rstrip() for line in lines)

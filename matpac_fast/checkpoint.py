@@ -1,0 +1,1 @@
+"""Safe load and save of weights; official formats both ways."""

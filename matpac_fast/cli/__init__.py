@@ -1,0 +1,60 @@
+"""The command line: `matpac-fast <command>`, one thin file a command, imported only when it runs.
+
+A command is a module of this package with a function `main(...)`; its signature and docstring are the command's
+options and help (tyro reads them). It returns its exit code, or None for 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from ..errors import MatpacFastError
+
+# name -> (module, one line of help)
+COMMANDS = {
+    "demo": ("demo", "pre-train, embed and probe on the embedded audio, offline, in a few minutes"),
+    "prepare": ("prepare", "turn a folder of audio into a corpus for pre-training"),
+    "pretrain": ("pretrain", "pre-train an encoder on a corpus"),
+    "embed": ("embed", "embed a folder of audio at a temporal support"),
+}
+
+# Exit codes: 0 done, 1 done with some inputs failed, 2 the command could not do its work, 130 interrupted (Ctrl-C).
+FAILED = 2
+INTERRUPTED = 130
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: matpac-fast COMMAND ...\n\n{rows}\n\nmatpac-fast COMMAND --help shows its options and an example."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Expected errors are one line on stderr; MATPAC_FAST_DEBUG=1 shows their traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else FAILED
+    if argv[0] == "--version":
+        from .. import __version__
+
+        print(f"matpac_fast {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"matpac-fast: no command {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return FAILED
+    module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
+    import tyro
+
+    try:
+        return tyro.cli(module.main, prog=f"matpac-fast {argv[0]}", args=argv[1:]) or 0
+    except KeyboardInterrupt:
+        print(f"matpac-fast {argv[0]}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (MatpacFastError, OSError) as error:
+        if os.environ.get("MATPAC_FAST_DEBUG") == "1":
+            raise
+        print(f"matpac-fast {argv[0]}: {error}", file=sys.stderr)
+        return FAILED

@@ -1,0 +1,1 @@
+"""Encoder: what is kept after pre-training."""

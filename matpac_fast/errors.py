@@ -1,0 +1,25 @@
+"""The exceptions of the package. Each says what came, what was expected and what to do."""
+
+
+class MatpacFastError(Exception):
+    """Base of every error that this package raises on purpose; the command line prints it as one line."""
+
+
+class BackendError(MatpacFastError, RuntimeError):
+    """A backend was forced that cannot run here; the message carries the reason."""
+
+
+class ConfigError(MatpacFastError, ValueError):
+    """A configuration that cannot be, such as heads that do not divide the width."""
+
+
+class AudioError(MatpacFastError, ValueError):
+    """A file or signal that cannot be used: unreadable, truncated, not finite, silent, too short."""
+
+
+class CorpusError(MatpacFastError, RuntimeError):
+    """A corpus that is missing, incomplete or altered."""
+
+
+class CheckpointError(MatpacFastError, RuntimeError):
+    """A checkpoint that is missing, damaged, unsafe or does not fit."""

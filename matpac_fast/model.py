@@ -1,0 +1,1 @@
+"""Matpac: the student-teacher model being pre-trained."""

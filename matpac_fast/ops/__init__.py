@@ -1,0 +1,8 @@
+"""The fused ops: tensors in, tensors out, on whatever backend fits the device."""
+
+from .log_mel import log_mel
+from .mask_shuffle import mask_shuffle
+from .masked_patch_embed import masked_patch_embed
+from .prototype_loss import prototype_loss
+
+__all__ = ["log_mel", "mask_shuffle", "masked_patch_embed", "prototype_loss"]
