@@ -1,1 +1,240 @@
-"""Safe load and save of weights; official formats both ways."""
+"""Weights in and out: safetensors by default, the official formats both ways, and no file that runs code.
+
+What a file is, is read from its content: never from its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .files import atomic
+
+# Official name -> ours, by prefix, longest first. The official code calls the predictor "decoder".
+_PREFIXES = (
+    ("patch_embed.", "frontend.patch_embed."),
+    ("cls_token", "frontend.cls_token"),
+    ("pos_embed", "frontend.pos_embed"),
+    ("student_encoder.", "student."),
+    ("decoder.decoder_pos_embed", "predictor.pos_embed"),
+    ("decoder.decoder_embed.", "predictor.embed."),
+    ("decoder.decoder_blocks.", "predictor.blocks."),
+    ("decoder.decoder_norm.", "predictor.norm."),
+    ("decoder.decoder_pred.", "predictor.out."),
+    ("decoder.mask_token", "predictor.mask_token"),
+    ("mcl_heads.mcl_heads.", "predictor.mcl_heads."),
+    ("cls_head_loss.center", "center"),
+    ("cls_student_head.", "head."),
+    ("_ema.", "teacher."),
+    ("_cls_head_ema.", "teacher_head."),
+)
+_NESTED = ("_ema", "_cls_head_ema")
+
+
+def from_official_names(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Official names, nested or flat, -> ours. A name that is not known raises CheckpointError."""
+    flat: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
+        else:
+            flat[name] = value
+    ours: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in flat.items():
+        for theirs, mine in _PREFIXES:
+            if name.startswith(theirs):
+                ours[mine + name[len(theirs) :]] = tensor
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"not an official MATPAC checkpoint: {len(unknown)} unknown names: {_some(unknown)}")
+    if "center" in ours:
+        ours["center"] = ours["center"].reshape(-1)
+    return ours
+
+
+def to_official_names(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Ours -> official names; the teachers under `_ema` and `_cls_head_ema` as dictionaries, as fairseq stores them."""
+    official: dict[str, Any] = {}
+    for name, tensor in state.items():
+        theirs, mine = next(pair for pair in _PREFIXES if name.startswith(pair[1]))
+        full = theirs + name[len(mine) :]
+        outer, _, inner = full.partition(".")
+        if full == "cls_head_loss.center":
+            official[full] = tensor.reshape(1, 1, -1)
+        elif outer in _NESTED:
+            official.setdefault(outer, {})[inner] = tensor
+        else:
+            official[full] = tensor
+    return official
+
+
+def is_official(state: Mapping[str, Any]) -> bool:
+    """Whether the names are those of the official MATPAC code, training or inference."""
+    return "patch_embed.proj.weight" in state and any(name.startswith("student_encoder.") for name in state)
+
+
+def read_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The model's sizes, read off the shapes of a state with our names; predictor and head only where present."""
+    try:
+        width, _, patch_size, _ = state["frontend.patch_embed.proj.weight"].shape
+        sizes = {
+            "width": width,
+            "patch_size": patch_size,
+            "depth": _count(state, r"student\.blocks\.(\d+)\."),
+            "mlp_ratio": state["student.blocks.0.mlp.fc1.weight"].shape[0] // width,
+        }
+        freq, time = _grid(state["frontend.pos_embed"])
+        sizes |= {"n_mels": freq * patch_size, "n_frames": time * patch_size}
+        if "predictor.embed.weight" in state:
+            sizes |= {
+                "predictor_width": state["predictor.embed.weight"].shape[0],
+                "predictor_depth": _count(state, r"predictor\.blocks\.(\d+)\."),
+                "mcl_heads": _count(state, r"predictor\.mcl_heads\.(\d+)\."),
+            }
+        if "head.mlp.0.weight" in state:
+            prototypes, bottleneck = state["head.last_layer.weight_v"].shape
+            sizes |= {"head_hidden": state["head.mlp.0.weight"].shape[0]}
+            sizes |= {"head_bottleneck": bottleneck, "prototypes": prototypes}
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint has no {error.args[0]!r}, so its sizes cannot be read") from None
+    return sizes
+
+
+def _count(state: Iterable[str], pattern: str) -> int:
+    found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
+    return max(found) + 1 if found else 0
+
+
+def _grid(pos: Tensor) -> tuple[int, int]:
+    """(frequency, time) patches of fixed positions: the time half of the channels repeats after one row."""
+    time_code = pos[0, 1:, : pos.shape[-1] // 2]
+    same = (time_code == time_code[0]).all(dim=1).nonzero().flatten()
+    time = int(same[1]) if len(same) > 1 else len(time_code)
+    if len(time_code) % time:
+        raise CheckpointError(f"positions of {len(time_code)} tokens repeat after {time}: not a grid of patches")
+    return len(time_code) // time, time
+
+
+def heads_by_rule(width: int, given: int | None, per_head: int = 64) -> int:
+    """Attention heads: as given, else `per_head` channels each, the official rule."""
+    if given is not None:
+        return given
+    if width % per_head:
+        raise CheckpointError(
+            f"a width of {width} does not divide into heads of {per_head} channels, the official rule: give the number of heads"
+        )
+    return width // per_head
+
+
+def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Strict load: missing, unexpected or misshapen entries raise one CheckpointError that lists them."""
+    own = module.state_dict()
+    problems = []
+    if missing := [name for name in own if name not in state]:
+        problems.append(f"{len(missing)} missing: {_some(missing)}")
+    if unexpected := [name for name in state if name not in own]:
+        problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
+    if misshapen := [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]:
+        problems.append(f"{len(misshapen)} of another shape: {_some(misshapen)}")
+    if problems:
+        raise CheckpointError(f"{source} does not fit this model; {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file, all of it or none; `metadata` goes into its header as JSON under "matpac_fast"."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic(path) as beside:
+        save_file(tensors, beside, {"matpac_fast": json.dumps(metadata, sort_keys=True)})
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read weights onto the CPU: (state, metadata). safetensors, or a torch file of plain tensors.
+
+    A fairseq training checkpoint gives its "model" entry. Metadata is empty for files that this package did not write.
+
+    Raises:
+        CheckpointError: no such file, damaged, or a pickle that would run code.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(start) == 9 and start[8:] == b"{":
+        return _load_safetensors(path)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return _load_pickle(path), {}
+    raise CheckpointError(f"{path}: neither a safetensors file nor a torch checkpoint")
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("matpac_fast", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors file: {error}") from None
+
+
+def _load_pickle(path: Path) -> dict[str, Any]:
+    # argparse.Namespace is what older fairseq keeps its arguments in; it holds data and runs nothing.
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, collections.OrderedDict]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of {name[1]}" if name else "more than tensors"
+        raise CheckpointError(
+            f"{path}: the pickle holds {what}, and loading it could run code, so it is refused; save the weights alone, "
+            "with torch.save(model.state_dict(), ...) or as safetensors, on the machine where the file is trusted"
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged torch checkpoint: {str(error).splitlines()[0]}") from None
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(isinstance(v, (Tensor, Mapping)) for v in content.values()):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, or a training checkpoint with one under 'model'")
+    return dict(content)
+
+
+def find_weights(path: str | os.PathLike[str]) -> Path:
+    """The weights file that `path` means: itself, or the newest complete checkpoint of a run folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    latest = path / "latest"
+    if latest.is_file():
+        return path / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "model.safetensors"
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    raise CheckpointError(f"{path}: a folder without a checkpoint; expected a run of `matpac-fast pretrain`")

@@ -1,0 +1,22 @@
+"""Exponential moving averages of parameters, over all of them in a few launches."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def linear_anneal(start: float, end: float, step: int, total: int) -> float:
+    """Line from `start` at step 0 to `end` at `total`, constant after it."""
+    if step >= total:
+        return end
+    return end - (end - start) * (1 - step / total)
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, parameter by parameter, in the average's dtype."""
+    targets = list(average.parameters())
+    sources = [p.detach().to(t.dtype) for p, t in zip(model.parameters(), targets, strict=True)]
+    torch._foreach_mul_(targets, decay)
+    torch._foreach_add_(targets, sources, alpha=1 - decay)
