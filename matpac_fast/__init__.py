@@ -2,7 +2,9 @@
 
 from . import ops
 from .backend import use_backend
+from .config import MatpacConfig
+from .model import Matpac
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "ops", "use_backend"]
+__all__ = ["Matpac", "MatpacConfig", "__version__", "ops", "use_backend"]

@@ -223,7 +223,9 @@ def _load_pickle(path: Path) -> dict[str, Any]:
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not all(isinstance(v, (Tensor, Mapping)) for v in content.values()):
-        raise CheckpointError(f"{path}: expected a dictionary of tensors, or a training checkpoint with one under 'model'")
+        raise CheckpointError(
+            f"{path}: expected a dictionary of tensors, or a training checkpoint with one under 'model'"
+        )
     return dict(content)
 
 

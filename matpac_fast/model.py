@@ -1,1 +1,260 @@
-"""Matpac: the student-teacher model being pre-trained."""
+"""Matpac: the student-teacher model being pre-trained (MATPAC, arXiv 2502.12031; MATPAC++, 2508.12709)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, ops, reference
+from .config import MatpacConfig
+from .errors import ConfigError
+from .nn.ema import ema_update, linear_anneal
+from .nn.frontend import Frontend
+from .nn.heads import ClassificationHead
+from .nn.predictor import Predictor
+from .nn.vit import Transformer, init_weights
+
+
+class MatpacOutput(NamedTuple):
+    """One step's losses: `loss` scalar, `loss_pred` and `loss_cls` (B * M,), one a masked token, B-major."""
+
+    loss: Tensor
+    loss_pred: Tensor
+    loss_cls: Tensor
+    statistics: dict[str, Tensor] | None
+
+
+class Matpac(nn.Module):
+    """Student, teacher, predictor and classification heads, with the official step's arithmetic.
+
+    One optimiser step is: `out = model(spec, step=step)`; `out.loss.backward()`; `model.update_teachers(step)`;
+    clip; `optimizer.step()`. `update_teachers` comes before the optimiser because the official teachers average the
+    weights that the step started from. Nothing here waits for the device.
+
+    The initial weights are a function of `config.seed` alone; the global random state is left as it was.
+    """
+
+    def __init__(self, config: MatpacConfig = MatpacConfig()):
+        super().__init__()
+        self.config = c = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(c.seed)
+            self.frontend = Frontend(c.width, c.patch_size, c.freq, c.time)
+            self.student = Transformer(c.width, c.depth, c.num_heads, c.mlp_ratio)
+            self.predictor = Predictor(
+                c.predictor_width,
+                c.width,
+                c.predictor_depth,
+                c.predictor_heads,
+                c.mlp_ratio,
+                c.freq,
+                c.time,
+                c.mcl_heads,
+            )
+            self.head = ClassificationHead(c.width, c.head_hidden, c.head_bottleneck, c.prototypes)
+            self.teacher = Transformer(c.width, c.depth, c.num_heads, c.mlp_ratio)
+            self.teacher_head = ClassificationHead(c.width, c.head_hidden, c.head_bottleneck, c.prototypes)
+            self._init_weights()
+        self.register_buffer("center", torch.zeros(c.prototypes))
+        # Sum of the teacher's column means since the last update, and their number: the centre of one optimiser step,
+        # also where its gradient was accumulated over several batches.
+        self.register_buffer("_center_sum", torch.zeros(c.prototypes), persistent=False)
+        self.register_buffer("_center_count", torch.zeros(()), persistent=False)
+        self.teacher.requires_grad_(False)
+        self.teacher_head.requires_grad_(False)
+
+    center: Tensor
+    _center_sum: Tensor
+    _center_count: Tensor
+
+    def _init_weights(self) -> None:
+        self.student.apply(init_weights)
+        self.teacher.apply(init_weights)
+        for layer in self.head.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        # Official order: the teacher's head copies the student's, then the student's MLP is initialised again.
+        self.teacher_head.load_state_dict(self.head.state_dict())
+        self.head.mlp.apply(init_weights)
+        if self.config.teacher_init == "copy":
+            self.teacher.load_state_dict(self.student.state_dict())
+            self.teacher_head.load_state_dict(self.head.state_dict())
+
+    def forward(
+        self,
+        spec: Tensor,
+        ids_shuffle: Tensor | None = None,
+        step: int = 0,
+        index: Tensor | None = None,
+        statistics: bool = False,
+    ) -> MatpacOutput:
+        """The two losses of one batch.
+
+        Args:
+            spec: (B, n_mels, T) normalised log-mel; T a multiple of the patch size, at most `n_frames`.
+            ids_shuffle: (B, N) int64, a permutation of the N patches of each crop, the visible ones first. Without it the
+                mask is `ops.mask_shuffle(config.seed, step, index, N)`.
+            step: the optimiser step, from 0: it sets the temperatures.
+            index: (B,) int64, the crop's number within the global batch; 0..B-1 by default.
+            statistics: also compute what a log wants to know; otherwise None.
+
+        In training mode the teacher's mean is kept for the next `update_teachers`.
+        """
+        c = self.config
+        if spec.ndim != 3 or spec.shape[1] != c.n_mels or spec.shape[2] % c.patch_size or spec.shape[2] > c.n_frames:
+            raise ConfigError(
+                f"spec is {tuple(spec.shape)}; expected (B, {c.n_mels}, T) with T a multiple of {c.patch_size} "
+                f"of at most {c.n_frames} frames"
+            )
+        n_tokens = c.freq * (spec.shape[2] // c.patch_size)
+        n_visible = c.n_visible(n_tokens)
+        if not 0 < n_visible < n_tokens:
+            raise ConfigError(f"spec has {n_tokens} patches; a mask ratio of {c.mask_ratio} leaves {n_visible} visible")
+        if ids_shuffle is None:
+            if index is None:
+                index = torch.arange(spec.shape[0], device=spec.device)
+            ids_shuffle = ops.mask_shuffle(c.seed, step, index, n_tokens)
+
+        visible, masked = self.frontend.split(spec, ids_shuffle, n_visible)
+        prediction = self.predictor(self.student(visible), ids_shuffle).flatten(0, 1)  # (B*M, [H,] D)
+        with torch.no_grad():
+            target = self.teacher(masked)[:, 1:].flatten(0, 1)  # (B*M, D)
+
+        temperature = self.mcl_temperature(step) if c.mcl_heads else None
+        loss_pred, best = reference.prediction_loss(prediction, target, temperature)
+        # The classification branch takes the best head's guess of each token.
+        guess = prediction
+        if best is not None:
+            guess = prediction.gather(1, best[:, None, None].expand(-1, 1, prediction.shape[-1])).squeeze(1)
+
+        teacher_temp = self.teacher_temperature(step)
+        features = self.head(guess)
+        with torch.no_grad():
+            teacher_features = self.teacher_head(target)
+            teacher_matrix = self.teacher_head.last_layer.matrix()
+        loss_cls, teacher_mean = ops.prototype_loss(
+            features,
+            self.head.last_layer.matrix(),
+            teacher_features,
+            teacher_matrix,
+            self.center,
+            c.student_temp,
+            teacher_temp,
+            mean_of=c.center_of,
+        )
+        if self.training:
+            with torch.no_grad():
+                self._center_sum += teacher_mean
+                self._center_count += 1
+
+        loss = (1 - c.classification_weight) * loss_pred.mean() + c.classification_weight * loss_cls.mean()
+        found = None
+        if statistics:
+            found = self._statistics(prediction, target, features, teacher_features, step)
+        return MatpacOutput(loss, loss_pred, loss_cls, found)
+
+    @torch.no_grad()
+    def update_teachers(self, step: int) -> None:
+        """Move the teachers and the centre once, after `forward` of optimiser step `step` and before the optimiser.
+
+        The averages skip step 0, as official; the centre does not.
+        """
+        c = self.config
+        if step > 0:
+            ema_update(self.teacher, self.student, self.ema_decay(step))
+            head_decay = self.head_ema_decay(step)
+            if head_decay < 1:
+                ema_update(self.teacher_head, self.head, head_decay)
+        mean = self._center_sum / self._center_count
+        self.center.mul_(c.center_momentum).add_(mean, alpha=1 - c.center_momentum)
+        self._center_sum.zero_()
+        self._center_count.zero_()
+
+    def teacher_temperature(self, step: int) -> float:
+        c = self.config
+        return linear_anneal(c.teacher_temp_start, c.teacher_temp, step, c.teacher_temp_warmup)
+
+    def mcl_temperature(self, step: int) -> float:
+        """Exponential decay; 0, the hard minimum, once it has fallen to `mcl_temp_end`."""
+        temperature = self.config.mcl_temp_start * self.config.mcl_temp_decay**step
+        return temperature if temperature > self.config.mcl_temp_end else 0.0
+
+    def ema_decay(self, step: int) -> float:
+        return linear_anneal(self.config.ema_start, self.config.ema_end, step, self.config.max_steps)
+
+    def head_ema_decay(self, step: int) -> float:
+        c = self.config
+        if step >= c.max_steps and c.head_ema_past_end == "encoder" and c.head_ema_start != c.head_ema_end:
+            return c.ema_end
+        return linear_anneal(c.head_ema_start, c.head_ema_end, step, c.max_steps)
+
+    @torch.no_grad()
+    def _statistics(
+        self, prediction: Tensor, target: Tensor, features: Tensor, teacher_features: Tensor, step: int
+    ) -> dict[str, Tensor]:
+        """What the official code logs, unscaled: spreads near 0, or a perplexity near 1, mean collapse."""
+        c = self.config
+        logits = features.float() @ self.head.last_layer.matrix().float().T / c.student_temp
+        teacher_logits = teacher_features.float() @ self.teacher_head.last_layer.matrix().float().T
+        student_p = logits.softmax(-1)
+        teacher_p = ((teacher_logits - self.center) / self.teacher_temperature(step)).softmax(-1)
+        mean = teacher_p.mean(0)
+        chosen, guessed = teacher_p.argmax(-1), student_p.argmax(-1)
+        unit = torch.nn.functional.normalize
+        found = {
+            "spread_target": _spread(unit(target.float(), dim=-1)),
+            "spread_student_p": _spread(student_p),
+            "spread_teacher_p": _spread(teacher_p),
+            "teacher_perplexity": torch.exp(-(mean * torch.log(mean + 1e-7)).sum()),
+            "prototypes_used": torch.zeros_like(mean).index_fill_(0, chosen, 1.0).sum(),
+            "agreement": (chosen == guessed).float().mean(),
+            "index_spread_teacher": _spread(chosen[:, None].float()),
+            "index_spread_student": _spread(guessed[:, None].float()),
+        }
+        heads = prediction.float()[:, None] if prediction.ndim == 2 else prediction.float()
+        for i, head in enumerate(unit(heads, dim=-1).unbind(1)):
+            found["spread_prediction" + (f"_{i}" if c.mcl_heads else "")] = _spread(head)
+        return found
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        num_heads: int | None = None,
+        predictor_heads: int | None = None,
+        **options: Any,
+    ) -> Matpac:
+        """Load a checkpoint of the official training code; every size is read from its content.
+
+        Args:
+            source: a fairseq checkpoint, or its "model" dictionary (teachers nested, or flat as "_ema.norm.weight").
+            num_heads: of the encoders; by default one for every 64 channels, the official rule.
+            predictor_heads: of the predictor; 16 by default, as official.
+            options: further fields of MatpacConfig, such as `max_steps`, which no checkpoint holds.
+
+        Raises:
+            CheckpointError: unsafe, damaged, or entries missing or left over, which are listed.
+        """
+        state = source if isinstance(source, Mapping) else checkpoint.load(source)[0]
+        name = "the checkpoint" if isinstance(source, Mapping) else str(source)
+        ours = checkpoint.from_official_names(state)
+        sizes: dict[str, Any] = checkpoint.read_sizes(ours)
+        sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
+        sizes["predictor_heads"] = 16 if predictor_heads is None else predictor_heads
+        model = cls(MatpacConfig(**{**sizes, **options}))
+        checkpoint.load_into(model, ours, name)
+        return model
+
+    def official_state_dict(self) -> dict[str, Any]:
+        """The state under the official names, teachers nested under `_ema` and `_cls_head_ema`: the fairseq "model" entry."""
+        return checkpoint.to_official_names(self.state_dict())
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Mean over columns of the standard deviation over rows (official `compute_var`)."""
+    return torch.sqrt(rows.var(dim=0) + 1e-6).mean()

@@ -24,7 +24,15 @@ class Predictor(nn.Module):
     """
 
     def __init__(
-        self, width: int, out_width: int, depth: int, num_heads: int, mlp_ratio: int, freq: int, time: int, mcl_heads: int
+        self,
+        width: int,
+        out_width: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: int,
+        freq: int,
+        time: int,
+        mcl_heads: int,
     ):
         super().__init__()
         self.freq = freq

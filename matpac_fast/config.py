@@ -1,0 +1,153 @@
+"""MatpacConfig: everything that defines a model and its losses, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MatpacConfig:
+    """Everything that defines the model and its losses; the defaults are the official MATPAC.
+
+    Sizes: `width`, `depth`, `num_heads` of the encoders, `predictor_*` of the predictor, `head_*` and `prototypes` of the
+    classification head. `mcl_heads=5` is MATPAC++. `n_mels` and `n_frames` are the size of a training crop.
+
+    Schedules run over `max_steps` optimiser steps; `teacher_temp_warmup` is in steps too.
+
+    Three options have a better form than the official one, which stays the default:
+
+    - `center_of="logits"` centres by the mean of the teacher's logits, as DINO does. The official code takes the mean of its
+      probabilities *after* the softmax, so it hardly centres.
+    - `teacher_init="copy"` starts the teacher as a copy of the student. The official teacher starts from random weights of
+      its own, and its head from the student's weights before they are initialised again.
+    - `head_ema_past_end="head"` keeps the head's own final decay past `max_steps`; official is the encoder's.
+
+    Raises:
+        ConfigError: sizes that cannot be, with what was expected.
+    """
+
+    n_mels: int = 80
+    n_frames: int = 608
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: int = 4
+    predictor_width: int = 512
+    predictor_depth: int = 8
+    predictor_heads: int = 16
+    mcl_heads: int = 0
+    mcl_temp_start: float = 0.1
+    mcl_temp_decay: float = 0.99997
+    mcl_temp_end: float = 1e-4
+    mask_ratio: float = 0.7
+    prototypes: int = 2048
+    head_hidden: int = 2048
+    head_bottleneck: int = 256
+    student_temp: float = 0.1
+    teacher_temp_start: float = 0.04
+    teacher_temp: float = 0.07
+    teacher_temp_warmup: int = 9_827
+    center_momentum: float = 0.9
+    center_of: Literal["probabilities", "logits"] = "probabilities"
+    ema_start: float = 0.99995
+    ema_end: float = 0.99999
+    head_ema_start: float = 0.998
+    head_ema_end: float = 1.0
+    head_ema_past_end: Literal["encoder", "head"] = "encoder"
+    teacher_init: Literal["random", "copy"] = "random"
+    classification_weight: float = 0.5
+    max_steps: int = 294_816
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_mels", "n_frames"):
+            if getattr(self, name) < self.patch_size or getattr(self, name) % self.patch_size:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; expected a multiple of the patch size, {self.patch_size}"
+                )
+        for width, heads in (("width", "num_heads"), ("predictor_width", "predictor_heads")):
+            w, h = getattr(self, width), getattr(self, heads)
+            if w < 4 or w % 4:
+                raise ConfigError(f"{width} is {w}; expected a multiple of 4, which the sine-cosine positions need")
+            if h < 1 or w % h:
+                raise ConfigError(f"{heads} is {h}, which does not divide {width}, {w}")
+        if not 0 < self.n_visible() < self.n_tokens:
+            raise ConfigError(
+                f"mask_ratio is {self.mask_ratio}; of {self.n_tokens} patches it leaves {self.n_visible()} visible, "
+                "expected at least one visible and one masked"
+            )
+        for name in (
+            "depth",
+            "predictor_depth",
+            "mlp_ratio",
+            "prototypes",
+            "head_hidden",
+            "head_bottleneck",
+            "max_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("student_temp", "teacher_temp_start", "teacher_temp"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive temperature")
+        for name, allowed in (
+            ("center_of", ("probabilities", "logits")),
+            ("head_ema_past_end", ("encoder", "head")),
+            ("teacher_init", ("random", "copy")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
+
+    @property
+    def freq(self) -> int:
+        """Patches along frequency."""
+        return self.n_mels // self.patch_size
+
+    @property
+    def time(self) -> int:
+        """Patches along time."""
+        return self.n_frames // self.patch_size
+
+    @property
+    def n_tokens(self) -> int:
+        """Patches of a training crop."""
+        return self.freq * self.time
+
+    def n_visible(self, n_tokens: int | None = None) -> int:
+        """Patches that the student sees, rounded down as the official code does."""
+        return int((self.n_tokens if n_tokens is None else n_tokens) * (1 - self.mask_ratio))
+
+    def replace(self, **changes: Any) -> MatpacConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> MatpacConfig:
+        """Inverse of `to_dict`; an unknown field raises ConfigError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ConfigError(f"unknown fields in the model's configuration: {', '.join(unknown)}")
+        return cls(**fields)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MatpacConfig:
+        """ "tiny" (192 x 12), "small" (384 x 12) or "base" (768 x 12, the official one), predictor and head in proportion."""
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(width=192, num_heads=3, predictor_width=128, predictor_heads=4, head_hidden=512, prototypes=512),
+    "small": dict(width=384, num_heads=6, predictor_width=256, predictor_heads=8, head_hidden=1024, prototypes=1024),
+    "base": {},
+}

@@ -1,0 +1,314 @@
+"""Matpac against the official code's own outputs, and the savings against the plain way of computing them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from matpac_fast import checkpoint
+from matpac_fast.config import PRESETS, MatpacConfig
+from matpac_fast.errors import ConfigError
+from matpac_fast.model import Matpac
+from matpac_fast.nn.vit import shorten_positions
+
+# What no checkpoint holds, from the golden files' own description.
+GOLDEN_OPTIONS = dict(num_heads=2, predictor_heads=4, max_steps=1000, teacher_temp_warmup=100)
+TINY = dict(n_frames=64, width=32, depth=2, num_heads=2, predictor_width=24, predictor_depth=2, predictor_heads=2)
+TINY |= dict(head_hidden=40, head_bottleneck=16, prototypes=24)
+
+
+def weights(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[2:]: value for name, value in arrays.items() if name.startswith("w/")}
+
+
+def group(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def close(got: Tensor, want: Tensor, relative: float) -> None:
+    scale = want.abs().max().clamp(min=1e-6)
+    error = (got.double() - want.double()).abs().max() / scale
+    assert error <= relative, f"relative error {error:.2e} of the largest entry, allowed {relative:.0e}"
+
+
+@pytest.mark.parametrize("name", ["train_matpac", "train_mcl"])
+def test_one_step_equals_the_official_step(golden, name):
+    g = golden(name)
+    model = Matpac.from_official(weights(g), **GOLDEN_OPTIONS)
+    step = int(g["num_updates"])
+    out = model(g["source"], g["ids_shuffle"], step=step, statistics=True)
+    close(out.loss, g["loss"], 1e-6)
+    close(out.loss_pred, g["loss_pred"], 2e-6)
+    close(out.loss_cls, g["loss_cls"], 2e-6)
+
+    out.loss.backward()
+    parameters = dict(model.named_parameters())
+    gradients = checkpoint.from_official_names(group(g, "grad/"))
+    for key, want in gradients.items():
+        close(parameters[key].grad, want, 1e-5)
+    assert {k for k, p in parameters.items() if p.grad is not None} == set(gradients)
+
+    model.update_teachers(step)
+    after = model.official_state_dict()
+    close(after["cls_head_loss.center"], g["center_after"], 1e-6)
+    for key, want in group(g, "ema/").items():
+        close(after["_ema"][key], want, 1e-7)
+    for key, want in group(g, "ema_cls/").items():
+        close(after["_cls_head_ema"][key], want, 1e-7)
+
+
+@pytest.mark.parametrize("name", ["train_matpac", "train_mcl"])
+def test_every_intermediate_equals_the_official_one(golden, name):
+    g = golden(name)
+    model = Matpac.from_official(weights(g), **GOLDEN_OPTIONS)
+    with torch.no_grad():
+        visible, masked = model.frontend.split(g["source"], g["ids_shuffle"], model.config.n_visible())
+        z_visible = model.student(visible)
+        z_pred = model.predictor(z_visible, g["ids_shuffle"])
+        z_target = model.teacher(masked)
+        close(z_visible, g["z_visible"], 2e-6)
+        close(z_pred, g["z_pred"], 2e-6)
+        close(z_target, g["z_target_with_cls"], 2e-6)
+        guess = z_pred
+        if name == "train_mcl":
+            distance = (torch.nn.functional.normalize(z_pred, dim=-1) * z_target[:, 1:, None]).sum(-1)
+            best = distance.argmax(-1)
+            guess = z_pred.gather(2, best[..., None, None].expand(-1, -1, 1, z_pred.shape[-1])).squeeze(2)
+        logits = model.head(guess) @ model.head.last_layer.matrix().T
+        teacher_logits = model.teacher_head(z_target[:, 1:]) @ model.teacher_head.last_layer.matrix().T
+    close(logits, g["logits_student"], 5e-6)
+    close(teacher_logits, g["logits_teacher"], 5e-6)
+    temperature = model.teacher_temperature(int(g["num_updates"]))
+    close(((teacher_logits - model.center) / temperature).softmax(-1), g["p_teacher"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["train_matpac", "train_mcl"])
+def test_statistics_and_schedules_equal_the_official_metrics(golden, name):
+    g = golden(name)
+    model = Matpac.from_official(weights(g), **GOLDEN_OPTIONS)
+    step = int(g["num_updates"])
+    got = model(g["source"], g["ids_shuffle"], step=step, statistics=True).statistics
+    assert got is not None
+    metric = group(g, "metric/")
+    n_masked = int(metric["count"])
+    pairs = {
+        "var_z_m": got["spread_target"] * 1000,
+        "var_p_hat_m": got["spread_student_p"] * 1000,
+        "var_p_m": got["spread_teacher_p"] * 1000,
+        "cls_perplexity": got["teacher_perplexity"],
+        "n_diff_target": got["prototypes_used"],
+        "var_idx_targ": got["index_spread_teacher"],
+        "var_idx_pred": got["index_spread_student"],
+        "correct": got["agreement"] * n_masked,
+        "ema_decay": torch.tensor(model.ema_decay(step) * 1000),
+        "t_temp": torch.tensor(model.teacher_temperature(step) * 100),
+    }
+    heads = model.config.mcl_heads
+    for i in range(heads):
+        pairs[f"var_z_hat_m_{i}"] = got[f"spread_prediction_{i}"] * 1000
+    if heads:
+        pairs["mcl_temp"] = torch.tensor(model.mcl_temperature(step) * 1000)
+    else:
+        pairs["var_z_hat_m"] = got["spread_prediction"] * 1000
+    for key, value in pairs.items():
+        close(value, metric[key], 1e-5)
+    assert set(metric) - set(pairs) == {"count", "sample_size"}
+
+
+@pytest.mark.parametrize("name", ["trajectory_matpac", "trajectory_mcl"])
+def test_thirty_steps_follow_the_official_run(golden, name):
+    g = golden(name)
+    model = Matpac.from_official(weights(g), **GOLDEN_OPTIONS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas = tuple(g["betas"].tolist())
+    decay, eps = float(g["weight_decay"]), float(g["eps"])
+    optimizer = torch.optim.AdamW(trained, float(g["lr"]), betas, eps, decay)
+    for step in range(len(g["ids_shuffle"])):
+        out = model(g["source"][step % 3], g["ids_shuffle"][step], step=step)
+        model.update_teachers(step)
+        optimizer.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, float(g["clip_norm"]))
+        optimizer.step()
+        for key, value in {
+            "loss": out.loss,
+            "loss_pred": out.loss_pred.mean(),
+            "loss_cls": out.loss_cls.mean(),
+            "grad_norm": norm,
+        }.items():
+            close(value.detach(), g[f"curve/{key}"][step], 5e-6)
+    official = model.official_state_dict()
+    aliases = {
+        "ema_norm_weight": official["_ema"]["norm.weight"],
+        "ema_cls_mlp0": official["_cls_head_ema"]["mlp.0.weight"],
+        "center": official["cls_head_loss.center"],
+    }
+    for key, want in group(g, "final/").items():
+        close(aliases[key] if key in aliases else official[key], want, 2e-5)
+
+
+def plain_predictor(model: Matpac, visible: Tensor, ids_shuffle: Tensor) -> Tensor:
+    """The official order of work: restore the order, run every block on every token, shuffle again, keep the masked."""
+    p = model.predictor
+    v = visible.shape[1] - 1
+    ids_restore = ids_shuffle.argsort(dim=1)
+    x = p.embed(visible)
+    tokens = torch.cat([x[:, 1:], p.mask_token.expand(len(x), ids_shuffle.shape[1] - v, -1)], dim=1)
+    tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))
+    x = torch.cat([x[:, :1], tokens], dim=1) + shorten_positions(p.pos_embed, p.freq, ids_shuffle.shape[1] // p.freq)
+    for block in p.blocks:
+        x = block(x)
+    x = p.norm(x)[:, 1:].gather(1, ids_shuffle[..., None].expand(-1, -1, x.shape[-1]))[:, v:]
+    return p.out(x)
+
+
+def test_the_predictors_savings_change_nothing():
+    model = Matpac(MatpacConfig(**TINY)).double()
+    n_tokens, n_visible = model.config.n_tokens, model.config.n_visible()
+    generator = torch.Generator().manual_seed(3)
+    visible = torch.randn(3, 1 + n_visible, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids_shuffle = torch.rand(3, n_tokens, generator=generator).argsort(dim=1)
+    upstream = torch.randn(3, n_tokens - n_visible, 32, generator=generator, dtype=torch.float64)
+    # The lean form reads no gradient into the masked-out parameters either.
+    inputs = [visible, *(p for p in model.predictor.parameters())]
+    lean, plain = model.predictor(visible, ids_shuffle), plain_predictor(model, visible, ids_shuffle)
+    torch.testing.assert_close(lean, plain, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(lean, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on every operator that makes the host wait for a device."""
+
+    waits = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.waits, f"{func.name()} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mcl_heads", [0, 3])
+def test_a_step_never_waits_for_the_device(mcl_heads):
+    model = Matpac(MatpacConfig(mcl_heads=mcl_heads, **TINY))
+    spec = torch.randn(2, 80, 64)
+    ids_shuffle = torch.rand(2, model.config.n_tokens).argsort(dim=1)
+    with NoSync():
+        out = model(spec, ids_shuffle, step=3, statistics=True)
+        out.loss.backward()
+        model.update_teachers(3)
+
+
+def test_the_mask_is_a_function_of_seed_step_and_index():
+    model = Matpac(MatpacConfig(seed=5, **TINY))
+    spec = torch.randn(4, 80, 64)
+    index = torch.tensor([9, 4, 7, 1])
+    whole = model(spec, step=11, index=index)
+    halves = [model(spec[i : i + 2], step=11, index=index[i : i + 2]) for i in (0, 2)]
+    torch.testing.assert_close(whole.loss_pred, torch.cat([h.loss_pred for h in halves]), rtol=1e-5, atol=1e-6)
+    other = model(spec, step=12, index=index)
+    assert not torch.allclose(whole.loss_pred, other.loss_pred)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    before = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    a = Matpac(MatpacConfig(seed=2, **TINY)).state_dict()
+    torch.manual_seed(9)
+    state = torch.random.get_rng_state()
+    b = Matpac(MatpacConfig(seed=2, **TINY)).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.random.set_rng_state(before)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    c = Matpac(MatpacConfig(seed=3, **TINY)).state_dict()
+    assert not torch.equal(a["student.blocks.0.attn.qkv.weight"], c["student.blocks.0.attn.qkv.weight"])
+
+
+def test_teachers_start_as_official_or_as_copies():
+    official = Matpac(MatpacConfig(**TINY))
+    a, b = official.student.blocks[0].attn.qkv.weight, official.teacher.blocks[0].attn.qkv.weight
+    assert not torch.equal(a, b)
+    assert torch.equal(official.head.last_layer.weight_v, official.teacher_head.last_layer.weight_v)
+    assert not torch.equal(official.head.mlp[0].weight, official.teacher_head.mlp[0].weight)
+    copied = Matpac(MatpacConfig(teacher_init="copy", **TINY))
+    assert all(torch.equal(p, q) for p, q in zip(copied.student.parameters(), copied.teacher.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(copied.head.parameters(), copied.teacher_head.parameters(), strict=True)
+    )
+
+
+def test_accumulated_batches_move_the_centre_once():
+    spec = torch.randn(4, 80, 64)
+    whole, parts = Matpac(MatpacConfig(**TINY)), Matpac(MatpacConfig(**TINY))
+    index = torch.arange(4)
+    whole(spec, step=1, index=index)
+    for half in (slice(0, 2), slice(2, 4)):
+        parts(spec[half], step=1, index=index[half])
+    for model in (whole, parts):
+        model.update_teachers(1)
+    torch.testing.assert_close(whole.center, parts.center, rtol=1e-5, atol=1e-9)
+
+
+def test_annealing_ends_as_official_unless_asked_otherwise():
+    official = Matpac(MatpacConfig(max_steps=10, **TINY))
+    assert official.ema_decay(10) == official.ema_decay(99) == 0.99999
+    assert official.head_ema_decay(10) == 0.99999
+    better = Matpac(MatpacConfig(max_steps=10, head_ema_past_end="head", **TINY))
+    assert better.head_ema_decay(10) == 1.0
+    mcl = Matpac(MatpacConfig(mcl_heads=2, mcl_temp_decay=0.5, mcl_temp_end=0.02, **TINY))
+    assert mcl.mcl_temperature(2) == 0.025
+    assert mcl.mcl_temperature(3) == 0.0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip(name):
+    config = MatpacConfig.preset(name, mcl_heads=5)
+    assert MatpacConfig.from_dict(config.to_dict()) == config
+    assert asdict(config)["mcl_heads"] == 5
+
+
+def test_the_base_preset_has_the_official_size():
+    with torch.device("meta"):
+        model = Matpac(MatpacConfig.preset("base"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    teachers = sum(p.numel() for m in (model.teacher, model.teacher_head) for p in m.parameters())
+    assert round(trained / 1e6, 1) == 118.1
+    assert round(teachers / 1e6, 1) == 91.9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(n_frames=600), "n_frames is 600; expected a multiple of the patch size, 16"),
+        (dict(num_heads=7), "num_heads is 7, which does not divide width, 768"),
+        (dict(predictor_heads=0), "predictor_heads is 0"),
+        (dict(mask_ratio=1.0), "leaves 0 visible"),
+        (dict(mask_ratio=0.0), "at least one visible and one masked"),
+        (dict(width=66, num_heads=1), "width is 66; expected a multiple of 4"),
+        (dict(teacher_temp=0.0), "teacher_temp is 0.0; expected a positive temperature"),
+        (dict(center_of="means"), "center_of is 'means'; expected 'probabilities' or 'logits'"),
+        (dict(prototypes=0), "prototypes is 0; expected at least 1"),
+    ],
+)
+def test_configurations_that_cannot_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        MatpacConfig(**fields)
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ConfigError, match="no preset 'huge'; expected one of tiny, small, base"):
+        MatpacConfig.preset("huge")
+    with pytest.raises(ConfigError, match="unknown fields .*: depht"):
+        MatpacConfig.from_dict({"depht": 3})
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 64), (2, 80, 60), (2, 80, 80), (80, 64)])
+def test_a_spectrogram_of_another_shape_is_an_error(shape):
+    with pytest.raises(ConfigError, match=r"expected \(B, 80, T\) with T a multiple of 16 of at most 64 frames"):
+        Matpac(MatpacConfig(**TINY))(torch.randn(shape))
