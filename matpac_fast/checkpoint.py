@@ -135,7 +135,8 @@ def heads_by_rule(width: int, given: int | None, per_head: int = 64) -> int:
         return given
     if width % per_head:
         raise CheckpointError(
-            f"a width of {width} does not divide into heads of {per_head} channels, the official rule: give the number of heads"
+            f"a width of {width} does not divide into heads of {per_head} channels, the official rule: "
+            "give the number of heads"
         )
     return width // per_head
 
@@ -215,8 +216,8 @@ def _load_pickle(path: Path) -> dict[str, Any]:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"an object of {name[1]}" if name else "more than tensors"
         raise CheckpointError(
-            f"{path}: the pickle holds {what}, and loading it could run code, so it is refused; save the weights alone, "
-            "with torch.save(model.state_dict(), ...) or as safetensors, on the machine where the file is trusted"
+            f"{path}: the pickle holds {what}, and loading it could run code, so it is refused; where the file is "
+            "trusted, save its weights alone, with torch.save(model.state_dict(), ...) or as safetensors"
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged torch checkpoint: {str(error).splitlines()[0]}") from None

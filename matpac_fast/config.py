@@ -14,17 +14,17 @@ from .errors import ConfigError
 class MatpacConfig:
     """Everything that defines the model and its losses; the defaults are the official MATPAC.
 
-    Sizes: `width`, `depth`, `num_heads` of the encoders, `predictor_*` of the predictor, `head_*` and `prototypes` of the
-    classification head. `mcl_heads=5` is MATPAC++. `n_mels` and `n_frames` are the size of a training crop.
+    Sizes: `width`, `depth`, `num_heads` of the encoders, `predictor_*` of the predictor, `head_*` and `prototypes` of
+    the classification head. `mcl_heads=5` is MATPAC++. `n_mels` and `n_frames` are the size of a training crop.
 
     Schedules run over `max_steps` optimiser steps; `teacher_temp_warmup` is in steps too.
 
     Three options have a better form than the official one, which stays the default:
 
-    - `center_of="logits"` centres by the mean of the teacher's logits, as DINO does. The official code takes the mean of its
-      probabilities *after* the softmax, so it hardly centres.
-    - `teacher_init="copy"` starts the teacher as a copy of the student. The official teacher starts from random weights of
-      its own, and its head from the student's weights before they are initialised again.
+    - `center_of="logits"` centres by the mean of the teacher's logits, as DINO does. The official code takes the mean
+      of its probabilities *after* the softmax, so it hardly centres.
+    - `teacher_init="copy"` starts the teacher as a copy of the student. The official teacher starts from random
+      weights of its own, and its head from the student's weights before they are initialised again.
     - `head_ema_past_end="head"` keeps the head's own final decay past `max_steps`; official is the encoder's.
 
     Raises:
@@ -140,7 +140,7 @@ class MatpacConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MatpacConfig:
-        """ "tiny" (192 x 12), "small" (384 x 12) or "base" (768 x 12, the official one), predictor and head in proportion."""
+        """A published size: tiny (192 x 12), small (384 x 12), base (768 x 12, official); the rest in proportion."""
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

@@ -97,8 +97,8 @@ class Matpac(nn.Module):
 
         Args:
             spec: (B, n_mels, T) normalised log-mel; T a multiple of the patch size, at most `n_frames`.
-            ids_shuffle: (B, N) int64, a permutation of the N patches of each crop, the visible ones first. Without it the
-                mask is `ops.mask_shuffle(config.seed, step, index, N)`.
+            ids_shuffle: (B, N) int64, a permutation of the N patches of each crop, the visible ones first. Without it
+                the mask is `ops.mask_shuffle(config.seed, step, index, N)`.
             step: the optimiser step, from 0: it sets the temperatures.
             index: (B,) int64, the crop's number within the global batch; 0..B-1 by default.
             statistics: also compute what a log wants to know; otherwise None.
@@ -251,7 +251,7 @@ class Matpac(nn.Module):
         return model
 
     def official_state_dict(self) -> dict[str, Any]:
-        """The state under the official names, teachers nested under `_ema` and `_cls_head_ema`: the fairseq "model" entry."""
+        """The state under the official names, teachers nested in `_ema` and `_cls_head_ema`, as fairseq saves it."""
         return checkpoint.to_official_names(self.state_dict())
 
 

@@ -46,7 +46,7 @@ class Predictor(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(init_weights)
         if mcl_heads:
-            # Official MATPAC++ checkpoints carry this layer and never use it; it is kept so that they go out as they came.
+            # Official MATPAC++ checkpoints carry this layer and never use it; kept, so that they go out as they came.
             self.out.requires_grad_(False)
 
     pos_embed: Tensor
@@ -56,7 +56,7 @@ class Predictor(nn.Module):
 
         Row m is the prediction for token `ids_shuffle[:, V + m]`.
         """
-        b, n = ids_shuffle.shape
+        n = ids_shuffle.shape[1]
         v = visible.shape[1] - 1
         pos = shorten_positions(self.pos_embed, self.freq, n // self.freq)
         shuffled_pos = pos[0, 1:][ids_shuffle]  # (B, N, P)

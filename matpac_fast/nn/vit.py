@@ -1,4 +1,4 @@
-"""The vision transformer of MATPAC: pre-norm blocks with timm's parameter names, so official weights load as they are."""
+"""The vision transformer of MATPAC: pre-norm blocks under timm's parameter names, which official weights have."""
 
 from __future__ import annotations
 
