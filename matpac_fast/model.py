@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, ops, reference
 from .config import MatpacConfig
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .nn.ema import ema_update, linear_anneal
 from .nn.frontend import Frontend
 from .nn.heads import ClassificationHead
@@ -159,21 +159,27 @@ class Matpac(nn.Module):
         return MatpacOutput(loss, loss_pred, loss_cls, found)
 
     @torch.no_grad()
-    def update_teachers(self, step: int) -> None:
+    def update_teachers(self, step: int, skip: Tensor | None = None) -> None:
         """Move the teachers and the centre once, after `forward` of optimiser step `step` and before the optimiser.
 
-        The averages skip step 0, as official; the centre does not.
+        The averages skip step 0, as official; the centre does not. Where `skip`, a bool scalar on the model's device, is
+        true the step counts for nothing: teachers and centre stay as they are.
         """
         c = self.config
-        if step > 0:
-            ema_update(self.teacher, self.student, self.ema_decay(step))
-            head_decay = self.head_ema_decay(step)
-            if head_decay < 1:
-                ema_update(self.teacher_head, self.head, head_decay)
         mean = self._center_sum / self._center_count
-        self.center.mul_(c.center_momentum).add_(mean, alpha=1 - c.center_momentum)
         self._center_sum.zero_()
         self._center_count.zero_()
+        if skip is not None and skip.device.type == "cpu":  # reading it costs nothing there
+            if skip:
+                return
+            skip = None
+        if step > 0:
+            ema_update(self.teacher, self.student, self.ema_decay(step), skip)
+            head_decay = self.head_ema_decay(step)
+            if head_decay < 1:
+                ema_update(self.teacher_head, self.head, head_decay, skip)
+        center = c.center_momentum * self.center + (1 - c.center_momentum) * mean
+        self.center.copy_(center if skip is None else torch.where(skip, self.center, center))
 
     def teacher_temperature(self, step: int) -> float:
         c = self.config
@@ -248,6 +254,24 @@ class Matpac(nn.Module):
         sizes["predictor_heads"] = 16 if predictor_heads is None else predictor_heads
         model = cls(MatpacConfig(**{**sizes, **options}))
         checkpoint.load_into(model, ours, name)
+        return model
+
+    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
+        """Write weights, teachers and centre as safetensors, all of it or none; `extra` joins the metadata."""
+        checkpoint.save(path, self.state_dict(), {"kind": "model", "config": self.config.to_dict(), **extra})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Matpac:
+        """Read what `save` wrote, or the newest checkpoint of a run folder.
+
+        Raises:
+            CheckpointError: no such file, damaged, or not written by `save`.
+        """
+        state, metadata = checkpoint.load(checkpoint.find_weights(path))
+        if "config" not in metadata:
+            raise CheckpointError(f"{path}: no training checkpoint of this package; is it official? Use from_official")
+        model = cls(MatpacConfig.from_dict(metadata["config"]))
+        checkpoint.load_into(model, state, str(path))
         return model
 
     def official_state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def linear_anneal(start: float, end: float, step: int, total: int) -> float:
@@ -14,9 +14,16 @@ def linear_anneal(start: float, end: float, step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model, parameter by parameter, in the average's dtype."""
-    targets = list(average.parameters())
+def ema_update(average: nn.Module, model: nn.Module, decay: float, skip: Tensor | None = None) -> None:
+    """average <- decay * average + (1 - decay) * model, parameter by parameter, in the average's dtype.
+
+    `skip`, a bool scalar on the device, leaves the average as it is where it is true, without telling the host.
+    """
+    targets: list[Tensor] = list(average.parameters())
     sources = [p.detach().to(t.dtype) for p, t in zip(model.parameters(), targets, strict=True)]
-    torch._foreach_mul_(targets, decay)
-    torch._foreach_add_(targets, sources, alpha=1 - decay)
+    if skip is None:
+        torch._foreach_mul_(targets, decay)
+        torch._foreach_add_(targets, sources, alpha=1 - decay)
+    else:
+        torch._foreach_mul_(targets, torch.where(skip, 1.0, decay))
+        torch._foreach_add_(targets, torch._foreach_mul(sources, torch.where(skip, 0.0, 1 - decay)))
