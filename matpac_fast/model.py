@@ -162,8 +162,8 @@ class Matpac(nn.Module):
     def update_teachers(self, step: int, skip: Tensor | None = None) -> None:
         """Move the teachers and the centre once, after `forward` of optimiser step `step` and before the optimiser.
 
-        The averages skip step 0, as official; the centre does not. Where `skip`, a bool scalar on the model's device, is
-        true the step counts for nothing: teachers and centre stay as they are.
+        The averages skip step 0, as official; the centre does not. Where `skip`, a bool scalar on the model's device,
+        is true the step counts for nothing: teachers and centre stay as they are.
         """
         c = self.config
         mean = self._center_sum / self._center_count
