@@ -3,8 +3,22 @@
 from . import ops
 from .backend import use_backend
 from .config import MatpacConfig
-from .model import Matpac
+from .encoder import Embeddings, Encoder, list_encoders, load_encoder
+from .model import Matpac, MatpacOutput
+from .official import get_matpac
 
 __version__ = "0.1.0"
 
-__all__ = ["Matpac", "MatpacConfig", "__version__", "ops", "use_backend"]
+__all__ = [
+    "Embeddings",
+    "Encoder",
+    "Matpac",
+    "MatpacConfig",
+    "MatpacOutput",
+    "__version__",
+    "get_matpac",
+    "list_encoders",
+    "load_encoder",
+    "ops",
+    "use_backend",
+]

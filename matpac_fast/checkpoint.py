@@ -97,7 +97,7 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
             "depth": _count(state, r"student\.blocks\.(\d+)\."),
             "mlp_ratio": state["student.blocks.0.mlp.fc1.weight"].shape[0] // width,
         }
-        freq, time = _grid(state["frontend.pos_embed"])
+        freq, time = _grid(state["frontend.pos_embed"], patch_size)
         sizes |= {"n_mels": freq * patch_size, "n_frames": time * patch_size}
         if "predictor.embed.weight" in state:
             sizes |= {
@@ -119,14 +119,12 @@ def _count(state: Iterable[str], pattern: str) -> int:
     return max(found) + 1 if found else 0
 
 
-def _grid(pos: Tensor) -> tuple[int, int]:
-    """(frequency, time) patches of fixed positions: the time half of the channels repeats after one row."""
-    time_code = pos[0, 1:, : pos.shape[-1] // 2]
-    same = (time_code == time_code[0]).all(dim=1).nonzero().flatten()
-    time = int(same[1]) if len(same) > 1 else len(time_code)
-    if len(time_code) % time:
-        raise CheckpointError(f"positions of {len(time_code)} tokens repeat after {time}: not a grid of patches")
-    return len(time_code) // time, time
+def _grid(pos: Tensor, patch_size: int) -> tuple[int, int]:
+    """(frequency, time) patches of positions (1, 1 + N, D): official models have 80 mels."""
+    tokens, freq = pos.shape[1] - 1, 80 // patch_size
+    if freq < 1 or tokens % freq:
+        raise CheckpointError(f"{tokens} positions are no grid of patches of {patch_size} on 80 mels")
+    return freq, tokens // freq
 
 
 def heads_by_rule(width: int, given: int | None, per_head: int = 64) -> int:

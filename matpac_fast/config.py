@@ -140,7 +140,7 @@ class MatpacConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MatpacConfig:
-        """A published size: tiny (192 x 12), small (384 x 12), base (768 x 12, official); the rest in proportion."""
+        """One of three sizes: tiny (192 x 12), small (384 x 12), base (768 x 12, official); the rest in proportion."""
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

@@ -40,6 +40,7 @@ class Frontend(nn.Module):
     def split(self, spec: Tensor, ids_shuffle: Tensor, n_visible: int) -> tuple[Tensor, Tensor]:
         """(B, F, T) -> visible (B, 1 + V, D) for the student; masked (B, 1 + M, D), no gradient, for the teacher."""
         proj = self.patch_embed.proj
+        assert proj.bias is not None
         pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
         return ops.masked_patch_embed(spec, proj.weight, proj.bias, pos, self.cls_token, ids_shuffle, n_visible)
 

@@ -1,0 +1,185 @@
+"""get_matpac: the official inference package's function, signature, outputs and layouts, on our encoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint, ops
+from .encoder import Encoder, load_encoder
+from .errors import CheckpointError, ConfigError
+
+# Classes of the released probes whose clips have several labels (OpenMIC, FSD50K, the MTG-Jamendo sets), and of those
+# with one (GTZAN, UrbanSound8K, NSynth). 50 classes are ESC-50 (one label) or MTG top 50 and MagnaTagATune (several).
+_SEVERAL_LABELS = (20, 40, 56, 87, 200)
+_ONE_LABEL = (10, 11)
+
+
+class OfficialMatpac(nn.Module):
+    """`model(x)` -> (emb, layer_results), as the official `matpac_wrapper` gives them.
+
+    x is (S,), (B, S) or (B, 1, S) mono float at 16 kHz. With the time axis pulled, emb is (B, E) and layer_results
+    (B, L, E); else (B, T, E) and (B, L, T, E). E is 3840 with `concat_freq`, 768 without.
+    """
+
+    def __init__(self, encoder: Encoder, inference_type: str, pull_time_dimension: bool, concat_freq: bool):
+        super().__init__()
+        self.encoder = encoder
+        self.inference_type = inference_type
+        self.pull_time_dimension = pull_time_dimension
+        self.concat_freq = concat_freq
+        self.head_norm: nn.BatchNorm1d | None = None
+        self.head: nn.Linear | None = None
+        self.multi_label = True
+        self.class_names: Sequence[str] | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inference_type == "fast":
+            layers = self._fast(self._spec(x))
+        else:
+            layers = self._precise(self._spec(x), by_frame=self.head_norm is not None and not self.concat_freq)
+        emb = layers[:, -1]
+        if self.pull_time_dimension:
+            return emb.mean(1), layers.mean(2)
+        return emb, layers
+
+    def probe_forward(self, x: Tensor) -> tuple[Tensor, list[list[str]]]:
+        """Probabilities (B, classes), and the five most probable labels of each clip as "name (0.42)".
+
+        Clips that may have several labels get a sigmoid each; only tasks of one label get a softmax. (The official
+        package takes a softmax for all.) Without `class_names` a label is its index.
+        """
+        if self.head is None:
+            raise ConfigError("probe_forward: no classification head; give as_class_head or probe_checkpoint_paths")
+        emb = self._precise(self._spec(x), by_frame=self.head_norm is not None)[:, -1].mean(1)
+        logits = self.head(emb if self.head_norm is None else self.head_norm(emb))
+        probs = logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        values, index = probs.topk(min(5, probs.shape[-1]), dim=-1)
+        names = self.class_names or [str(i) for i in range(probs.shape[-1])]
+        rows = zip(index.tolist(), values.tolist(), strict=True)
+        return probs, [[f"{names[i]} ({v:.2f})" for i, v in zip(ix, vs, strict=True)] for ix, vs in rows]
+
+    def _spec(self, x: Tensor) -> Tensor:
+        """(S,), (B, S) or (B, 1, S) -> (B, F, T)."""
+        x = x.squeeze(1) if x.ndim == 3 and x.shape[1] == 1 else x
+        x = x[None] if x.ndim == 1 else x
+        short = self.encoder.log_mel_config.n_fft - x.shape[-1]
+        return ops.log_mel(F.pad(x, (0, short)) if short > 0 else x, self.encoder.log_mel_config)
+
+    def _precise(self, spec: Tensor, by_frame: bool) -> Tensor:
+        """Pieces of at most `n_frames`, the last one padded to whole patches only: (B, L, T, E)."""
+        spec = F.pad(spec, (0, -spec.shape[-1] % self.encoder.patch_size))
+        pieces = [self._arrange(piece, by_frame) for piece in spec.split(self.encoder.n_frames, dim=-1)]
+        return torch.cat(pieces, dim=2)
+
+    def _fast(self, spec: Tensor) -> Tensor:
+        """Everything padded to whole pieces, which go through as one batch; padding stays in, time is in order."""
+        spec = F.pad(spec, (0, -spec.shape[-1] % self.encoder.n_frames))
+        n = spec.shape[-1] // self.encoder.n_frames
+        body = spec.unflatten(-1, (n, self.encoder.n_frames)).transpose(1, 2).flatten(0, 1)  # (B * n, F, n_frames)
+        found = self._arrange(body, by_frame=False).unflatten(0, (len(spec), n))  # (B, n, L, T, E)
+        return found.transpose(1, 2).flatten(2, 3)
+
+    def _arrange(self, spec: Tensor, by_frame: bool) -> Tensor:
+        """One piece through every block: (B, L, T, freq * D); unconcatenated (B, L, freq * T, D), frequency-major; or,
+        `by_frame`, the mean over frequency (B, L, T, D), which the AudioSet head was trained on."""
+        found = []
+        for tokens in self.encoder.student.layers(self.encoder.frontend(spec)):
+            grid = tokens[:, 1:].unflatten(1, (self.encoder.freq, -1))  # (B, freq, T, D)
+            if self.concat_freq:
+                found.append(grid.transpose(1, 2).flatten(2))
+            else:
+                found.append(grid.mean(1) if by_frame else grid.flatten(1, 2))
+        return torch.stack(found, dim=1)
+
+
+def get_matpac(
+    checkpoint_path: str | os.PathLike[str],
+    inference_type: str = "precise",
+    pull_time_dimension: bool = True,
+    concat_freq: bool = True,
+    as_class_head: bool = False,
+    probe_checkpoint_paths: str | os.PathLike[str] | None = None,
+    *,
+    num_heads: int | None = None,
+    device: str | torch.device | None = None,
+    multi_label: bool | None = None,
+    class_names: Sequence[str] | None = None,
+) -> OfficialMatpac:
+    """The official package's `get_matpac`, for any encoder that `load_encoder` reads.
+
+    Args:
+        checkpoint_path: a released or trained checkpoint; size, grid and head are read from its content.
+        inference_type: "precise", the one that the paper's results use; or "fast", which pads every clip to whole
+            pieces and averages the padding in, as the official code does.
+        pull_time_dimension: average over time.
+        concat_freq: concatenate the patches of a column (3840 numbers) rather than give a sequence of patches (768).
+        as_class_head: attach the AudioSet head that the checkpoint holds, for `probe_forward`; like the official code
+            this sets the options it was trained with: precise, not concatenated, pooled.
+        probe_checkpoint_paths: a linear probe, one weight and one bias, for `probe_forward`; sets precise,
+            concatenated, pooled.
+        num_heads: attention heads, for sizes off the rule of 64 channels a head.
+        device: by default CUDA where there is one.
+        multi_label: whether the probe's clips may have several labels; read off the number of classes where that tells.
+        class_names: the classes' names, in the head's order.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, unsafe or lacks what was asked for.
+        ConfigError: an option that cannot be.
+    """
+    if inference_type not in ("precise", "fast"):
+        raise ConfigError(f"get_matpac: inference_type is {inference_type!r}; expected 'precise' or 'fast'")
+    encoder = load_encoder(checkpoint_path, device, num_heads)
+    if as_class_head or probe_checkpoint_paths is not None:
+        inference_type, pull_time_dimension, concat_freq = "precise", True, not as_class_head
+    model = OfficialMatpac(encoder, inference_type, pull_time_dimension, concat_freq)
+    if as_class_head:
+        _attach_audioset_head(model, checkpoint.load(checkpoint_path)[0], str(checkpoint_path))
+    elif probe_checkpoint_paths is not None:
+        _attach_probe(model, checkpoint.load(probe_checkpoint_paths)[0], str(probe_checkpoint_paths), multi_label)
+    if model.head is not None and class_names is not None:
+        if len(class_names) != model.head.out_features:
+            raise ConfigError(f"get_matpac: {len(class_names)} class names for {model.head.out_features} classes")
+        model.class_names = class_names
+    return model.to(encoder.device).eval().requires_grad_(False)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer
+
+
+def _attach_audioset_head(model: OfficialMatpac, state: dict[str, Tensor], source: str) -> None:
+    names = ("head.weight", "head.bias", "head_norm.running_mean", "head_norm.running_var")
+    if missing := [name for name in names if name not in state]:
+        raise CheckpointError(f"{source}: no AudioSet head: {', '.join(missing)} missing")
+    weight, bias, mean, var = (state[name] for name in names)
+    model.head = _linear(weight, bias)
+    model.head_norm = nn.BatchNorm1d(len(mean), affine=False)
+    model.head_norm.load_state_dict({"running_mean": mean, "running_var": var, "num_batches_tracked": torch.tensor(0)})
+
+
+def _attach_probe(model: OfficialMatpac, state: dict[str, Tensor], source: str, multi_label: bool | None) -> None:
+    weights = [t for t in state.values() if t.ndim == 2]
+    biases = [t for t in state.values() if t.ndim == 1]
+    if len(weights) != 1 or len(biases) != 1 or weights[0].shape[0] != len(biases[0]):
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in state.items())
+        raise CheckpointError(f"{source}: expected one linear layer's weight and bias, found {shapes}")
+    if weights[0].shape[1] != model.encoder.embedding_dim:
+        raise CheckpointError(
+            f"{source}: a probe of {weights[0].shape[1]} inputs, on an encoder of {model.encoder.embedding_dim}"
+        )
+    classes = len(biases[0])
+    if multi_label is None:
+        if classes not in _SEVERAL_LABELS + _ONE_LABEL:
+            raise ConfigError(
+                f"{source}: {classes} classes do not tell whether a clip has one label or several: give multi_label"
+            )
+        multi_label = classes in _SEVERAL_LABELS
+    model.head = _linear(weights[0], biases[0])
+    model.multi_label = multi_label

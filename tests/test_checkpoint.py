@@ -1,0 +1,139 @@
+"""Checkpoints: official names both ways bit for bit, safety, strictness, damage."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from matpac_fast import checkpoint
+from matpac_fast.errors import CheckpointError
+from matpac_fast.model import Matpac, MatpacConfig
+
+TINY = dict(n_frames=64, width=32, depth=2, num_heads=2, predictor_width=24, predictor_depth=1, predictor_heads=2)
+TINY |= dict(head_hidden=40, head_bottleneck=16, prototypes=24)
+
+
+@pytest.fixture(params=[0, 3])
+def model(request) -> Matpac:
+    return Matpac(MatpacConfig(mcl_heads=request.param, **TINY))
+
+
+def test_official_names_there_and_back_bit_for_bit(model):
+    official = model.official_state_dict()
+    assert set(official["_ema"]) == set(model.teacher.state_dict())
+    again = Matpac.from_official(official, num_heads=2, predictor_heads=2)
+    assert again.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_golden_names_are_all_there(golden):
+    weights = {name[2:]: value for name, value in golden("train_mcl").items() if name.startswith("w/")}
+    exported = Matpac.from_official(weights, num_heads=2, predictor_heads=4).official_state_dict()
+    flat = {}
+    for name, value in exported.items():
+        flat.update({f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
+    assert set(flat) == set(weights)
+    assert all(torch.equal(flat[name], weights[name]) for name in weights)
+
+
+def test_own_format_there_and_back(model, tmp_path):
+    model.center += 0.5
+    model.save(tmp_path / "m.safetensors", step=7)
+    again = Matpac.load(tmp_path / "m.safetensors")
+    assert again.config == model.config
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+    assert checkpoint.load(tmp_path / "m.safetensors")[1]["step"] == 7
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_a_fairseq_checkpoint_file_loads(model, tmp_path):
+    torch.save({"args": None, "cfg": {"lr": [1]}, "model": model.official_state_dict()}, tmp_path / "c.pt")
+    again = Matpac.from_official(tmp_path / "c.pt", num_heads=2, predictor_heads=2, max_steps=5)
+    assert again.config.max_steps == 5
+    assert torch.equal(again.teacher.norm.bias, model.teacher.norm.bias)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("boom",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"w": torch.zeros(1)}, "bomb": Bomb()}, "bomb.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="posix.mkdir, and loading it could run code, so it is refused"):
+        checkpoint.load("bomb.pt")
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "neither a safetensors file nor a torch checkpoint"),
+        (b"<html>not found</html>", "neither a safetensors file nor a torch checkpoint"),
+        (b"PK\x03\x04 and then rubbish", "damaged torch checkpoint"),
+        (b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}", "damaged safetensors file"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, content, message):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"weights\.pt: {message}"):
+        checkpoint.load(path)
+
+
+def test_a_truncated_file_is_named(model, tmp_path):
+    model.save(tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
+        checkpoint.load(tmp_path / "cut.safetensors")
+    with pytest.raises(CheckpointError, match="no such file"):
+        checkpoint.load(tmp_path / "none.safetensors")
+
+
+def test_what_does_not_fit_is_listed(model):
+    official = model.official_state_dict()
+    del official["student_encoder.norm.bias"]
+    official["student_encoder.norm.extra"] = torch.zeros(3)
+    official["decoder.decoder_norm.weight"] = torch.zeros(25)
+    with pytest.raises(CheckpointError) as caught:
+        Matpac.from_official(official, num_heads=2, predictor_heads=2)
+    message = str(caught.value)
+    assert "1 missing: student.norm.bias" in message
+    assert "1 unexpected: student.norm.extra" in message
+    assert "1 of another shape: predictor.norm.weight (25,) for (24,)" in message
+
+
+def test_heads_follow_the_official_rule_or_are_given():
+    assert checkpoint.heads_by_rule(768, None) == 12
+    assert checkpoint.heads_by_rule(96, 4) == 4
+    with pytest.raises(CheckpointError, match="a width of 96 does not divide into heads of 64 channels"):
+        checkpoint.heads_by_rule(96, None)
+
+
+def test_sizes_are_read_from_content(model):
+    ours = checkpoint.from_official_names(model.official_state_dict())
+    sizes = checkpoint.read_sizes(ours)
+    assert all(getattr(model.config, name) == value for name, value in sizes.items())
+    assert {"n_mels", "n_frames", "mcl_heads", "prototypes", "predictor_depth"} <= set(sizes)
+
+
+def test_a_failed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    model.save(tmp_path / "m.safetensors")
+    before = (tmp_path / "m.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save(tmp_path / "m.safetensors")
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+    assert (tmp_path / "m.safetensors").read_bytes() == before
