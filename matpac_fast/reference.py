@@ -58,8 +58,8 @@ def mel_to_hz(mel: Tensor) -> Tensor:
 def mel_bank(config: LogMelConfig) -> Tensor:
     """Triangular mel filters of unit area (Slaney), (n_mels, n_fft // 2 + 1) float64 on the CPU."""
     bins = torch.linspace(0, config.sample_rate // 2, config.n_fft // 2 + 1, dtype=torch.float64)  # Hz
-    ends = hz_to_mel(torch.tensor([config.f_min, config.f_max], dtype=torch.float64)).tolist()
-    edges = mel_to_hz(torch.linspace(*ends, config.n_mels + 2, dtype=torch.float64))  # Hz
+    low, high = hz_to_mel(torch.tensor([config.f_min, config.f_max], dtype=torch.float64))
+    edges = mel_to_hz(torch.linspace(low, high, config.n_mels + 2, dtype=torch.float64))  # Hz
     slopes = edges[:, None] - bins[None, :]  # (n_mels + 2, bins)
     width = edges.diff()[:, None]
     rising = -slopes[:-2] / width[:-1]
@@ -180,14 +180,21 @@ def splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def wrap_int64(x: int) -> int:
+    """The signed 64-bit integer that `x` is modulo 2 ** 64."""
+    return x if -(1 << 63) <= x < 1 << 63 else (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def mask_shuffle(seed: int, step: int, index: Tensor, n_tokens: int) -> Tensor:
     """Random permutations that are a pure function of (seed, step, index): (B,) int64 -> (B, n_tokens) int64.
 
     Token t of sample i gets the key splitmix64(hash(seed, step, i) + t) with its low bits replaced by t, so that no
-    two keys tie; the permutation is the ascending order of the keys as signed integers.
+    two keys tie; the permutation is the ascending order of the keys as signed integers. `seed` and `step` count
+    modulo 2 ** 64.
     """
     token = torch.arange(n_tokens, device=index.device)
-    stream = splitmix64(splitmix64(splitmix64(index.new_full((), seed)) ^ step) ^ index)  # (B,)
+    start = splitmix64(index.new_full((), wrap_int64(seed))) ^ wrap_int64(step)
+    stream = splitmix64(splitmix64(start) ^ index)  # (B,)
     noise = splitmix64(stream[:, None] + token)  # (B, n_tokens)
     bits = max(1, (n_tokens - 1).bit_length())
     return (((noise >> bits) << bits) | token).argsort(dim=1)

@@ -1,0 +1,90 @@
+"""Compile Triton kernels ahead of time, for a GPU that need not be here, and read what they cost.
+
+Every kernel module lists its launch configurations as `AOT: list[Launch]`; tests/test_compile_ahead.py compiles them
+for each supported architecture and bounds registers, shared memory and spills.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Shared memory that one block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch configuration of a Triton kernel: what its launcher would pass, without the tensors.
+
+    Attributes:
+        name: for the table, such as "masked_patch_embed_fwd float32".
+        kernel: the `@triton.jit` function.
+        signature: Triton type by name of every argument that is no constexpr, e.g. {"x": "*fp32", "n": "i32"}.
+        constexprs: value by name of every constexpr; a pointer that the launcher passes as None belongs here too.
+        num_warps, num_stages: as launched.
+        divisible: names of the integer arguments that are multiples of 16 in this launch. Pointers are always taken as
+            16-byte aligned, as torch allocates them.
+        max_registers: the most registers a thread may take; fewer leave room for more blocks on a multiprocessor.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = ()
+    max_registers: int = 255
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Read off one compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_ahead(launch: Launch, capability: int) -> Cost:
+    """Compile for compute capability `capability` (90 is sm_90) with Triton's own ptxas; no GPU or driver needed."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    names = launch.kernel.arg_names
+    signature = {name: "constexpr" if name in launch.constexprs else launch.signature[name] for name in names}
+    attrs = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(names)
+        if signature[name].startswith("*") or name in launch.divisible
+    }
+    compiled = triton_compile(
+        ASTSource(launch.kernel, signature, dict(launch.constexprs), attrs),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    used = _resource_usage(compiled.asm["cubin"])
+    return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """What the machine code takes, by the cuobjdump that Triton bundles: the very binary a GPU would run.
+
+    Running `ptxas -v` again would not do: Triton chooses among several ptxas and adds flags of its own.
+    """
+    import triton.backends
+
+    tool = Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", dump)}
