@@ -1,11 +1,42 @@
 // pybind11 and nothing else: integers in, pointers out, the GIL released in CPU functions.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <utility>
 
 #include "ops.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// A pointer as Python has it, from tensor.data_ptr().
+using Address = std::uintptr_t;
+
+template <typename T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Positional arguments in the order of LogMelArgs.
+matpac::LogMelArgs log_mel_args(Address wave, int wave_dtype, int64_t batch, int64_t stride, int64_t hop,
+                                int64_t frames, Address out, int out_dtype, Address window, Address bands,
+                                Address weights, int n_mels, double log_offset, double mean, double std) {
+  return {pointer(wave), matpac::DType(wave_dtype), batch, stride, hop, frames, pointer(out),
+          matpac::DType(out_dtype), pointer(window), pointer<std::int32_t>(bands), pointer(weights), n_mels,
+          log_offset, mean, std};
+}
+
+// Positional arguments in the order of PrototypeLossArgs.
+matpac::PrototypeLossArgs prototype_loss_args(Address student, Address teacher, Address center, int dtype, int64_t rows,
+                                              int64_t k, double student_temp, double teacher_temp, Address loss,
+                                              Address stats, Address delta, int delta_dtype, Address column_sum) {
+  return {pointer(student), pointer(teacher), pointer(center), matpac::DType(dtype), rows, k, student_temp,
+          teacher_temp, pointer(loss), pointer(stats), pointer(delta), matpac::DType(delta_dtype),
+          pointer<double>(column_sum)};
+}
+
+}  // namespace
 
 #ifndef MATPAC_FAST_WITH_CUDA
 int matpac::cuda_driver_version() { return 0; }
@@ -21,4 +52,16 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cuda_versions", [] { return std::make_pair(matpac::cuda_driver_version(), matpac::cuda_runtime_version()); },
         "(driver, runtime) as 1000 * major + 10 * minor, 0 where there is none");
+  m.def("cpu_isa", &matpac::cpu_isa, "The instruction set of the CPU kernels: portable, avx2 or avx512.");
+  m.def("set_cpu_isa", &matpac::set_cpu_isa, py::arg("name"), "Use a lower instruction set; for tests and benchmarks.");
+
+  py::class_<matpac::LogMelArgs>(m, "LogMelArgs").def(py::init(&log_mel_args));
+  m.def("log_mel_cpu", &matpac::log_mel_cpu, py::arg("args"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+
+  py::class_<matpac::PrototypeLossArgs>(m, "PrototypeLossArgs").def(py::init(&prototype_loss_args));
+  m.def("prototype_loss_forward_cpu", &matpac::prototype_loss_forward_cpu, py::arg("args"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("prototype_loss_delta_cpu", &matpac::prototype_loss_delta_cpu, py::arg("args"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 }

@@ -5,12 +5,57 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace matpac {
+
+enum class DType : int { float32 = 0, float64 = 1, int16 = 2, bfloat16 = 3, int64 = 4, float16 = 5 };
+
+// The instruction set of the CPU kernels: portable, avx2 or avx512, chosen at load. Setting it is for tests and
+// benchmarks: it throws for one that this CPU lacks.
+std::string cpu_isa();
+void set_cpu_isa(const std::string& name);
 
 // CUDA versions as 1000 * major + 10 * minor: what the driver supports (0 without a driver) and what the static
 // runtime in this binary is. Both 0 in a build without CUDA.
 int cuda_driver_version();
 int cuda_runtime_version();
+
+// Normalised log-mel of windows of 400 samples: out[b, m, t] = (ln(mel + log_offset) - mean) / std.
+struct LogMelArgs {
+  const void* wave;      // (batch, *) float32, float64 or int16 (32768 counts as 1.0), clips `stride` apart
+  DType wave_dtype;
+  int64_t batch, stride;
+  int64_t hop, frames;
+  void* out;             // (batch, n_mels, frames) contiguous; float64 for a float64 wave, else float32 (CUDA: or bfloat16)
+  DType out_dtype;
+  const void* window;    // (400,) in the type of the arithmetic: float64 for a float64 wave, else float32
+  const int32_t* bands;  // (n_mels, 2): the first bin of a mel and how many
+  const void* weights;   // the bands' weights, one after the other, in the type of the arithmetic
+  int n_mels;
+  double log_offset, mean, std;
+};
+void log_mel_cpu(const LogMelArgs& args, int threads);
+
+// prototype_loss once the matrix products are done, for some rows of logits. q = softmax(student / student_temp) and
+// p = softmax((teacher - center) / teacher_temp).
+//   forward: loss = -sum(p log q) and the statistics, `delta` = q - p where it is not null, and p is added to
+//            `column_sum` where that is not null
+//   delta:   `delta` = q - p from the statistics
+struct PrototypeLossArgs {
+  const void* student;  // (rows, k) contiguous logits of `dtype`, as is all the rest but `column_sum` and `delta`
+  const void* teacher;  // (rows, k)
+  const void* center;   // (k,)
+  DType dtype;          // float32 or float64
+  int64_t rows, k;
+  double student_temp, teacher_temp;
+  void* loss;           // (rows,)
+  void* stats;          // (rows, 4): maximum of the student's logits, 1 / sum of exponentials, the teacher's two
+  void* delta;          // (rows, k) of `delta_dtype`; may be `student` itself where the dtype is the same
+  DType delta_dtype;    // `dtype`; CUDA: also bfloat16 or float16
+  double* column_sum;   // (k,)
+};
+void prototype_loss_forward_cpu(const PrototypeLossArgs& args, int threads);
+void prototype_loss_delta_cpu(const PrototypeLossArgs& args, int threads);
 
 }  // namespace matpac

@@ -3,3 +3,50 @@
 CUDA_ARCHS: str
 
 def cuda_versions() -> tuple[int, int]: ...
+def cpu_isa() -> str: ...
+def set_cpu_isa(name: str) -> None: ...
+
+class LogMelArgs:
+    def __init__(
+        self,
+        wave: int,
+        wave_dtype: int,
+        batch: int,
+        stride: int,
+        hop: int,
+        frames: int,
+        out: int,
+        out_dtype: int,
+        window: int,
+        bands: int,
+        weights: int,
+        n_mels: int,
+        log_offset: float,
+        mean: float,
+        std: float,
+        /,
+    ) -> None: ...
+
+def log_mel_cpu(args: LogMelArgs, threads: int) -> None: ...
+
+class PrototypeLossArgs:
+    def __init__(
+        self,
+        student: int,
+        teacher: int,
+        center: int,
+        dtype: int,
+        rows: int,
+        k: int,
+        student_temp: float,
+        teacher_temp: float,
+        loss: int,
+        stats: int,
+        delta: int,
+        delta_dtype: int,
+        column_sum: int,
+        /,
+    ) -> None: ...
+
+def prototype_loss_forward_cpu(args: PrototypeLossArgs, threads: int) -> None: ...
+def prototype_loss_delta_cpu(args: PrototypeLossArgs, threads: int) -> None: ...

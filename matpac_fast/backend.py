@@ -23,7 +23,7 @@ BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
 # op -> device type -> launchers in order of preference.
 LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "log_mel": {"cpu": (), "cuda": ()},
+    "log_mel": {"cpu": ("cpp",), "cuda": ()},
     "mask_shuffle": {"cpu": (), "cuda": ()},
     "masked_patch_embed": {"cpu": (), "cuda": ()},
     "prototype_loss": {"cpu": (), "cuda": ()},
@@ -32,9 +32,17 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
 _forced = "auto"
 
 
-@functools.cache
+_reasons: dict[str, str | None] = {}
+
+
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run on this machine, in one line, or None where it can."""
+    if backend not in _reasons:
+        _reasons[backend] = _find_reason(backend)
+    return _reasons[backend]
+
+
+def _find_reason(backend: str) -> str | None:
     if backend in ("auto", "reference"):
         return None
     if backend == "cpp":
@@ -44,6 +52,11 @@ def unavailable(backend: str) -> str | None:
     if backend == "triton":
         return _triton_missing()
     raise BackendError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+
+
+# torch.compile takes the answer as a constant; it could not trace the imports. The same as the decorator
+# torch.compiler.assume_constant_result, which would import all of Dynamo.
+_find_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _native_missing() -> str | None:

@@ -5,7 +5,6 @@ Any float dtype, any device, differentiable. Nothing here is tuned, and nothing 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -54,7 +53,6 @@ def mel_to_hz(mel: Tensor) -> Tensor:
     return torch.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * torch.exp((mel - 15.0) * math.log(6.4) / 27.0))
 
 
-@functools.lru_cache(maxsize=16)
 def mel_bank(config: LogMelConfig) -> Tensor:
     """Triangular mel filters of unit area (Slaney), (n_mels, n_fft // 2 + 1) float64 on the CPU."""
     bins = torch.linspace(0, config.sample_rate // 2, config.n_fft // 2 + 1, dtype=torch.float64)  # Hz
@@ -68,8 +66,7 @@ def mel_bank(config: LogMelConfig) -> Tensor:
     return triangles * (2.0 / (edges[2:] - edges[:-2]))[:, None]
 
 
-@functools.lru_cache(maxsize=16)
-def _window_and_bank(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def window_and_bank(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     window = torch.hann_window(config.win_length, periodic=True, dtype=torch.float64)
     left = (config.n_fft - config.win_length) // 2
     window = F.pad(window, (left, config.n_fft - config.win_length - left))
@@ -80,7 +77,7 @@ def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig()) -> Tensor:
     """(B, S) wave -> (B, n_mels, T) normalised log-mel. int16 counts 32768 as 1.0 and computes in float32."""
     if wave.dtype == torch.int16:
         wave = wave.to(torch.float32) / 32768.0
-    window, bank = _window_and_bank(config, wave.dtype, wave.device)
+    window, bank = window_and_bank(config, wave.dtype, wave.device)
     frames = wave.unfold(-1, config.n_fft, config.hop) * window  # (B, T, n_fft)
     spectrum = torch.fft.rfft(frames)  # (B, T, bins)
     power = spectrum.real.square() + spectrum.imag.square()

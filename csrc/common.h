@@ -1,0 +1,103 @@
+// What every op needs: the dtype switch, parallel_for on the CPU, the error check and the device guard on the GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "ops.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#define MATPAC_HD __host__ __device__ __forceinline__
+#else
+#define MATPAC_HD inline __attribute__((always_inline))
+#endif
+
+namespace matpac {
+
+// Calls fn(T{}) with the C++ type of `dtype`, which must be among Ts: dispatch<float, double>(dtype, fn).
+template <typename T>
+struct dtype_of;
+template <>
+struct dtype_of<float> {
+  static constexpr DType value = DType::float32;
+};
+template <>
+struct dtype_of<double> {
+  static constexpr DType value = DType::float64;
+};
+template <>
+struct dtype_of<int16_t> {
+  static constexpr DType value = DType::int16;
+};
+template <>
+struct dtype_of<int64_t> {
+  static constexpr DType value = DType::int64;
+};
+#ifdef __CUDACC__
+template <>
+struct dtype_of<__nv_bfloat16> {
+  static constexpr DType value = DType::bfloat16;
+};
+#endif
+
+template <typename... Ts, typename Fn>
+void dispatch(DType dtype, const char* what, Fn&& fn) {
+  const bool found = ((dtype_of<Ts>::value == dtype && (fn(Ts{}), true)) || ...);
+  if (!found) throw std::invalid_argument(std::string(what) + ": no kernel for dtype " + std::to_string(int(dtype)));
+}
+
+// Runs fn(begin, end) over [0, n) in at most `threads` contiguous parts of at least `grain` items, the last one on
+// the calling thread. fn must not throw. Threads are started for the call: a pool would not survive a fork, and
+// starting one costs about 20 us, so `grain` should be worth at least that.
+template <typename Fn>
+void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, grain)));
+  std::vector<std::thread> workers;
+  workers.reserve(size_t(parts - 1));
+  int64_t begin = 0;
+  for (int64_t part = 1; part < parts; ++part) {
+    const int64_t end = n * part / parts;
+    try {
+      workers.emplace_back([&fn, begin, end] { fn(begin, end); });
+    } catch (const std::system_error&) {
+      break;  // no more threads to be had: the calling thread does the rest
+    }
+    begin = end;
+  }
+  if (begin < n) fn(begin, n);
+  for (std::thread& worker : workers) worker.join();
+}
+
+#ifdef __CUDACC__
+inline void cuda_check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Makes `device` current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) cuda_check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) (void)cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+#endif
+
+}  // namespace matpac
