@@ -1,0 +1,165 @@
+"""TrainConfig: how a model is trained; what it is stands in MatpacConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..config import MatpacConfig
+from ..errors import ConfigError
+from .sampler import Short
+from .schedule import OFFICIAL_STEPS, OFFICIAL_TEACHER_TEMP_WARMUP, OFFICIAL_WARMUP, share_of_run
+
+Precision = Literal["auto", "float32", "bf16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser, the batches and the bookkeeping of one run; the defaults are the official recipe on one device.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: crops an optimiser step (official: 2048, as 8 GPUs x 256).
+        grad_accumulation: pieces that a batch is computed in, one after the other: less memory, the same step. Teachers
+            and centre move once a step.
+        lr: peak learning rate.
+        warmup: steps from 0 to the peak; None takes the official share of the run, 1/15.
+        stretch_decays: stretch the decays of averages and MCL temperature to the run (see `fit_to_run`); False keeps
+            the official decays a step, by which a teacher hardly moves in a short run.
+        weight_decay, betas, eps: AdamW's; the decay falls on every parameter, biases and tokens too, as official.
+        clip_norm: largest norm of the whole gradient.
+        precision: "float32", "bf16" (autocast; weights, losses and averages stay float32), or "auto": bf16 where the
+            device computes in it natively.
+        seed: names the initial weights, the order of the clips, the crops and the masks.
+        crop_frames: frames of a crop; of several lengths each step draws one. None takes the model's `n_frames`.
+        pad_short: clips shorter than a crop are left out ("drop", as official), repeated up to its length ("repeat"),
+            or followed by silence ("zeros").
+        log_every: steps between two lines of the log; statistics are computed for these only.
+        save_every: steps between two checkpoints.
+        keep_last: checkpoints that stay on disk.
+        max_bad_steps: stop after this many steps in a row whose loss or gradient was not finite.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    steps: int = OFFICIAL_STEPS
+    batch_size: int = 256
+    grad_accumulation: int = 1
+    lr: float = 3e-4
+    warmup: int | None = None
+    stretch_decays: bool = True
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+    clip_norm: float = 3.0
+    precision: Precision = "auto"
+    seed: int = 0
+    crop_frames: tuple[int, ...] | None = None
+    pad_short: Short = "drop"
+    log_every: int = 20
+    save_every: int = 500
+    keep_last: int = 3
+    max_bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "grad_accumulation",
+            "log_every",
+            "save_every",
+            "keep_last",
+            "max_bad_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.batch_size % self.grad_accumulation:
+            raise ConfigError(
+                f"batch_size is {self.batch_size}, which grad_accumulation, {self.grad_accumulation}, does not divide"
+            )
+        for name in ("lr", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay is {self.weight_decay}; expected 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas is {self.betas}; expected two numbers from 0 to below 1")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise ConfigError(f"warmup is {self.warmup}; expected 0 to {self.steps}, the steps of the run")
+        if self.crop_frames is not None and not self.crop_frames:
+            raise ConfigError("crop_frames is empty; expected one length or more")
+        for name, allowed in (
+            ("precision", ("auto", "float32", "bf16")),
+            ("pad_short", ("drop", "repeat", "zeros")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {', '.join(map(repr, allowed))}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
+
+    @property
+    def warmup_steps(self) -> int:
+        return share_of_run(OFFICIAL_WARMUP, self.steps) if self.warmup is None else self.warmup
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`; an unknown field raises ConfigError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ConfigError(f"unknown fields in the training configuration: {', '.join(unknown)}")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
+
+
+def fit_to_run(model: MatpacConfig, train: TrainConfig) -> MatpacConfig:
+    """The model's schedules, stretched to the run: each keeps the share of the run that it has officially.
+
+    Teacher temperature: 1/30 of the run. Averages: annealed over all of it, the encoder's time constant 1 / (1 - decay)
+    from 1/15 to 1/3 of it, or a short run would end with the teacher it began with; the head's starts as official, at
+    500 steps, but never longer than the encoder's. MCL's temperature falls as far as it does officially.
+    A run of the official length gets the official numbers.
+    """
+    stretch = OFFICIAL_STEPS / train.steps if train.stretch_decays else 1.0
+    ema_start = _faster(model.ema_start, stretch)
+    return model.replace(
+        max_steps=train.steps,
+        teacher_temp_warmup=share_of_run(OFFICIAL_TEACHER_TEMP_WARMUP, train.steps),
+        ema_start=ema_start,
+        ema_end=_faster(model.ema_end, stretch),
+        head_ema_start=min(model.head_ema_start, ema_start),
+        mcl_temp_decay=model.mcl_temp_decay**stretch,
+        seed=train.seed,
+    )
+
+
+def _faster(decay: float, stretch: float) -> float:
+    """The decay whose time constant is `stretch` times shorter."""
+    return decay if stretch == 1 else max(0.0, 1 - (1 - decay) * stretch)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["float32", "bf16"]:
+    """What "auto" means on `device`: bf16 where its arithmetic units have it, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bf16" if cpu_has_bf16() else "float32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 (AMX or AVX-512 BF16); where it does not, bf16 is emulated and slow."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

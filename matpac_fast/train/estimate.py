@@ -1,0 +1,68 @@
+"""What a run will cost, before it is begun."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import torch
+
+from .. import ops
+from ..config import MatpacConfig
+from ..model import Matpac
+from ..reference import LogMelConfig
+from .config import TrainConfig, resolve_precision
+from .feed import Clips
+from .flops import step_flops
+from .sampler import Sampler
+from .step import make_optimizer, train_step
+
+# Crops that the speed is measured on; more would only take longer on a CPU.
+_SAMPLE = {"cpu": 4, "cuda": 256}
+
+
+def estimate(clips: Clips, model_config: MatpacConfig, config: TrainConfig, device: torch.device) -> str:
+    """Size, work, memory and time of a run, as text. Two steps on noise are timed on a model that is thrown away."""
+    precision = resolve_precision(config.precision, device)
+    frames = config.crop_frames or (model_config.n_frames,)
+    sampler = Sampler(
+        clips.frames, [LogMelConfig().n_samples(n) for n in frames], config.batch_size, config.seed, config.pad_short
+    )
+    flops = sum(step_flops(model_config, n) for n in frames) / len(frames) * config.batch_size
+    model = Matpac(model_config).to(device).train()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    crops_per_s = _speed(model, config, precision, device)
+    seconds = config.steps * config.batch_size / crops_per_s
+    rows = {
+        "trained parameters": f"{trained / 1e6:.1f} M",
+        "teachers' parameters": f"{averaged / 1e6:.1f} M",
+        "weights, gradients, Adam": f"{4 * (4 * trained + averaged) / 2**20:.0f} MiB, activations not counted",
+        "work": f"{flops / config.batch_size / 1e9:.1f} GFLOP a crop, {flops / 1e12:.2f} TFLOP a step",
+        "clips": f"{len(sampler)}, {sampler.n_dropped} shorter than a crop are left out",
+        "steps": f"{config.steps}, {len(sampler) / config.batch_size:.1f} an epoch",
+        "epochs": f"{sampler.epoch(config.steps):.1f}",
+        "speed": f"about {crops_per_s:.1f} crops/s in {precision} on {device} (two steps timed)",
+        "time": f"about {timedelta(seconds=round(seconds))}",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _speed(model: Matpac, config: TrainConfig, precision: str, device: torch.device) -> float:
+    """Crops a second of a training step, from one step after a first one that warms up."""
+    rows = min(config.batch_size, _SAMPLE.get(device.type, 4))
+    n_frames = max(config.crop_frames or (model.config.n_frames,))
+    wave = torch.randint(-(2**15), 2**15, (rows, LogMelConfig().n_samples(n_frames)), dtype=torch.int16).to(device)
+    optimizer = make_optimizer(model, config)
+    seconds = 0.0
+    for step in range(2):
+        start = time.perf_counter()
+        spec = ops.log_mel(wave, LogMelConfig(n_mels=model.config.n_mels))
+        n_tokens = model.config.freq * (n_frames // model.config.patch_size)
+        ids_shuffle = ops.mask_shuffle(config.seed, step, torch.arange(rows, device=device), n_tokens)
+        train_step(model, optimizer, [(spec, ids_shuffle)], step, config.lr, config.clip_norm, precision)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    return rows / seconds

@@ -1,0 +1,93 @@
+"""What a run tells: one JSON object a line on disk, and a reporter for whoever watches."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files import write_text
+
+Record = dict[str, Any]
+
+
+class Reporter:
+    """Hears what a run does; the base class ignores it all. The command line's draws a progress bar."""
+
+    def step(self, step: int) -> None:
+        """`step` steps are done; called after every one, so it must be cheap."""
+
+    def record(self, record: Record) -> None:
+        """A line of the log: a measurement (it has "loss") or an event (it has "event")."""
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    import numpy
+    import torch
+
+    from .. import __version__
+
+    return {
+        "matpac_fast": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def read_log(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a log; a last line that a killed process left unfinished is not one."""
+    records = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Log:
+    """Appends records to a JSONL file, each on disk before the next step is logged.
+
+    Args:
+        path: the file.
+        keep_until: of what is there, keep the records up to this step: what a killed run did after its last checkpoint
+            is done again, and would stand there twice.
+    """
+
+    def __init__(self, path: Path, keep_until: int):
+        kept = [record for record in read_log(path) if record.get("step", 0) <= keep_until]
+        write_text(path, "".join(_line(record) for record in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def write(self, record: Record) -> None:
+        try:
+            self._file.write(_line(record))
+            self._file.flush()
+        except OSError as error:
+            text = f"{self._file.name}: cannot be written: {error.strerror}; the last checkpoint is intact"
+            raise CheckpointError(text) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(_plain(record), allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

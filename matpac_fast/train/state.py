@@ -1,0 +1,200 @@
+"""The run folder: checkpoints that are whole or not there, and the newest of them to go on from.
+
+config.json         what the run is
+log.jsonl           what it did
+latest              name of the newest checkpoint, one line
+checkpoints/step-00001000/{model.safetensors, optimizer.safetensors, state.json}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..config import MatpacConfig
+from ..errors import CheckpointError, ConfigError
+from ..files import sync_folder, write_text
+from ..model import Matpac
+from .config import TrainConfig
+from .feed import Clips
+
+_PART = ".part"
+
+# What may differ between the halves of a resumed run without changing its result.
+FREE = frozenset({"train.log_every", "train.save_every", "train.keep_last", "train.max_bad_steps"})
+
+
+def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The configuration of a run folder, or None where there is no run."""
+    path = Path(run) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+class RunFolder:
+    """One run on disk. Makes the folder; a folder with anything but a run in it raises ConfigError."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.json").exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty and holds no run; give a new folder")
+        self._checkpoints = self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process from training into the same folder; the lock goes with the process, however it ends."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path}: another process is training into this run") from None
+            yield
+
+    def latest(self) -> Path | None:
+        """Folder of the newest checkpoint, or None where there is none yet."""
+        try:
+            name = (self.path / "latest").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+        return self._checkpoints / name
+
+    def save(self, model: Matpac, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], keep_last: int) -> Path:
+        """Write the checkpoint of `state["step"]`; `latest` moves to it once all of it is on the disk.
+
+        Raises:
+            CheckpointError: the disk is full or failing; the checkpoint before is untouched.
+        """
+        name = f"step-{state['step']:08d}"
+        done = self._checkpoints / name
+        part = self._checkpoints / (name + _PART)
+        config = model.config.to_dict()
+        try:
+            self._checkpoints.mkdir(exist_ok=True)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            metadata = {"kind": "matpac", "config": config, "step": state["step"]}
+            checkpoint.save(part / "model.safetensors", model.state_dict(), metadata)
+            checkpoint.save(part / "optimizer.safetensors", optimizer_tensors(model, optimizer), {"kind": "optimizer"})
+            write_text(part / "state.json", json.dumps(state, indent=2) + "\n")
+            if done.exists():  # left by a run that was killed before it moved `latest` here
+                shutil.rmtree(done)
+            os.rename(part, done)
+            sync_folder(self._checkpoints)
+            write_text(self.path / "latest", name + "\n")
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            before = self.latest()
+            intact = f"; {before.name} is intact" if before else ""
+            raise CheckpointError(f"{done}: cannot be saved: {error.strerror or error}{intact}") from error
+        self._prune(keep_last)
+        return done
+
+    def load(self, model: Matpac, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Put the newest checkpoint into model and optimizer and return its state; None where there is none yet."""
+        folder = self.latest()
+        if folder is None:
+            return None
+        tensors, _ = checkpoint.load(folder / "model.safetensors")
+        checkpoint.load_into(model, tensors, str(folder))
+        moments, _ = checkpoint.load(folder / "optimizer.safetensors")
+        load_optimizer_tensors(model, optimizer, moments, str(folder))
+        try:
+            return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{folder / 'state.json'}: cannot be read: {error}") from None
+
+    def _prune(self, keep_last: int) -> None:
+        """Remove all but the newest checkpoints, and what killed processes left half-written."""
+        latest = self.latest()
+        folders = sorted(p for p in self._checkpoints.iterdir() if p.name.startswith("step-"))
+        whole = [p for p in folders if not p.name.endswith(_PART) and p != latest]
+        kept = whole[len(whole) - (keep_last - 1) :] if keep_last > 1 else []
+        for folder in folders:
+            if folder != latest and folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe(
+    model: MatpacConfig, train: TrainConfig, corpus: Clips, init: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """What makes a run the run it is, as config.json holds it."""
+    return {
+        "model": model.to_dict(),
+        "train": train.to_dict(),
+        "corpus": {"fingerprint": corpus.fingerprint, "clips": len(corpus.frames)},
+        "init": None if init is None else os.fspath(init),
+    }
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str = "") -> list[str]:
+    """One phrase for each value that two configurations do not share; what changes no result may differ."""
+    found = []
+    for key in sorted(stored.keys() | asked.keys()):
+        old, new = stored.get(key), asked.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{path}{key}.")
+        elif old != new and f"{path}{key}" not in FREE:
+            found.append(f"{path}{key} is {old!r} there and {new!r} here")
+    return found
+
+
+def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
+    """Start `model` from the weights in a run folder, a file of ours or an official training checkpoint.
+
+    The crops may be of another length than those the weights were trained on: positions are fixed, and the model's own.
+    """
+    path = checkpoint.find_weights(source)
+    state, _ = checkpoint.load(path)
+    if checkpoint.is_official(state):
+        state = checkpoint.from_official_names(state)
+    own = model.state_dict()
+    state |= {name: own[name] for name in ("frontend.pos_embed", "predictor.pos_embed")}
+    checkpoint.load_into(model, state, str(path))
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by parameter name: "<parameter>/exp_avg" and so on."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], source: str
+) -> None:
+    """Inverse of `optimizer_tensors`; names that do not fit raise CheckpointError."""
+    parameters = dict(model.named_parameters())
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or id(parameter) not in trained or tensor.shape not in ((), parameter.shape):
+            raise CheckpointError(f"{source}: the optimiser's {full!r} {tuple(tensor.shape)} fits no trained parameter")
+        optimizer.state[parameter][key] = tensor.to(parameter.device)
+    expected = len(trained) if tensors else 0
+    if len(optimizer.state) != expected:
+        raise CheckpointError(f"{source}: the optimiser has state for {len(optimizer.state)} of {expected} parameters")

@@ -1,0 +1,78 @@
+"""A corpus in memory and a model so small that a step takes milliseconds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from matpac_fast.config import MatpacConfig
+from matpac_fast.train.config import TrainConfig
+
+
+class MemoryCorpus:
+    """Noise of given lengths behind the interface that training uses."""
+
+    sample_rate = 16_000
+
+    def __init__(self, lengths, seed=0):
+        rng = np.random.default_rng(seed)
+        self.clips = [rng.integers(-8000, 8000, n).astype(np.int16) for n in lengths]
+        self.frames = np.array(lengths, np.int64)
+        self.fingerprint = f"noise-{seed}-{len(self.clips)}"
+        self.reads = []
+
+    def name(self, clip):
+        return f"clip-{clip}.wav"
+
+    def gather(self, indices, starts, n, out=None):
+        out = np.empty((len(indices), n), np.int16) if out is None else out
+        for row, (i, start) in enumerate(zip(indices, starts, strict=True)):
+            assert 0 <= start <= self.frames[i] - n, "a crop reaches beyond its clip"
+            out[row] = self.clips[i][start : start + n]
+        self.reads.append(list(indices))
+        return out
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On tensors as small as these, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def corpus():
+    return MemoryCorpus([6_000 + 137 * i for i in range(11)])
+
+
+@pytest.fixture
+def memory_corpus():
+    return MemoryCorpus
+
+
+@pytest.fixture
+def model_config():
+    return MatpacConfig(
+        n_frames=32,
+        width=16,
+        depth=1,
+        num_heads=2,
+        predictor_width=12,
+        predictor_depth=1,
+        predictor_heads=2,
+        head_hidden=16,
+        head_bottleneck=8,
+        prototypes=12,
+        max_steps=100,
+        teacher_temp_warmup=4,
+        ema_start=0.9,
+        ema_end=0.99,
+    )
+
+
+@pytest.fixture
+def train_config():
+    return TrainConfig(steps=12, batch_size=4, lr=1e-3, log_every=2, save_every=4, precision="float32")

@@ -1,0 +1,345 @@
+"""Whole runs: resume to the bit, bad batches, what a folder holds, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from matpac_fast import checkpoint
+from matpac_fast.errors import CheckpointError, ConfigError
+from matpac_fast.model import Matpac
+from matpac_fast.train import loop, state
+from matpac_fast.train.logs import Reporter, read_log
+from matpac_fast.train.loop import pretrain
+from matpac_fast.train.state import RunFolder
+from matpac_fast.train.watch import TrainingError, collapse
+
+
+class Recorder(Reporter):
+    def __init__(self):
+        self.steps, self.records = [], []
+
+    def step(self, step):
+        self.steps.append(step)
+
+    def record(self, record):
+        self.records.append(record)
+
+
+def after(steps):
+    """A `stop` that says so once it was asked `steps` times."""
+    asked = iter(range(1, 1_000))
+    return lambda: next(asked) >= steps
+
+
+def newest(folder):
+    """Every tensor of the newest checkpoint, by file and name."""
+    latest = folder / "checkpoints" / (folder / "latest").read_text().strip()
+    return {
+        f"{file}/{name}": tensor
+        for file in ("model", "optimizer")
+        for name, tensor in load_file(latest / f"{file}.safetensors").items()
+    }
+
+
+def curve(folder):
+    """The log without its clock."""
+    clock = {"crops_per_s", "data_wait", "versions"}
+    records = [r for r in read_log(folder / "log.jsonl") if "loss" in r]
+    return [{key: value for key, value in r.items() if key not in clock} for r in records]
+
+
+def assert_same_run(a, b):
+    one, other = newest(a), newest(b)
+    assert one.keys() == other.keys()
+    assert len(one) > 60
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    assert curve(a) == curve(b)
+
+
+@pytest.mark.parametrize("interrupted", [(6,), (1, 2, 5)])
+def test_resume_is_exact_to_the_bit(tmp_path, corpus, model_config, train_config, interrupted):
+    assert pretrain(corpus, tmp_path / "whole", model_config, train_config).finished
+    for steps in interrupted:
+        result = pretrain(corpus, tmp_path / "parts", model_config, train_config, stop=after(steps))
+        assert not result.finished
+    assert result.step == sum(interrupted)
+    assert pretrain(corpus, tmp_path / "parts", model_config, train_config) == loop.Result(tmp_path / "parts", 12, True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    events = [r["event"] for r in read_log(tmp_path / "parts" / "log.jsonl") if "event" in r]
+    assert events == ["start", *["stopped", "resume"] * len(interrupted), "finished"]
+
+
+def test_resume_is_exact_with_mcl_short_clips_several_crops_and_accumulation(
+    tmp_path, memory_corpus, model_config, train_config
+):
+    corpus = memory_corpus([700, 2_000, 9_000, 12_000, 5_360])
+    model = model_config.replace(mcl_heads=3)
+    config = dataclasses.replace(train_config, pad_short="repeat", crop_frames=(16, 32), grad_accumulation=2)
+    pretrain(corpus, tmp_path / "whole", model, config)
+    pretrain(corpus, tmp_path / "parts", model, config, stop=after(5))
+    pretrain(corpus, tmp_path / "parts", model, config)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_was_done_after_the_last_checkpoint_is_done_again(tmp_path, corpus, model_config, train_config):
+    """As after SIGKILL: the log goes further than the checkpoint, and its last line is torn."""
+    pretrain(corpus, tmp_path / "whole", model_config, train_config)
+    pretrain(corpus, tmp_path / "killed", model_config, train_config, stop=after(8))
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-00000008")
+    (tmp_path / "killed" / "latest").write_text("step-00000004\n")
+    with open(tmp_path / "killed" / "log.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')
+    pretrain(corpus, tmp_path / "killed", model_config, train_config)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_seed_and_data_matter(tmp_path, corpus, memory_corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "a", model_config, train_config)
+    pretrain(corpus, tmp_path / "b", model_config, dataclasses.replace(train_config, seed=1))
+    pretrain(memory_corpus(corpus.frames, seed=1), tmp_path / "c", model_config, train_config)
+    losses = [[r["loss"] for r in curve(tmp_path / name)] for name in "abc"]
+    assert losses[0] != losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_the_folder_holds_what_it_promises(tmp_path, corpus, model_config, train_config):
+    config = dataclasses.replace(train_config, keep_last=2)
+    recorder = Recorder()
+    pretrain(corpus, tmp_path / "run", model_config, config, reporter=recorder)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    newest_folder = tmp_path / "run" / "checkpoints" / "step-00000012"
+    assert sorted(p.name for p in newest_folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert checkpoint.find_weights(tmp_path / "run") == newest_folder / "model.safetensors"
+    weights, metadata = checkpoint.load(newest_folder / "model.safetensors")
+    assert metadata["config"] == model_config.to_dict()
+    assert metadata["step"] == 12
+    Matpac(model_config).load_state_dict(weights)
+
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["train"]["steps"] == 12
+    assert stored["corpus"] == {"fingerprint": "noise-0-11", "clips": 11}
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert records[0]["event"] == "start"
+    assert records[0]["config"] == stored
+    assert records[0]["versions"]["torch"] == torch.__version__
+    assert [r["step"] for r in records if "loss" in r] == [2, 4, 6, 8, 10, 12]
+    for record in records[1:-1]:
+        assert record.keys() >= {
+            "loss",
+            "loss_pred",
+            "loss_cls",
+            "grad_norm",
+            "lr",
+            "crops_per_s",
+            "data_wait",
+            "epoch",
+        }
+        assert record["loss"] == pytest.approx(0.5 * record["loss_pred"] + 0.5 * record["loss_cls"], rel=1e-5)
+        assert 0 <= record["data_wait"] <= 1
+        assert record["teacher_perplexity"] > 1
+    assert recorder.steps == list(range(1, 13))
+    assert recorder.records == records
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "run", model_config, train_config)
+    before = newest(tmp_path / "run")
+    recorder = Recorder()
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config, reporter=recorder).finished
+    assert recorder.steps == []
+    assert all(torch.equal(tensor, newest(tmp_path / "run")[name]) for name, tensor in before.items())
+
+
+def test_another_config_is_refused_with_what_differs(tmp_path, corpus, memory_corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(2))
+    other = dataclasses.replace(train_config, lr=0.5, save_every=3, log_every=1)
+    with pytest.raises(ConfigError) as caught:
+        pretrain(corpus, tmp_path / "run", model_config.replace(depth=2), other)
+    message = str(caught.value)
+    assert "model.depth is 1 there and 2 here" in message
+    assert "train.lr is 0.001 there and 0.5 here" in message
+    assert "save_every" not in message
+    with pytest.raises(ConfigError, match=r"corpus\.fingerprint is 'noise-0-11' there and 'noise-4-11' here"):
+        pretrain(memory_corpus(corpus.frames, seed=4), tmp_path / "run", model_config, train_config)
+    # Bookkeeping may change.
+    assert pretrain(corpus, tmp_path / "run", model_config, dataclasses.replace(train_config, save_every=3)).finished
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, corpus, model_config, train_config):
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        pretrain(corpus, tmp_path, model_config, train_config)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_nothing_is_left_where_no_clip_is_long_enough(tmp_path, memory_corpus, model_config, train_config):
+    with pytest.raises(ConfigError, match="the longest of 2 has 40"):
+        pretrain(memory_corpus([30, 40]), tmp_path / "run", model_config, train_config)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path, corpus, model_config, train_config):
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(ConfigError, match="another process is training"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+
+
+class Poisoned:
+    """Turns the log-mel of some steps into NaN, as damaged audio would."""
+
+    def __init__(self, monkeypatch, steps):
+        honest, calls = loop.ops.log_mel, iter(range(1_000))
+
+        def log_mel(wave, config):
+            spec = honest(wave, config)
+            return spec * float("nan") if next(calls) in steps else spec
+
+        monkeypatch.setattr(loop.ops, "log_mel", log_mel)
+
+
+def test_bad_batches_are_skipped_and_their_clips_logged(tmp_path, corpus, model_config, train_config, monkeypatch):
+    Poisoned(monkeypatch, {3, 7})
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+    skipped = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "skipped"]
+    assert [r["step"] for r in skipped] == [4, 8]
+    assert [len(r["clips"]) for r in skipped] == [4, 4]
+    assert skipped[0]["clips"] == [f"clip-{i}.wav" for i in corpus.reads[3]]
+    tensors = newest(tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert tensors["optimizer/student.norm.weight/step"] == 10
+    assert [r["step"] for r in curve(tmp_path / "run") if r["loss"] == "nan"] == [4, 8]
+
+
+def test_a_run_of_bad_batches_ends_the_run(tmp_path, corpus, model_config, train_config, monkeypatch):
+    Poisoned(monkeypatch, set(range(5, 1_000)))
+    config = dataclasses.replace(train_config, max_bad_steps=3)
+    with pytest.raises(TrainingError, match="stopped at step 8: loss or gradient not finite for 3 steps in a row"):
+        pretrain(corpus, tmp_path / "run", model_config, config)
+    assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"
+    assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run").values())
+
+
+def test_bad_batches_apart_do_not_end_the_run(tmp_path, corpus, model_config, train_config, monkeypatch):
+    Poisoned(monkeypatch, {1, 2, 4, 5, 7, 8})
+    assert pretrain(corpus, tmp_path / "run", model_config, dataclasses.replace(train_config, max_bad_steps=3)).finished
+
+
+@pytest.mark.parametrize("where", ["model", "optimizer", "latest"])
+def test_a_full_disk_leaves_the_last_checkpoint_intact(
+    tmp_path, corpus, model_config, train_config, monkeypatch, where
+):
+    pretrain(corpus, tmp_path / "whole", model_config, train_config)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    honest_save, honest_text = checkpoint.save, state.write_text
+
+    def save(path, *args):
+        (full if path.parent.name == "step-00000008.part" and path.stem == where else honest_save)(path, *args)
+
+    def write_text(path, text):
+        (full if path.name == where and "08" in text else honest_text)(path, text)
+
+    says = "step-00000008: cannot be saved: No space left on device; step-00000004 is intact"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        patch.setattr(state, "write_text", write_text)
+        with pytest.raises(CheckpointError, match=says):
+            pretrain(corpus, tmp_path / "run", model_config, train_config)
+    assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
+    pretrain(corpus, tmp_path / "run", model_config, train_config)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_what_a_killed_save_left_behind_is_cleared(tmp_path, corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(5))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000007.part").mkdir()
+    shutil.copytree(checkpoints / "step-00000005", checkpoints / "step-00000008")  # renamed, but `latest` never moved
+    (checkpoints / "step-00000008" / "model.safetensors").write_bytes(b"torn")
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000005", "step-00000008", "step-00000012"]
+    load_file(checkpoints / "step-00000008" / "model.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["state.json", "model.safetensors", "optimizer.safetensors", "names"])
+def test_a_damaged_checkpoint_is_named(tmp_path, corpus, model_config, train_config, damage):
+    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(5))
+    newest_folder = tmp_path / "run" / "checkpoints" / "step-00000005"
+    if damage == "names":
+        moments = load_file(newest_folder / "optimizer.safetensors")
+        save_file(
+            {k: v for k, v in moments.items() if "student.norm" not in k}, newest_folder / "optimizer.safetensors"
+        )
+    else:
+        (newest_folder / damage).write_bytes((newest_folder / damage).read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="step-00000005"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+
+
+def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "a", model_config, train_config)
+    longer = model_config.replace(n_frames=48)  # another crop length than the weights were trained on
+    config = dataclasses.replace(train_config, pad_short="zeros")
+    pretrain(corpus, tmp_path / "b", longer, config, init=tmp_path / "a", stop=after(1))
+    old, new = newest(tmp_path / "a"), newest(tmp_path / "b")
+    # The first step has a rate of 0: what it started from is still there.
+    assert torch.equal(old["model/student.norm.weight"], new["model/student.norm.weight"])
+    assert not torch.equal(old["model/student.norm.weight"], torch.ones(16))
+    assert new["model/frontend.pos_embed"].shape[1] == 1 + 5 * 3
+
+    official = Matpac(model_config)
+    torch.save({"model": official.official_state_dict()}, tmp_path / "official.pt")
+    pretrain(corpus, tmp_path / "c", model_config, train_config, init=tmp_path / "official.pt", stop=after(1))
+    assert torch.equal(newest(tmp_path / "c")["model/head.mlp.0.weight"], official.head.mlp[0].weight)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        pretrain(corpus, tmp_path / "d", model_config.replace(depth=2), train_config, init=tmp_path / "a")
+
+
+def test_out_of_memory_says_what_fits(tmp_path, corpus, model_config, train_config, monkeypatch):
+    honest = Matpac.forward
+
+    def small_memory(self, spec, *args, **kwargs):
+        if len(spec) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return honest(self, spec, *args, **kwargs)
+
+    monkeypatch.setattr(Matpac, "forward", small_memory)
+    says = (
+        r"4 crops at a time do not fit into the memory of cpu, but 1 do: --grad-accumulation 4 computes the same step"
+    )
+    with pytest.raises(TrainingError, match=says):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+    config = dataclasses.replace(train_config, grad_accumulation=4)
+    assert pretrain(corpus, tmp_path / "fits", model_config, config).finished
+
+
+def test_collapse_is_seen():
+    assert collapse({"spread_target": 1 / 16, "teacher_perplexity": 100.0}, 256) is None
+    assert "latents" in str(collapse({"spread_target": 0.04 / 16, "teacher_perplexity": 100.0}, 256))
+    assert "prototypes" in str(collapse({"spread_target": 1 / 16, "teacher_perplexity": 1.1}, 256))
+
+
+def test_loss_falls_on_tones(tmp_path, memory_corpus, model_config, train_config):
+    """Learning, not only running: clips of steady tones are predictable from the patches around."""
+    corpus = memory_corpus([8_000] * 16)
+    time = np.arange(8_000) / 16_000
+    corpus.clips = [(8_000 * np.sin(2 * np.pi * 150 * 1.25**i * time)).astype(np.int16) for i in range(16)]
+    config = dataclasses.replace(train_config, steps=40, batch_size=8, lr=5e-3, log_every=5, save_every=40)
+    pretrain(corpus, tmp_path / "run", model_config, config)
+    losses = [r["loss_pred"] for r in curve(tmp_path / "run")]
+    assert losses[-1] < 0.5 * losses[0]

@@ -1,0 +1,109 @@
+"""The learning rate and the stretched schedules against the official numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from matpac_fast.config import MatpacConfig
+from matpac_fast.errors import ConfigError
+from matpac_fast.train.config import TrainConfig, fit_to_run, resolve_precision
+from matpac_fast.train.flops import step_flops
+from matpac_fast.train.schedule import learning_rate
+
+
+def test_learning_rate_is_fairseqs_cosine():
+    def rate(step):
+        return learning_rate(step, 3e-4, 19_654, 294_816)
+
+    assert rate(0) == 0.0
+    assert rate(9_827) == pytest.approx(1.5e-4)
+    assert rate(19_654) == 3e-4
+    assert rate(19_654 + (294_816 - 19_654) // 2) == pytest.approx(1.5e-4)
+    quarter = 19_654 + (294_816 - 19_654) / 4
+    assert rate(quarter) == pytest.approx(3e-4 * (1 + math.cos(math.pi / 4)) / 2)
+    assert 0 < rate(294_815) < 1e-13
+    assert rate(294_816) == rate(400_000) == 0.0
+
+
+def test_learning_rate_without_warmup_starts_at_the_peak():
+    assert learning_rate(0, 1.0, 0, 10) == 1.0
+    assert learning_rate(10, 1.0, 10, 10) == 1.0  # nothing is left for the cosine
+
+
+def test_a_run_of_the_official_length_is_the_official_one():
+    train = TrainConfig()
+    assert train.warmup_steps == 19_654
+    assert (train.lr, train.weight_decay, train.betas, train.eps, train.clip_norm) == (
+        3e-4,
+        0.05,
+        (0.9, 0.95),
+        1e-6,
+        3.0,
+    )
+    assert fit_to_run(MatpacConfig(mcl_heads=5), train) == MatpacConfig(mcl_heads=5)
+
+
+@pytest.mark.parametrize("steps", [1, 30, 2_000, 100_000])
+def test_a_shorter_run_keeps_the_shares_of_the_official_one(steps):
+    official, short = MatpacConfig(mcl_heads=5), fit_to_run(MatpacConfig(mcl_heads=5), TrainConfig(steps=steps, seed=9))
+    assert short.max_steps == steps
+    assert short.seed == 9
+    assert TrainConfig(steps=steps).warmup_steps == max(1, round(steps / 15))
+    assert short.teacher_temp_warmup == max(1, round(steps / 30))
+    assert 0 <= short.ema_start <= short.ema_end < 1
+    assert short.head_ema_start <= min(short.ema_start, official.head_ema_start)
+    assert short.head_ema_end == 1.0
+    if steps >= 2_000:  # time constants, as shares of the run
+        assert 1 / (1 - short.ema_start) / steps == pytest.approx(20_000 / 294_816)
+        assert 1 / (1 - short.ema_end) / steps == pytest.approx(100_000 / 294_816)
+    assert short.mcl_temp_decay**steps == pytest.approx(official.mcl_temp_decay**294_816)
+
+
+def test_official_decays_can_be_kept():
+    kept = fit_to_run(MatpacConfig(), TrainConfig(steps=2_000, stretch_decays=False))
+    assert (kept.ema_start, kept.ema_end, kept.head_ema_start) == (0.99995, 0.99999, 0.998)
+    assert kept.max_steps == 2_000
+
+
+def test_flops_are_the_counted_ones():
+    assert step_flops(MatpacConfig()) / 1e9 == pytest.approx(91.8, abs=0.05)
+    assert step_flops(MatpacConfig(), 304) < 0.5 * step_flops(MatpacConfig())
+    more = step_flops(MatpacConfig(mcl_heads=5)) - step_flops(MatpacConfig())
+    assert more == 3 * 4 * 133 * 2 * 512 * 768
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"batch_size": 6, "grad_accumulation": 4}, "grad_accumulation, 4, does not divide"),
+        ({"lr": float("nan")}, "lr is nan; expected a positive"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas is"),
+        ({"steps": 10, "warmup": 11}, "warmup is 11; expected 0 to 10"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"pad_short": "no"}, "pad_short is 'no'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"crop_frames": ()}, "crop_frames is empty"),
+    ],
+)
+def test_a_config_that_cannot_be_says_what_was_expected(change, says):
+    with pytest.raises(ConfigError, match=says):
+        TrainConfig(**change)
+
+
+def test_config_survives_json():
+    config = TrainConfig(steps=5, betas=(0.8, 0.9), crop_frames=(32, 64))
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="unknown fields in the training configuration: colour"):
+        TrainConfig.from_dict({"colour": "red"})
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert resolve_precision("bf16", cpu) == "bf16"
+    assert resolve_precision("float32", cpu) == "float32"
