@@ -1,0 +1,308 @@
+"""Audio files in, float32 mono out: soundfile decodes, soxr HQ resamples, and what came out wrong is an AudioError."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import AudioError
+from . import mpeg
+
+QUALITY = "HQ"  # of soxr; another one changes embeddings
+MAX_PEAK = 32.0  # +30 dBFS; float files beyond it hold garbage, or integers that were never scaled to [-1, 1]
+BLOCK_SECONDS = 10.0
+_RATES = (1_000, 1_000_000)  # Hz; a header that says less or more is damaged
+
+_PLAIN = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph"}
+_CODED = {".flac", ".ogg", ".oga", ".opus", ".mp3"}
+AUDIO_SUFFIXES = frozenset(_PLAIN | _CODED)
+# Audio that libsndfile has no decoder for. It is found all the same, so that whoever has a folder of it learns why.
+NO_DECODER = frozenset([".m4a", ".aac", ".wma", ".amr", ".ape", ".wv", ".ac3", ".mka"])
+
+# libsndfile mends the sizes of a truncated file in silence, but keeps a log of it.
+_SIZE = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_SIZE_SLACK = 64  # bytes; many writers count a header or a padding byte too many
+_SIZE_UNKNOWN = 0x7FFF0000  # recorders that write to a pipe state sizes from here up, for want of the real one
+_CUT_OGG = ("Junk after the last page", "ended unexpectedly without an End-Of-Stream")
+_FRAMES_UNKNOWN = 2**62  # a FLAC that was written to a pipe
+
+
+class AudioFile:
+    """An audio file, opened to be read once from beginning to end.
+
+    Attributes:
+        path: as given.
+        sample_rate, channels: of the file.
+        frames: samples a channel read so far, at the rate of the file.
+
+    Raises:
+        AudioError: no audio that can be read; the message is one line, "path: reason".
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.frames = 0
+        self._check()
+        soundfile, forward = _soundfile()
+        try:
+            self._file = forward(os.fsencode(self.path))
+        except soundfile.LibsndfileError as error:
+            raise self._error(self._unreadable(error.error_string)) from None
+        self.sample_rate: int = self._file.samplerate
+        self.channels: int = self._file.channels
+        if not _RATES[0] <= self.sample_rate <= _RATES[1]:
+            self._file.close()
+            raise self._error(f"damaged: a sample rate of {self.sample_rate} Hz")
+
+    def __enter__(self) -> AudioFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def blocks(self, sample_rate: int = 16_000, block_seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
+        """The mono mix, resampled, as float32 blocks of about `block_seconds`; see `read_blocks`."""
+        produced = 0
+        for block in self._resampled(sample_rate, block_seconds):
+            produced += len(block)
+            if len(block):
+                yield block
+        if produced == 0:
+            raise self._error(f"empty: {self.frames} samples at {self.sample_rate} Hz are none at {sample_rate} Hz")
+
+    def _resampled(self, sample_rate: int, block_seconds: float) -> Iterator[np.ndarray]:
+        if self.sample_rate == sample_rate:
+            yield from self._mono(block_seconds)
+            return
+        stream = _soxr().ResampleStream(self.sample_rate, sample_rate, 1, dtype="float32", quality=QUALITY)
+        for block in self._mono(block_seconds):
+            yield stream.resample_chunk(block)
+        yield stream.resample_chunk(np.empty(0, np.float32), last=True)
+
+    def _mono(self, block_seconds: float) -> Iterator[np.ndarray]:
+        """Mono blocks at the rate of the file, checked; the checks of the whole come after the last block."""
+        soundfile, _ = _soundfile()
+        n = max(1, round(block_seconds * self.sample_rate))
+        promised = self._file.frames
+        # To the end that the header states and no further: tags may follow, which a decoder takes for damage. Of Ogg
+        # one frame more, for only then does libsndfile note in its log that the end is missing.
+        more = 1 if self._file.format == "OGG" else 0
+        while left := promised - self.frames:
+            try:
+                wanted = n if left > n else left + more
+                block = self._file.read(wanted, dtype="float32", always_2d=True)  # (frames, channels)
+            except soundfile.LibsndfileError as error:
+                raise self._error(f"damaged: libsndfile says {_plain(error.error_string)}") from None
+            if not len(block):
+                break
+            self.frames += len(block)
+            yield self._mix(block)
+        self._check_length(promised)
+
+    def _mix(self, block: np.ndarray) -> np.ndarray:
+        mono = block[:, 0].copy()  # (frames,)
+        for channel in range(1, self.channels):
+            mono += block[:, channel]
+        if self.channels > 1:
+            mono /= self.channels
+        peak = max(mono.max(), -mono.min())
+        if not np.isfinite(peak):
+            raise self._error("not finite: NaN or infinite samples")
+        if peak > MAX_PEAK:
+            raise self._error(f"out of range: a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}")
+        return mono
+
+    def _check(self) -> None:
+        """What can be said before libsndfile is asked, whose own messages about it are vague."""
+        try:
+            found = os.stat(self.path)
+            if stat.S_ISDIR(found.st_mode):
+                raise self._error("a folder, not an audio file")
+            if not stat.S_ISREG(found.st_mode):
+                raise self._error("not a regular file")
+            with open(self.path, "rb"):
+                pass
+        except OSError as error:
+            raise self._error(f"cannot be opened: {error.strerror}") from None
+        if found.st_size == 0:
+            raise self._error("empty: a file of 0 bytes")
+
+    def _check_length(self, promised: int) -> None:
+        log = self._file.extra_info
+        if self.frames == 0 and promised in (0, _FRAMES_UNKNOWN):
+            raise self._error("empty: a header and no samples")
+        for declared, actual in _SIZE.findall(log):
+            if int(actual) + _SIZE_SLACK < int(declared) < _SIZE_UNKNOWN:
+                raise self._error(f"truncated: its header says {declared} bytes, the file holds {actual}")
+        if all(line in log for line in _CUT_OGG):
+            raise self._error(f"truncated: it ends inside an Ogg page, after {self.frames / self.sample_rate:.2f} s")
+        mp3 = self._file.format == "MP3"
+        if mp3 and (walked := mpeg.walk(self.path)) is not None:
+            self._check_walk(walked)  # the frames promised are only an estimate
+        elif promised < _FRAMES_UNKNOWN and promised - self.frames > (mpeg.FRAME if mp3 else 0):
+            # Some writers of MP3 count one MPEG frame too many.
+            raise self._error(f"truncated or damaged: its header says {promised} frames, {self.frames} were read")
+
+    def _check_walk(self, walked: mpeg.Walk) -> None:
+        if walked.cut:
+            raise self._error(f"truncated: it ends inside an MPEG frame, after {self.frames / self.sample_rate:.2f} s")
+        # A decoder may leave out the first frame or two, which lean on ones that are not there.
+        if walked.samples - self.frames > 2 * mpeg.FRAME:
+            raise self._error(
+                f"an MP3 of variable bit rate without a Xing header: libsndfile reads {self.frames} frames of "
+                f"{walked.samples}; write it anew, e.g. ffmpeg -i OLD.mp3 -c copy NEW.mp3"
+            )
+
+    def _unreadable(self, said: str) -> str:
+        if self.path.suffix.lower() in NO_DECODER:
+            return f"no decoder for {self.path.suffix.lower()} files: convert it, e.g. ffmpeg -i FILE FILE.flac"
+        # For a file that is too short to be an MP3, libsndfile says that it is not there.
+        return "unreadable: no audio" if "not exist" in said else f"unreadable: libsndfile says {_plain(said)}"
+
+    def _error(self, reason: str) -> AudioError:
+        return AudioError(f"{self.path}: {reason}")
+
+
+def read_blocks(
+    path: str | os.PathLike[str], sample_rate: int = 16_000, block_seconds: float = BLOCK_SECONDS
+) -> Iterator[np.ndarray]:
+    """Decode a file block by block, in memory that does not grow with its length.
+
+    Channels are averaged; the rate is changed by a streaming soxr HQ, so that the blocks joined together are
+    `read_audio` to the bit, whatever their length.
+
+    Args:
+        path: a file that libsndfile can decode, whatever its name.
+        sample_rate: wanted, in Hz.
+        block_seconds: of audio decoded at a time.
+
+    Yields:
+        (n,) float32, full scale 1, about `block_seconds` long, none empty.
+
+    Raises:
+        AudioError: with a one-line reason, while iterating; that a file is cut off or damaged may be known only after
+            its last block.
+
+    Caught are: what libsndfile cannot read or finds damaged; fewer frames than the header says; sizes in the header of
+    WAV, AIFF, AU, W64, RF64 or CAF that exceed the file by over 64 bytes; Ogg that ends inside a page; MP3 that ends
+    over one MPEG frame early, or inside a frame where no header states the length; MP3 of variable bit rate without
+    that header, which libsndfile cuts short; samples that are not finite or beyond 32 times full scale; no samples.
+
+    Not caught, because the file does not show it: garbage in the middle of uncompressed samples; Ogg that was cut off
+    between two pages, which is how live recordings end; MP3 without a stated length cut off between two frames; WAV
+    whose header was written to a pipe or states 2 GiB or more, cut off; a CAF that lacks its last few bytes. Of several
+    Ogg or MP3 streams in one file, libsndfile reads the first.
+    """
+    with AudioFile(path) as file:
+        yield from file.blocks(sample_rate, block_seconds)
+
+
+def read_audio(path: str | os.PathLike[str], sample_rate: int = 16_000) -> np.ndarray:
+    """Decode a whole file: float32 mono (S,), full scale 1, at `sample_rate` Hz. Raises as `read_blocks` does."""
+    return np.concatenate(list(read_blocks(path, sample_rate)))
+
+
+def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """A mono wave (S,) in float32 at another rate, by soxr HQ; equal to what `read_audio` does to a file."""
+    return _soxr().resample(wave.astype(np.float32, copy=False), from_rate, to_rate, quality=QUALITY)
+
+
+def find_audio(
+    folder: str | os.PathLike[str], on_error: Callable[[Path, OSError], None] = lambda path, error: None
+) -> list[Path]:
+    """The audio files in `folder` and below, sorted, by suffix in any case.
+
+    Links are followed, each folder is visited once, by its real place where it has one below `folder`.
+
+    Args:
+        folder: where to look.
+        on_error: told of each folder below that cannot be read; the search goes on.
+
+    Raises:
+        AudioError: `folder` itself is none, or cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AudioError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    links: list[str] = []  # to folders; visited last
+    waiting = [os.fspath(folder)]
+    while waiting or links:
+        here = waiting.pop() if waiting else links.pop(0)
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(here) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if here == os.fspath(folder):
+                raise AudioError(f"{folder}: cannot be read: {error.strerror}") from None
+            on_error(Path(here), error)
+            continue
+        for entry in listed:
+            if _is_folder(entry):
+                (links if entry.is_symlink() else waiting).append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES | NO_DECODER:
+                found.append(entry.path)
+    return [Path(path) for path in sorted(found)]
+
+
+def decoder_versions() -> dict[str, str]:
+    """What decoded and resampled: embeddings depend on it, so it is written beside them."""
+    soundfile, _ = _soundfile()
+    return {
+        "soundfile": soundfile.__version__,
+        "libsndfile": soundfile.__libsndfile_version__,
+        "soxr": _soxr().__version__,
+        "quality": f"soxr {QUALITY}",
+    }
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link into itself: listed as a file, it is rejected with its reason
+        return False
+
+
+def _plain(said: str) -> str:
+    """libsndfile's words without the file name, the class of the message and the full stop."""
+    return said.strip().removeprefix("Error : ").rstrip(".")
+
+
+@functools.cache
+def _soundfile() -> tuple[Any, Any]:
+    """The soundfile module, and a SoundFile that only ever reads forward.
+
+    soundfile seeks after every read, which is slow, skips over holes in damaged Ogg files, and is impossible in some
+    formats. It does not where a file says that it cannot be sought in.
+    """
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        raise AudioError(f"reading audio needs soundfile and libsndfile ({error}): pip install soundfile") from error
+
+    class Forward(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            return False
+
+    return soundfile, Forward
+
+
+@functools.cache
+def _soxr() -> Any:
+    try:
+        import soxr
+    except ImportError as error:
+        raise AudioError(f"changing the sample rate needs soxr ({error}): pip install soxr") from error
+    return soxr
