@@ -1,0 +1,53 @@
+"""Progress for long commands: a bar with rate and time left on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+_EVERY_SECONDS = 5.0  # between plain lines
+
+
+@contextlib.contextmanager
+def progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function to be called with (done, total), as often as one likes and from any thread."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        yield _Lines(title, unit)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+
+        yield update
+
+
+class _Lines:
+    """Plain lines for logs and pipes."""
+
+    def __init__(self, title: str, unit: str):
+        self._title, self._unit = title, unit
+        self._began = self._last = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done  # what an earlier run had done tells nothing about the rate
+        if now - self._last < _EVERY_SECONDS:
+            return
+        self._last = now
+        rate = (done - self._first) / (now - self._began)
+        left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
+        print(f"{self._title} {done}/{total} {self._unit}, {rate:.1f}/s{left}", flush=True)

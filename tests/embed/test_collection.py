@@ -1,0 +1,199 @@
+"""Embedding a collection: right rows, resumable, atomic, failures named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from matpac_fast import cli
+from matpac_fast.embed import extract
+from matpac_fast.embed.extract import embed_collection
+from matpac_fast.encoder import Encoder
+from matpac_fast.errors import AudioError, ConfigError
+
+RATE = 16_000
+SMALL = dict(n_frames=64, width=32, depth=2, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory) -> Path:
+    import torch
+
+    encoder = Encoder(**SMALL)
+    generator = torch.Generator().manual_seed(0)
+    for p in encoder.parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    path = tmp_path_factory.mktemp("encoder") / "small.safetensors"
+    encoder.save(path)
+    return path
+
+
+@pytest.fixture
+def encoder(encoder_file) -> Encoder:
+    from matpac_fast import load_encoder
+
+    return load_encoder(encoder_file, "cpu")
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory) -> Path:
+    """Five good files of different lengths, rates and depths in the tree, and three that cannot be used."""
+    folder = tmp_path_factory.mktemp("audio")
+    random = np.random.default_rng(0)
+    for i, (seconds, rate, channels) in enumerate(
+        [(2.3, RATE, 1), (0.01, RATE, 1), (1.0, 44_100, 2), (3.1, 8_000, 1), (2.3, RATE, 1)]
+    ):
+        path = folder / ("sub" if i % 2 else ".") / f"good {i}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, random.normal(0, 0.1, (round(seconds * rate), channels)), rate)
+    (folder / "empty.wav").touch()
+    (folder / "page.mp3").write_text("<html>not found</html>")
+    soundfile.write(folder / "nan.wav", np.full(800, np.nan), RATE, subtype="FLOAT")
+    return folder
+
+
+def rows(out: Path) -> list[dict]:
+    return [row for shard in sorted(out.glob("shard-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+@pytest.mark.parametrize(("pool", "layers"), [("mean", "last"), ("none", "last"), ("mean", "all")])
+def test_rows_are_what_the_encoder_gives(collection, encoder, tmp_path, pool, layers):
+    from matpac_fast.audio.decode import read_audio
+
+    report = embed_collection(collection, tmp_path, encoder, 1.0, pool=pool, layers=layers, files_per_shard=3)
+    got = rows(tmp_path)
+    assert (report.files, report.failed, report.rows) == (8, 3, len(got))
+    for name in {row["path"] for row in got}:
+        mine = [row for row in got if row["path"] == name]
+        want = encoder.embed(read_audio(collection / name), RATE, 1.0, pool=pool, layers=layers)
+        np.testing.assert_allclose([r["embedding"] for r in mine], want.values.numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose([[r["start"], r["end"]] for r in mine], np.stack([want.start, want.end], 1))
+        assert {(r["temporal_support"], r["encoder"]) for r in mine} == {(1.0, encoder.id)}
+    errors = {row["path"]: row["reason"] for row in pq.read_table(tmp_path / "errors.parquet").to_pylist()}
+    assert set(errors) == {"empty.wav", "page.mp3", "nan.wav"}
+    assert "0 bytes" in errors["empty.wav"]
+    assert "not finite" in errors["nan.wav"]
+    column = pq.read_schema(tmp_path / "shard-00000.parquet").field("embedding").type
+    assert column.list_size == (2 if layers == "all" else 160)
+
+
+def test_the_metadata_says_how_they_were_made(collection, encoder, tmp_path):
+    embed_collection(collection, tmp_path, encoder)
+    shard = json.loads(pq.read_schema(tmp_path / "shard-00000.parquet").metadata[b"matpac_fast"])
+    assert shard["settings"] == json.loads((tmp_path / "settings.json").read_text())
+    assert shard["settings"]["encoder"] == encoder.id
+    assert {"soundfile", "libsndfile", "soxr", "quality"} <= set(shard["settings"]["decoder"])
+
+
+def snapshot(out: Path) -> dict[str, tuple[bytes, int]]:
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(out.glob("shard-*"))}
+
+
+def test_again_changes_nothing_and_new_files_open_new_shards(collection, encoder, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(collection, source)
+    embed_collection(source, out, encoder, files_per_shard=3)
+    before = snapshot(out)
+    report = embed_collection(source, out, encoder, files_per_shard=3)
+    assert (report.files_before, report.rows, report.failed) == (8, 0, 3)
+    assert snapshot(out) == before
+    shutil.copy(source / "good 0.wav", source / "A new one.wav")
+    report = embed_collection(source, out, encoder, files_per_shard=3)
+    assert report.rows == 1
+    assert {name: value for name, value in snapshot(out).items() if name in before} == before
+
+
+def test_a_lost_shard_is_made_again_alike(collection, encoder, tmp_path):
+    embed_collection(collection, tmp_path, encoder, 0.5, files_per_shard=2)
+    before = {name: data for name, (data, _) in snapshot(tmp_path).items()}
+    (tmp_path / "shard-00001.parquet").unlink()
+    embed_collection(collection, tmp_path, encoder, 0.5, files_per_shard=2)
+    assert {name: data for name, (data, _) in snapshot(tmp_path).items()} == before
+
+
+def test_other_settings_are_refused(collection, encoder, tmp_path):
+    embed_collection(collection, tmp_path, encoder, 1.0)
+    with pytest.raises(
+        ConfigError, match=r"holds other embeddings: temporal_support is 1.0 there and 0.5 here; give a new"
+    ):
+        embed_collection(collection, tmp_path, encoder, 0.5)
+
+
+def test_nothing_is_written_for_what_cannot_be(collection, encoder, tmp_path):
+    for options, message in (
+        ({"temporal_support": -1.0}, "temporal_support is -1"),
+        ({"pool": "max"}, "pool is 'max'"),
+        ({"files_per_shard": 0}, "files_per_shard is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            embed_collection(collection, tmp_path / "out", encoder, **options)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(AudioError, match="no audio files in this folder"):
+        embed_collection(tmp_path / "none", tmp_path / "out", encoder)
+    with pytest.raises(AudioError, match="no such folder"):
+        embed_collection(tmp_path / "nowhere", tmp_path / "out", encoder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_half_shard(collection, encoder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(extract, "write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        embed_collection(collection, tmp_path, encoder)
+    assert not list(tmp_path.glob("shard-*"))
+    monkeypatch.undo()
+    assert embed_collection(collection, tmp_path, encoder).rows == 5
+
+
+def test_a_name_that_is_no_utf8_is_a_row_in_the_errors(encoder, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    soundfile.write(source / "a.wav", np.zeros(800), RATE)
+    os.rename(source / "a.wav", os.fsencode(source) + b"/\xff.wav")
+    soundfile.write(source / "b.wav", np.zeros(800), RATE)
+    report = embed_collection(source, tmp_path / "out", encoder)
+    assert (report.files, report.failed, report.rows) == (2, 1, 1)
+    (error,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert error == {"path": "\\xff.wav", "reason": "the name is not UTF-8: rename the file"}
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_result(collection, encoder, encoder_file, tmp_path):
+    embed_collection(collection, tmp_path / "whole", encoder, 0.2, files_per_shard=1)
+    want = {name: data for name, (data, _) in snapshot(tmp_path / "whole").items()}
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "matpac_fast.cli", "embed", str(collection), "--encoder", str(encoder_file)]
+    command += ["--temporal-support", "0.2", "--files-per-shard", "1", "--out", str(out), "--device", "cpu"]
+    for shards in (1, 4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(out.glob("shard-*"))) < shards:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    embed_collection(collection, out, encoder, 0.2, files_per_shard=1)
+    assert {name: data for name, (data, _) in snapshot(out).items()} == want
+
+
+@pytest.mark.parametrize(("keep", "code"), [("*.wav", 1), ("good*", 0), ("page.mp3", 2)])
+def test_exit_codes_and_what_is_said(collection, encoder_file, tmp_path, capsys, keep, code):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in collection.glob(keep):
+        shutil.copy(path, source)
+    command = ["embed", str(source), "--encoder", str(encoder_file), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(command) == code
+    said = capsys.readouterr().out
+    assert ("could not be used" in said) == (code > 0)
+    assert ("times real time" in said) == (code < 2)
