@@ -8,11 +8,11 @@ from datetime import timedelta
 import torch
 
 from .. import ops
+from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..model import Matpac
 from ..reference import LogMelConfig
 from .config import TrainConfig, resolve_precision
-from .feed import Clips
 from .flops import step_flops
 from .sampler import Sampler
 from .step import make_optimizer, train_step
@@ -21,12 +21,12 @@ from .step import make_optimizer, train_step
 _SAMPLE = {"cpu": 4, "cuda": 256}
 
 
-def estimate(clips: Clips, model_config: MatpacConfig, config: TrainConfig, device: torch.device) -> str:
+def estimate(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, device: torch.device) -> str:
     """Size, work, memory and time of a run, as text. Two steps on noise are timed on a model that is thrown away."""
     precision = resolve_precision(config.precision, device)
     frames = config.crop_frames or (model_config.n_frames,)
     sampler = Sampler(
-        clips.frames, [LogMelConfig().n_samples(n) for n in frames], config.batch_size, config.seed, config.pad_short
+        corpus.frames, [LogMelConfig().n_samples(n) for n in frames], config.batch_size, config.seed, config.pad_short
     )
     flops = sum(step_flops(model_config, n) for n in frames) / len(frames) * config.batch_size
     model = Matpac(model_config).to(device).train()

@@ -5,31 +5,21 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..audio.corpus import Corpus
+from ..errors import CorpusError
 from .sampler import Plan, Sampler
 
-
-class Clips(Protocol):
-    """What training needs of a corpus; `audio.corpus.Corpus` is one."""
-
-    @property
-    def frames(self) -> NDArray[np.int64]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def name(self, clip: int) -> str: ...
-
-    def gather(
-        self, indices: NDArray[np.int64], starts: NDArray[np.int64], n: int, out: NDArray[np.int16] | None = None
-    ) -> NDArray[np.int16]: ...
+# Draws of another clip for one that cannot be read.
+_REDRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -39,23 +29,50 @@ class Batch:
     plan: Plan
     wave: Tensor  # (B, S) int16
     index: Tensor  # (B,) int64, place in the global batch
+    unreadable: tuple[str, ...]  # why clips that were planned could not be read; others were drawn for them
 
 
-def read_crops(clips: Clips, plan: Plan, short: str, out: NDArray[np.int16]) -> None:
+def read_crops(corpus: Corpus, plan: Plan, short: str, out: NDArray[np.int16]) -> None:
     """Fill `out` (B, S) with the crops of `plan`; a clip shorter than S is repeated or followed by silence."""
-    length = clips.frames[plan.clips]
+    length = corpus.frames[plan.clips]
     whole = length >= out.shape[1]
     if whole.all():
-        clips.gather(plan.clips, plan.starts, out.shape[1], out=out)
+        corpus.gather(plan.clips, plan.starts, out.shape[1], out=out)
         return
-    out[whole] = clips.gather(plan.clips[whole], plan.starts[whole], out.shape[1])
+    out[whole] = corpus.gather(plan.clips[whole], plan.starts[whole], out.shape[1])
     for row in np.flatnonzero(~whole):
-        clip = clips.gather(plan.clips[row : row + 1], np.zeros(1, np.int64), int(length[row]))[0]
+        clip = corpus.gather(plan.clips[row : row + 1], np.zeros(1, np.int64), int(length[row]))[0]
         if short == "repeat":
             out[row] = np.resize(clip, out.shape[1])
         else:
             out[row, : len(clip)] = clip
             out[row, len(clip) :] = 0
+
+
+def read_batch(corpus: Corpus, sampler: Sampler, step: int, buffer: Tensor) -> tuple[Plan, Tensor, tuple[str, ...]]:
+    """Read the crops of `step` into `buffer`: the plan as carried out, the crops (B, S), and what could not be read.
+
+    A clip in a shard that cannot be read gives its place to another one. Where several draws in turn find none that
+    can, the corpus is not worth going on with, and the CorpusError is raised.
+    """
+    plan = sampler.plan(step)
+    wave = buffer[: sampler.rows * plan.crop].view(sampler.rows, plan.crop)
+    out = wave.numpy()
+    reasons: dict[str, None] = {}
+    for attempt in range(1 + _REDRAWS):
+        try:
+            read_crops(corpus, plan, sampler.short, out)
+            return plan, wave, tuple(reasons)
+        except CorpusError:
+            bad = np.zeros(len(out), bool)
+            for row in range(len(out)):
+                try:
+                    corpus.gather(plan.clips[row : row + 1], np.zeros(1, np.int64), 1)
+                except CorpusError as error:
+                    bad[row] = True
+                    reasons[str(error)] = None
+        plan = sampler.replace(plan, bad, attempt)
+    raise CorpusError(next(iter(reasons)))
 
 
 class Feed:
@@ -65,8 +82,9 @@ class Feed:
     training stream waits for the copy on the device, the host never does.
     """
 
-    def __init__(self, clips: Clips, sampler: Sampler, device: torch.device, first: int, last: int, depth: int = 2):
-        self._clips, self._sampler, self._device = clips, sampler, device
+    def __init__(self, corpus: Corpus, sampler: Sampler, device: torch.device, first: int, last: int, depth: int = 2):
+        self._corpus, self._sampler, self._device = corpus, sampler, device
+        self._samples = sampler.rows * max(sampler.crops)  # of the largest batch
         self.waited = 0.0  # seconds that the training step has waited for data
         self._batches: queue.Queue[Any] = queue.Queue(depth)
         self._stop = threading.Event()
@@ -105,7 +123,7 @@ class Feed:
         try:
             read = self._pinned_reader() if self._device.type == "cuda" else self._read
             for step in range(first, last):
-                item = read(self._sampler.plan(step))
+                item = read(step)
                 if self._stop.is_set():
                     return
                 self._batches.put(item)
@@ -113,29 +131,27 @@ class Feed:
         except BaseException as error:
             self._batches.put(error)
 
-    def _read(self, plan: Plan) -> tuple[Batch, None]:
-        wave = np.empty((len(plan.clips), plan.crop), np.int16)
-        read_crops(self._clips, plan, self._sampler.short, wave)
-        return Batch(plan, torch.from_numpy(wave), torch.from_numpy(plan.index)), None
+    def _read(self, step: int) -> tuple[Batch, None]:
+        buffer = torch.empty(self._samples, dtype=torch.int16)
+        plan, wave, unreadable = read_batch(self._corpus, self._sampler, step, buffer)
+        return Batch(plan, wave, torch.from_numpy(plan.index), unreadable), None
 
-    def _pinned_reader(self):
+    def _pinned_reader(self) -> Callable[[int], tuple[Batch, torch.cuda.Event]]:
         stream = torch.cuda.Stream(self._device)
-        sampler = self._sampler
-        # Two slots: one is read into while the other is still being copied to the device.
-        slots = [torch.empty(sampler.rows, max(sampler.crops), dtype=torch.int16, pin_memory=True) for _ in range(2)]
+        # Two buffers: one is read into while the other is still being copied to the device.
+        buffers = [torch.empty(self._samples, dtype=torch.int16, pin_memory=True) for _ in range(2)]
         copied = [torch.cuda.Event(), torch.cuda.Event()]
 
-        def read(plan: Plan) -> tuple[Batch, torch.cuda.Event]:
-            slot = plan.step % 2
-            copied[slot].synchronize()
-            pinned = slots[slot].flatten()[: len(plan.clips) * plan.crop].view(-1, plan.crop)
-            read_crops(self._clips, plan, sampler.short, pinned.numpy())
+        def read(step: int) -> tuple[Batch, torch.cuda.Event]:
+            copied[step % 2].synchronize()
+            plan, wave, unreadable = read_batch(self._corpus, self._sampler, step, buffers[step % 2])
             index = torch.from_numpy(plan.index).pin_memory()
+            done = torch.cuda.Event()
             with torch.cuda.stream(stream):
-                wave = pinned.to(self._device, non_blocking=True)
-                batch = Batch(plan, wave, index.to(self._device, non_blocking=True))
-                copied[slot] = torch.cuda.Event()
-                copied[slot].record(stream)
-            return batch, copied[slot]
+                wave = wave.to(self._device, non_blocking=True)
+                index = index.to(self._device, non_blocking=True)
+                done.record(stream)
+            copied[step % 2] = done
+            return Batch(plan, wave, index, unreadable), done
 
         return read

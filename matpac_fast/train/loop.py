@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from .. import ops
+from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..errors import ConfigError
 from ..model import Matpac
 from ..reference import LogMelConfig
 from .config import TrainConfig, resolve_precision
-from .feed import Batch, Clips, Feed
+from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .logs import Log, Record, Reporter, versions
 from .sampler import Sampler
@@ -37,7 +38,7 @@ class Result:
 
 
 def pretrain(
-    corpus: Clips,
+    corpus: Corpus,
     out: str | os.PathLike[str],
     model_config: MatpacConfig,
     config: TrainConfig,
@@ -51,7 +52,7 @@ def pretrain(
     The same arguments give the same weights, bit for bit on one machine, however often the run was interrupted.
 
     Args:
-        corpus: what `prepare` wrote (`audio.corpus.Corpus`).
+        corpus: what `prepare` wrote.
         out: the run folder (see state.py), gone on with from its newest checkpoint.
         model_config: the model, its schedules used as they stand (`fit_to_run` stretches the official ones to a run).
         config: the training.
@@ -67,23 +68,25 @@ def pretrain(
     """
     reporter = reporter or Reporter()
     device = pick_device(device)
+    mel = LogMelConfig()
+    if corpus.sample_rate != mel.sample_rate:
+        raise ConfigError(f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz: prepare it again")
+    crops = [mel.n_samples(n) for n in config.crop_frames or (model_config.n_frames,)]
+    sampler = Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short)
+    model = Matpac(model_config)
     folder = RunFolder(out)
     with folder.locked():
         stored = read_config(folder.path)
         if config.precision == "auto":
             chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
             config = dataclasses.replace(config, precision=chosen)
-        crops = [LogMelConfig().n_samples(n) for n in config.crop_frames or (model_config.n_frames,)]
-        sampler = Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short)
         asked = describe(model_config, config, corpus, init)
-        if stored is None:
-            folder.write_config(asked)
-        elif different := differences(stored, asked):
+        if stored and (different := differences(stored, asked)):
             raise ConfigError(f"{folder.path} holds another run: {'; '.join(different)}; give a new folder to --out")
-
-        model = Matpac(model_config)
         if init is not None and folder.latest() is None:
             load_weights(model, init)
+        if stored is None:
+            folder.write_config(asked)
         model.to(device).train()
         run = _Run(folder, model, config, corpus, sampler, device, reporter)
         try:
@@ -100,7 +103,7 @@ class _Run:
         folder: RunFolder,
         model: Matpac,
         config: TrainConfig,
-        corpus: Clips,
+        corpus: Corpus,
         sampler: Sampler,
         device: torch.device,
         reporter: Reporter,
@@ -110,6 +113,7 @@ class _Run:
         self.optimizer = make_optimizer(model, config)
         state = folder.load(model, self.optimizer)
         self.done: int = state["step"] if state else 0  # steps
+        self.unreadable: set[str] = set()
         self.saved: int | None = self.done if state else None
         self.began = time.perf_counter() - (state["seconds"] if state else 0.0)
         self.bad = BadSteps(config.log_every, config.max_bad_steps, device)
@@ -123,9 +127,15 @@ class _Run:
 
     def go(self, stop: Callable[[], bool]) -> Result:
         c = self.config
+        if self.done == c.steps:
+            return Result(self.folder.path, self.done, finished=True)
         self.tell(self.header())
         since, clock, waited = self.done, time.perf_counter(), 0.0
         for batch in self.feed:
+            for text in batch.unreadable:
+                if text not in self.unreadable:  # a broken shard is met again and again
+                    self.unreadable.add(text)
+                    self.tell({"event": "unreadable", "step": self.done, "text": text})
             logging = (self.done + 1) % c.log_every == 0 or self.done + 1 == c.steps
             measured = self.step(batch, statistics=logging)
             self.bad.add(batch.plan, measured.bad)

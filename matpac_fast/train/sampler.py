@@ -18,7 +18,7 @@ from ..errors import ConfigError
 Short = Literal["drop", "repeat", "zeros"]
 
 # What a random number is for; keeps the streams of one seed apart.
-_ORDER, _START, _LENGTH = 1, 2, 3
+_ORDER, _START, _LENGTH, _REPLACE = 1, 2, 3, 4
 _ROUNDS = 8
 _U64 = np.uint64
 
@@ -129,8 +129,19 @@ class Sampler:
         n = len(self)
         sample = (step * self.batch_size + self._slice).astype(_U64)
         place = permute(sample % _U64(n), n, _stream(self.seed, _ORDER, sample // _U64(n)))
-        clips = self._clips[place.astype(np.int64)]
         crop = self.crops[int(_stream(self.seed, _LENGTH, np.array([step], _U64))[0] % _U64(len(self.crops)))]
+        return self._plan(step, crop, sample, place)
+
+    def replace(self, plan: Plan, rows: NDArray[np.bool_], attempt: int) -> Plan:
+        """`plan` with other clips, drawn at random, in the rows whose clips cannot be read."""
+        sample = (plan.step * self.batch_size + self._slice).astype(_U64)
+        place = _stream(self.seed, _REPLACE + attempt, sample) % _U64(len(self))
+        other = self._plan(plan.step, plan.crop, sample, place)
+        clips, starts = np.where(rows, other.clips, plan.clips), np.where(rows, other.starts, plan.starts)
+        return Plan(plan.step, plan.crop, plan.index, clips, starts)
+
+    def _plan(self, step: int, crop: int, sample: NDArray[np.uint64], place: NDArray[np.uint64]) -> Plan:
+        clips = self._clips[place.astype(np.int64)]
         room = np.maximum(self._frames[clips] - crop, 0) + 1  # starts to choose from
         starts = (_stream(self.seed, _START, sample) % room.astype(_U64)).astype(np.int64)
         return Plan(step, crop, self._slice, clips, starts)

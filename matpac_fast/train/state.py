@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
 from ..model import Matpac
 from .config import TrainConfig
-from .feed import Clips
 
 _PART = ".part"
 
@@ -137,7 +137,7 @@ class RunFolder:
 
 
 def describe(
-    model: MatpacConfig, train: TrainConfig, corpus: Clips, init: str | os.PathLike[str] | None
+    model: MatpacConfig, train: TrainConfig, corpus: Corpus, init: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     """What makes a run the run it is, as config.json holds it."""
     return {

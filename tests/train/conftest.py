@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from matpac_fast.config import MatpacConfig
+from matpac_fast.errors import CorpusError
 from matpac_fast.train.config import TrainConfig
 
 
@@ -21,6 +22,7 @@ class MemoryCorpus:
         self.frames = np.array(lengths, np.int64)
         self.fingerprint = f"noise-{seed}-{len(self.clips)}"
         self.reads = []
+        self.gone = set()  # clips in a shard that cannot be read
 
     def name(self, clip):
         return f"clip-{clip}.wav"
@@ -28,6 +30,8 @@ class MemoryCorpus:
     def gather(self, indices, starts, n, out=None):
         out = np.empty((len(indices), n), np.int16) if out is None else out
         for row, (i, start) in enumerate(zip(indices, starts, strict=True)):
+            if i in self.gone:
+                raise CorpusError(f"shards/0000{i % 2}.i16: cut short")
             assert 0 <= start <= self.frames[i] - n, "a crop reaches beyond its clip"
             out[row] = self.clips[i][start : start + n]
         self.reads.append(list(indices))

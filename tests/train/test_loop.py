@@ -159,7 +159,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path, corpus, model_config, train_con
     before = newest(tmp_path / "run")
     recorder = Recorder()
     assert pretrain(corpus, tmp_path / "run", model_config, train_config, reporter=recorder).finished
-    assert recorder.steps == []
+    assert recorder.steps == recorder.records == []
     assert all(torch.equal(tensor, newest(tmp_path / "run")[name]) for name, tensor in before.items())
 
 
@@ -188,7 +188,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, corpus, model_config, t
 def test_nothing_is_left_where_no_clip_is_long_enough(tmp_path, memory_corpus, model_config, train_config):
     with pytest.raises(ConfigError, match="the longest of 2 has 40"):
         pretrain(memory_corpus([30, 40]), tmp_path / "run", model_config, train_config)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_cannot_train_into_one_folder(tmp_path, corpus, model_config, train_config):
@@ -308,6 +308,20 @@ def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_co
     assert torch.equal(newest(tmp_path / "c")["model/head.mlp.0.weight"], official.head.mlp[0].weight)
     with pytest.raises(CheckpointError, match="does not fit this model"):
         pretrain(corpus, tmp_path / "d", model_config.replace(depth=2), train_config, init=tmp_path / "a")
+    assert pretrain(corpus, tmp_path / "d", model_config, train_config).finished  # nothing was begun there
+
+
+def test_a_shard_that_cannot_be_read_is_named_once_and_the_run_goes_on(tmp_path, corpus, model_config, train_config):
+    corpus.gone = {2, 4}
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+    told = [r["text"] for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "unreadable"]
+    assert told == ["shards/00000.i16: cut short"]
+
+
+def test_a_corpus_of_another_rate_is_refused(tmp_path, corpus, model_config, train_config):
+    corpus.sample_rate = 44_100
+    with pytest.raises(ConfigError, match="the corpus is at 44100 Hz; expected 16000 Hz"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
 
 
 def test_out_of_memory_says_what_fits(tmp_path, corpus, model_config, train_config, monkeypatch):

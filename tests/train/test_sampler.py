@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matpac_fast import reference
-from matpac_fast.errors import ConfigError
-from matpac_fast.train.feed import Feed, read_crops
+from matpac_fast.errors import ConfigError, CorpusError
+from matpac_fast.train.feed import Feed, read_batch, read_crops
 from matpac_fast.train.sampler import Sampler, permute, splitmix64
 
 CPU = torch.device("cpu")
@@ -140,3 +140,28 @@ def test_feed_passes_on_what_went_wrong_and_stops_when_closed(corpus):
         next(feed)
     feed.close()
     assert not feed._thread.is_alive()
+
+
+def test_clips_that_cannot_be_read_give_their_place_to_others(corpus):
+    sampler = Sampler(corpus.frames, [5_360], batch_size=32, seed=2)
+    buffer = torch.empty(32 * 5_360, dtype=torch.int16)
+    healthy, _, unreadable = read_batch(corpus, sampler, 4, buffer)
+    assert unreadable == ()
+    corpus.gone = {1, 3, 4}
+    plan, wave, unreadable = read_batch(corpus, sampler, 4, buffer)
+    assert sorted(unreadable) == ["shards/00000.i16: cut short", "shards/00001.i16: cut short"]
+    lost = np.isin(healthy.clips, [1, 3, 4])
+    assert 0 < lost.sum() < 32
+    assert np.array_equal(plan.clips[~lost], healthy.clips[~lost])
+    assert not np.isin(plan.clips, [1, 3, 4]).any()
+    assert len(set(plan.clips[lost])) > 1
+    assert np.array_equal(wave.numpy(), corpus.gather(plan.clips, plan.starts, 5_360))
+    again, _, _ = read_batch(corpus, sampler, 4, buffer)
+    assert np.array_equal(again.clips, plan.clips)
+
+
+def test_a_corpus_that_cannot_be_read_at_all_is_an_error(corpus):
+    corpus.gone = set(range(11))
+    sampler = Sampler(corpus.frames, [5_360], batch_size=4, seed=2)
+    with pytest.raises(CorpusError, match="cut short"):
+        read_batch(corpus, sampler, 0, torch.empty(4 * 5_360, dtype=torch.int16))

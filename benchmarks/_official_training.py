@@ -1,0 +1,130 @@
+"""The official training model, imported as it stands from a checkout of aurianworld/matpac, for comparisons.
+
+Nothing of it is kept here. What its files import is replaced by the least that does the same: fairseq's averages, one
+parameter at a time as there, and where timm is not installed its block, with the fused attention of a current timm
+(0.4.12, which the official environment pins, has the slower plain one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from matpac_fast.config import MatpacConfig
+from matpac_fast.nn.vit import Block
+
+
+@dataclass
+class EMAModuleConfig:
+    ema_decay: float = 0.999
+    ema_fp32: bool = True
+    log_norms: bool = False
+    add_missing_params: bool = True
+
+
+class EMAModule:
+    """Averages in float32, parameter by parameter, written back into the model."""
+
+    def __init__(self, model: nn.Module, config: EMAModuleConfig, copy_model: bool = True):
+        self.model, self.decay, self.logs = model, config.ema_decay, {}
+        self.restore(model.state_dict(), True)
+
+    def set_decay(self, decay: float, weight_decay: float | None = None) -> None:
+        self.decay = decay
+
+    def get_decay(self) -> float:
+        return self.decay
+
+    @torch.no_grad()
+    def step(self, new_model: nn.Module) -> None:
+        for name, parameter in new_model.named_parameters():
+            average = self.fp32_params[name]
+            average.mul_(self.decay)
+            average.add_(parameter.to(average.dtype), alpha=1 - self.decay)
+        self.restore(self.fp32_params, False)
+
+    def restore(self, state: Mapping[str, torch.Tensor], build_fp32_params: bool) -> None:
+        self.model.load_state_dict(state)
+        if build_fp32_params:
+            self.fp32_params = {name: tensor.detach().float().clone() for name, tensor in state.items()}
+
+
+class BaseFairseqModel(nn.Module):
+    def set_num_updates(self, num_updates: int) -> None: ...
+
+
+def _module(name: str, **members: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(members, __path__=[])
+    return module
+
+
+def _stubs() -> dict[str, types.ModuleType]:
+    def register(*args: Any, **kwargs: Any):
+        return lambda thing: thing
+
+    stubs = {
+        "fairseq": _module("fairseq"),
+        "fairseq.modules": _module("fairseq.modules", EMAModule=EMAModule, EMAModuleConfig=EMAModuleConfig),
+        "fairseq.dataclass": _module("fairseq.dataclass", FairseqDataclass=type("FairseqDataclass", (), {})),
+        "fairseq.models": _module("fairseq.models", BaseFairseqModel=BaseFairseqModel, register_model=register),
+        "omegaconf": _module("omegaconf", II=lambda text: text, MISSING=None),
+        # The task reads data sets; the model only names its classes.
+        "training_matpac.tasks.pretraining": _module(
+            "training_matpac.tasks.pretraining", PretrainingConfig=object, LogmelPretrainingTask=object
+        ),
+    }
+    try:
+        import timm.models.vision_transformer  # pyright: ignore[reportMissingImports]  # noqa: F401
+    except ImportError:
+
+        def block(dim: int, num_heads: int, mlp_ratio: int, qkv_bias: bool, norm_layer: Any) -> Block:
+            return Block(dim, num_heads, mlp_ratio)
+
+        stubs["timm"] = _module("timm")
+        stubs["timm.models"] = _module("timm.models")
+        stubs["timm.models.vision_transformer"] = _module("timm.models.vision_transformer", Block=block)
+    return stubs
+
+
+def load(checkout: Path, config: MatpacConfig) -> nn.Module:
+    """The official model of `config`'s sizes and schedules, in training mode."""
+    folder = checkout / "training_matpac"
+    if not (folder / "models" / "model.py").is_file():
+        raise FileNotFoundError(f"{checkout} is no checkout of aurianworld/matpac: it has no training_matpac/models")
+    package = _module("training_matpac")
+    package.__path__ = [str(folder)]
+    sys.modules.update(_stubs(), training_matpac=package)
+    # Its dataclasses have dataclasses as default values, which Python >= 3.11 takes only where they can be hashed.
+    plain = dataclasses.dataclass
+    dataclasses.dataclass = lambda cls=None, **options: plain(cls, **{"unsafe_hash": True, **options})  # pyright: ignore
+    try:
+        official = importlib.import_module("training_matpac.models.model")
+    finally:
+        dataclasses.dataclass = plain
+
+    c = config
+    cfg = official.general_config()
+    cfg.n_freq, cfg.n_t, cfg.patch_size, cfg.mask_ratio = c.n_mels, c.n_frames, c.patch_size, c.mask_ratio
+    cfg.ema_decay, cfg.ema_end_decay, cfg.ema_anneal_end_step = c.ema_start, c.ema_end, c.max_steps
+    cfg.alpha, cfg.use_mcl = c.classification_weight, c.mcl_heads > 0
+    _set(cfg.encoder, embed_dim=c.width, depth=c.depth, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio)
+    decoder = dict(decoder_embed_dim=c.predictor_width, decoder_depth=c.predictor_depth)
+    _set(cfg.decoder, embed_dim=c.width, decoder_num_heads=c.predictor_heads, mlp_ratio=c.mlp_ratio, **decoder)
+    _set(cfg.mcl_heads, embed_dim=c.width, decoder_embed_dim=c.predictor_width, n_head=c.mcl_heads)
+    _set(cfg.cls_head_cfg, head_dim_out=c.prototypes, hidden_dim=c.head_hidden, warmup_n_steps=c.teacher_temp_warmup)
+    return official.GeneralModel(cfg, None).train()
+
+
+def _set(config: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)

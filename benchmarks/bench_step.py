@@ -1,0 +1,155 @@
+"""One pre-training step: ours, ours on the reference formulas, and the official code, turn by turn in one run.
+
+    python benchmarks/bench_step.py --preset base --batch-size 8
+    MATPAC_OFFICIAL=PATH python benchmarks/bench_step.py    # PATH: a checkout of aurianworld/matpac, to compare with
+
+Every variant starts from the same weights and takes the same spectrograms and masks; before anything is timed their
+first losses are compared, and the run fails where they differ. The rounds are interleaved and the ratio is the median
+of the rounds' ratios, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _official_training
+
+from matpac_fast import __version__, ops, use_backend
+from matpac_fast.config import PRESETS, MatpacConfig
+from matpac_fast.model import Matpac
+from matpac_fast.reference import LogMelConfig
+from matpac_fast.train.config import TrainConfig, resolve_precision
+from matpac_fast.train.flops import peak_flops, step_flops
+from matpac_fast.train.step import make_optimizer, train_step
+
+STEP = 7  # past step 0, which moves no average
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="base")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", nargs="+", default=None, help="float32, bf16; default: what the device has")
+    parser.add_argument("--mcl-heads", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    native = resolve_precision("auto", device)
+    precisions = options.precision or (["float32"] if native == "float32" else ["float32", "bf16"])
+
+    config = MatpacConfig.preset(options.preset, mcl_heads=options.mcl_heads)
+    torch.manual_seed(0)
+    wave = torch.randint(-8_000, 8_000, (options.batch_size, LogMelConfig().n_samples(config.n_frames)))
+    wave = wave.to(device, torch.int16)
+    index = torch.arange(options.batch_size, device=device)
+    spec = ops.log_mel(wave)
+    ids_shuffle = ops.mask_shuffle(0, STEP, index, config.n_tokens)
+
+    variants: dict[str, Callable[[], float]] = {}
+    checkout = os.environ.get("MATPAC_OFFICIAL")
+    start = Matpac(config)
+    for precision in precisions:
+        if checkout:
+            model = _official_training.load(Path(checkout), config).to(device)
+            model.load_state_dict(start.official_state_dict())
+            variants[f"official {precision}"] = official_step(model, spec, ids_shuffle, precision)
+        for backend in ("reference", "auto"):
+            model = Matpac(config)
+            model.load_state_dict(start.state_dict())
+            name = f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}"
+            variants[name] = our_step(model.to(device).train(), wave, index, precision, backend)
+    del start
+
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    losses = {name: run() for name, run in variants.items()}  # the first round warms up
+    for name, loss in losses.items():
+        tolerance = 1e-4 if "float32" in name else 2e-2
+        if abs(loss / losses["ours float32"] - 1) > tolerance:
+            sys.exit(f"the first losses differ: {losses}")
+    for _ in range(options.rounds):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    report(times, config, options, device)
+
+
+def our_step(model: Matpac, wave: torch.Tensor, index: torch.Tensor, precision: str, backend: str):
+    """From int16 crops on the device to new weights, as the training loop does it."""
+    optimizer = make_optimizer(model, TrainConfig())
+
+    def run() -> float:
+        with use_backend(backend):
+            spec = ops.log_mel(wave)
+            ids_shuffle = ops.mask_shuffle(0, STEP, index, model.config.n_tokens)
+            step = train_step(model, optimizer, [(spec, ids_shuffle)], STEP, 3e-4, 3.0, precision)
+        return float(step.loss)  # waits for the device
+
+    return run
+
+
+def official_step(model: torch.nn.Module, spec: torch.Tensor, ids_shuffle: torch.Tensor, precision: str):
+    """From log-mels, which the official code reads from disk, to new weights, with torch's AdamW as it comes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 3e-4, (0.9, 0.95), 1e-6, 0.05)
+    n_visible = int(ids_shuffle.shape[1] * (1 - model.cfg.mask_ratio))
+    model._random_mask_fn = lambda shape, ratio, device: (ids_shuffle, n_visible)
+    model.set_num_updates(STEP)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(spec.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(source=spec)["losses"]
+        loss = 0.5 * losses["loss_pred"].mean() + 0.5 * losses["loss_cls"].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 3.0)
+        optimizer.step()
+        if spec.device.type == "cuda":
+            torch.cuda.synchronize()
+        return float(loss.detach())
+
+    return run
+
+
+def report(
+    times: dict[str, list[float]], config: MatpacConfig, options: argparse.Namespace, device: torch.device
+) -> None:
+    base = next((name for name in times if name.startswith("official float32")), "ours on the reference float32")
+    rows = {}
+    for name, seconds in times.items():
+        crops = options.batch_size / statistics.median(seconds)
+        rows[name] = {
+            "ms": 1e3 * statistics.median(seconds),
+            "crops_per_s": crops,
+            "gflop_per_s": crops * step_flops(config) / 1e9,
+            "speedup": statistics.median(b / s for b, s in zip(times[base], seconds, strict=True)),
+        }
+        if peak := peak_flops(device, name.rsplit(" ", 1)[1]):
+            rows[name]["mfu"] = crops * step_flops(config) / peak
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{options.preset}, batch {options.batch_size}, {where}, torch {torch.__version__}, {options.rounds} rounds")
+    print(f"{'':<32}{'ms':>10}{'crops/s':>10}{'GFLOP/s':>10}{'speed-up':>10}")
+    for name, row in rows.items():
+        print(f"{name:<32}{row['ms']:>10.1f}{row['crops_per_s']:>10.2f}{row['gflop_per_s']:>10.0f}", end="")
+        print(f"{row['speedup']:>9.2f}x")
+    print(f"speed-up over: {base}")
+    if options.json:
+        header = {"preset": options.preset, "batch_size": options.batch_size, "device": where, "speedup_over": base}
+        header |= {"torch": torch.__version__, "matpac_fast": __version__}
+        options.json.write_text(json.dumps({**header, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""`matpac-fast pretrain`: train an encoder on a corpus, or go on with a run."""
+
+from __future__ import annotations
+
+import signal
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ..config import PRESETS, MatpacConfig
+from ..errors import ConfigError
+from ..train.config import Precision, TrainConfig, fit_to_run
+from ..train.logs import Record, Reporter
+from ..train.sampler import Short
+
+
+def main(
+    corpus: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    preset: Literal["tiny", "small", "base"] | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    grad_accumulation: int | None = None,
+    lr: float | None = None,
+    warmup: int | None = None,
+    stretch_decays: bool | None = None,
+    crop_seconds: tuple[float, ...] | None = None,
+    pad_short: Short | None = None,
+    mask_ratio: float | None = None,
+    mcl_heads: int | None = None,
+    teacher_init: Literal["random", "copy"] | None = None,
+    center_of: Literal["probabilities", "logits"] | None = None,
+    precision: Precision | None = None,
+    seed: int | None = None,
+    init: Path | None = None,
+    device: str = "auto",
+    log_every: int | None = None,
+    save_every: int | None = None,
+    keep_last: int | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Pre-train an encoder on a corpus.
+
+    Example: matpac-fast pretrain corpus/ --out runs/a --preset tiny --steps 2000
+
+    The same command on the same --out goes on with the run that is there, exactly, bit for bit; options that are left
+    out are then the run's own. Ctrl-C and SIGTERM save a checkpoint and leave.
+
+    Args:
+        corpus: folder that `matpac-fast prepare` wrote.
+        out: folder of the run: config.json, log.jsonl, checkpoints/.
+        preset: size of the model; base is the official one. Default: base.
+        steps: optimiser steps; the schedules are stretched to them. Default: 294816, as official.
+        batch_size: crops an optimiser step. Default: 256 on a GPU, 32 on the CPU; official: 2048.
+        grad_accumulation: compute a batch in so many pieces, one after the other: less memory, the same step.
+        lr: peak learning rate. Default: 3e-4.
+        warmup: steps to the peak. Default: 1/15 of the run, as official.
+        stretch_decays: False keeps the official decays of teachers and MCL temperature a step, however short the run.
+        crop_seconds: length of a crop, a multiple of 0.16 s; several lengths are drawn in turn. Default: 6.08.
+        pad_short: clips shorter than a crop: leave them out, repeat them, or add silence. Default: drop.
+        mask_ratio: share of the patches that the student does not see. Default: 0.7.
+        mcl_heads: heads of multiple choice learning; 5 is MATPAC++. Default: 0, MATPAC.
+        teacher_init: start the teacher from random weights (official) or as a copy of the student.
+        center_of: centre by the teacher's probabilities (official) or by its logits, as DINO.
+        precision: auto is bf16 where the device computes in it, else float32.
+        seed: names the initial weights, the order, the crops and the masks. Default: 0.
+        init: start a new run from these weights: a run, a file, or an official training checkpoint.
+        device: auto, cpu, cuda or cuda:1.
+        log_every: steps between two lines of the log. Default: 20.
+        save_every: steps between two checkpoints. Default: 500.
+        keep_last: checkpoints that stay on disk. Default: 3.
+        dry_run: print the size of model and run and an estimate of the time, and train nothing.
+    """
+    from ..audio.corpus import Corpus
+    from ..train.loop import pick_device, pretrain
+    from ..train.state import read_config
+
+    target = pick_device(device)
+    clips = Corpus(corpus)
+    stored = read_config(out)
+    given_model = _given(mask_ratio=mask_ratio, mcl_heads=mcl_heads, teacher_init=teacher_init, center_of=center_of)
+    given_train = _given(
+        steps=steps,
+        batch_size=batch_size,
+        grad_accumulation=grad_accumulation,
+        lr=lr,
+        warmup=warmup,
+        stretch_decays=stretch_decays,
+        pad_short=pad_short,
+        precision=precision,
+        seed=seed,
+        log_every=log_every,
+        save_every=save_every,
+        keep_last=keep_last,
+    )
+    if preset is not None:
+        model = MatpacConfig.preset(preset)
+        given_model |= {name: getattr(model, name) for name in PRESETS["tiny"]}
+    if crop_seconds is not None:
+        frames = tuple(map(_frames, crop_seconds))
+        given_model["n_frames"] = max(frames)
+        given_train["crop_frames"] = frames if len(frames) > 1 else None
+    if stored is None:
+        defaults = {"batch_size": 256 if target.type == "cuda" else 32}
+        train = TrainConfig(**{**defaults, **given_train})
+        model = fit_to_run(MatpacConfig(**given_model), train)
+    else:
+        train = TrainConfig.from_dict({**stored["train"], **given_train})
+        model = MatpacConfig.from_dict({**stored["model"], **given_model})
+        init = init or stored["init"]
+
+    if dry_run:
+        from ..train.estimate import estimate
+
+        print(estimate(clips, model, train, target))
+        return 0
+    with _Watcher(train) as watcher, _Signals(watcher) as signals:
+        result = pretrain(clips, out, model, train, target, init, watcher, stop=signals.caught)
+    print(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {train.steps}: {out}")
+    if result.finished:
+        print(f"next: matpac-fast embed AUDIO --encoder {out} --out embeddings/")
+        return 0
+    print("the same command goes on from here")
+    return 128 + (signals.number or 0)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _frames(seconds: float) -> int:
+    frames = round(100 * seconds)
+    if frames < 16 or frames % 16:
+        below = frames // 16 * 16
+        near = " or ".join(f"{n / 100:g}" for n in (below, below + 16) if n)
+        raise ConfigError(f"--crop-seconds {seconds:g}: expected a multiple of 0.16 s, such as {near}")
+    return frames
+
+
+class _Signals:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; a second one ends the process at once."""
+
+    def __init__(self, watcher: _Watcher):
+        self.number: int | None = None
+        self._watcher = watcher
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def caught(self) -> bool:
+        return self.number is not None
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        self._watcher.say("saving after this step; once more to leave without")
+
+
+class _Watcher(Reporter):
+    """A progress bar, or plain lines where there is no terminal."""
+
+    def __init__(self, train: TrainConfig):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._train = train
+        self._console = Console(highlight=False)
+        self._bar = None
+        if self._console.is_terminal:
+            shown = TextColumn("{task.fields[shown]}")
+            columns = (BarColumn(), MofNCompleteColumn(), shown, TimeRemainingColumn(elapsed_when_finished=True))
+            self._bar = Progress(*columns, console=self._console)
+
+    def __enter__(self) -> _Watcher:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._train.steps, shown="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def record(self, record: Record) -> None:
+        if "event" in record:
+            if text := _event(record):
+                self.say(text)
+            return
+        shown = f"loss {record['loss']:.4f}  {record['crops_per_s']:.1f} crops/s"
+        if "mfu" in record:
+            shown += f"  MFU {record['mfu']:.0%}"
+        if self._bar:
+            self._bar.update(self._task, shown=shown)
+        else:
+            left = (self._train.steps - record["step"]) * self._train.batch_size / record["crops_per_s"]
+            self.say(f"step {record['step']}/{self._train.steps}  {shown}  ETA {timedelta(seconds=round(left))}")
+
+
+def _event(record: Record) -> str | None:
+    if record["event"] in ("start", "resume"):
+        config = record["config"]["train"]
+        left_out = f" ({record['clips_left_out']} shorter than a crop are left out)" if record["clips_left_out"] else ""
+        begun = f"going on after step {record['step']}" if record["event"] == "resume" else "starting"
+        return (
+            f"{begun}: {record['parameters'] / 1e6:.1f} M trained parameters, {record['clips']} clips{left_out}, "
+            f"{config['batch_size']} crops a step, {config['precision']} on {record['device']}"
+        )
+    if record["event"] == "skipped":
+        return f"step {record['step']} skipped: {record['text']}; its clips are in the log"
+    if record["event"] == "unreadable":
+        return f"{record['text']} (other clips take the place of those in it)"
+    if record["event"] == "warning":
+        return f"warning at step {record['step']}: {record['text']}"
+    return None  # how it ended is said by `main`

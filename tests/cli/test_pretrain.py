@@ -1,0 +1,149 @@
+"""The command on a corpus on disk: what it prints, writes and returns; going on, refusing, being stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from matpac_fast import cli
+from matpac_fast.audio.prepare import prepare
+from matpac_fast.encoder import load_encoder
+from matpac_fast.train import read_log
+
+# The smallest run there is: 320 ms crops of the tiny preset.
+SMALL = ["--preset", "tiny", "--crop-seconds", "0.32", "--batch-size", "2", "--device", "cpu", "--log-every", "2"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "audio").mkdir()
+    rng = np.random.default_rng(0)
+    for i, seconds in enumerate((0.2, 0.5, 0.6, 0.7, 0.8)):
+        noise = rng.uniform(-0.5, 0.5, int(16_000 * seconds))
+        soundfile.write(folder / "audio" / f"{i}.wav", noise, 16_000)
+    prepare(folder / "audio", folder / "corpus")
+    return str(folder / "corpus")
+
+
+def run(*options):
+    return cli.main(["pretrain", *map(str, options)])
+
+
+def test_a_run_ends_with_an_encoder_and_goes_on_without_options(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(corpus, "--out", out, "--steps", 4, *SMALL) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("starting: 7.")
+    assert "4 clips (1 shorter than a crop are left out), 2 crops a step, float32 on cpu" in said[0]
+    assert [line.split("  ")[0] for line in said[1:3]] == ["step 2/4", "step 4/4"]
+    assert "crops/s  ETA 0:00:" in said[1]
+    assert said[3] == f"finished at step 4 of 4: {out}"
+    encoder = load_encoder(out, "cpu")
+    assert encoder.embedding_dim == 960
+    # Finished already: the run's own options are taken, nothing is trained.
+    assert run(corpus, "--out", out, "--device", "cpu") == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"finished at step 4 of 4: {out}"
+
+
+def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(corpus, "--out", out, "--steps", 2, *SMALL) == 0
+    capsys.readouterr()
+    assert run(corpus, "--out", out, "--steps", 3, "--preset", "small") == cli.FAILED
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert "holds another run" in said
+    assert "train.steps is 2 there and 3 here" in said
+    assert "model.width is 192 there and 384 here" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_say_so(corpus, tmp_path, capsys, number):
+    out = tmp_path / "run"
+    before = signal.getsignal(number)
+
+    def interrupt():
+        while not any("loss" in record for record in read_log(out / "log.jsonl")):
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert run(corpus, "--out", out, "--steps", 500, *SMALL) == 128 + number
+    said = capsys.readouterr().out
+    assert "saving after this step" in said
+    step = int((out / "latest").read_text().removeprefix("step-"))
+    assert 2 <= step < 500
+    assert f"stopped at step {step} of 500" in said
+    assert signal.getsignal(number) is before
+
+    assert read_log(out / "log.jsonl")[-1] == {"event": "stopped", "step": step}
+
+
+def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
+    assert run(corpus, "--out", tmp_path / "run", "--steps", 8, *SMALL, "--dry-run") == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["trained parameters"].strip() == "7.6 M"
+    assert rows["steps"].strip() == "8, 2.0 an epoch"
+    assert "GFLOP a crop" in rows["work"]
+    assert "crops/s in float32 on cpu" in rows["speed"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--crop-seconds", "6"], "--crop-seconds 6: expected a multiple of 0.16 s, such as 5.92 or 6.08"),
+        (["--crop-seconds", "0.1"], "expected a multiple of 0.16 s, such as 0.16"),
+        (["--crop-seconds", "6.08"], "no clip is as long as a crop, 97520 samples; the longest of 5 has 12800"),
+        (["--steps", "0"], "steps is 0; expected at least 1"),
+        (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+    ],
+)
+def test_what_cannot_be_is_one_line(corpus, tmp_path, capsys, options, says):
+    assert run(corpus, "--out", tmp_path / "run", *SMALL, *options) == cli.FAILED
+    said = capsys.readouterr().err.strip()
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+def test_no_corpus_is_one_line(tmp_path, capsys):
+    assert run(tmp_path / "nowhere", "--out", tmp_path / "run") == cli.FAILED
+    assert "no corpus" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_crop_lengths_and_mcl(corpus, tmp_path):
+    options = [*SMALL, "--steps", 4, "--pad-short", "repeat", "--mcl-heads", 2]
+    at = options.index("--crop-seconds")
+    options[at : at + 2] = ["--crop-seconds", "0.16", "0.48"]
+    assert run(corpus, "--out", tmp_path / "run", *options) == 0
+    config = read_log(tmp_path / "run" / "log.jsonl")[0]["config"]
+    assert config["train"]["crop_frames"] == [16, 48]
+    assert config["model"]["n_frames"] == 48
+    assert config["model"]["mcl_heads"] == 2
+    assert run(corpus, "--out", tmp_path / "run", "--device", "cpu") == 0
+
+
+def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert run(corpus, "--out", tmp_path / "run", "--steps", 2, *SMALL) == 0
+    said = capsys.readouterr().out
+    assert "2/2" in said
+    assert "crops/s" in said
+    assert "loss" in said
