@@ -20,9 +20,9 @@ MAX_PEAK = 32.0  # +30 dBFS; float files beyond it hold garbage, or integers tha
 BLOCK_SECONDS = 10.0
 _RATES = (1_000, 1_000_000)  # Hz; a header that says less or more is damaged
 
-_PLAIN = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph"}
+_UNCODED = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph"}
 _CODED = {".flac", ".ogg", ".oga", ".opus", ".mp3"}
-AUDIO_SUFFIXES = frozenset(_PLAIN | _CODED)
+AUDIO_SUFFIXES = frozenset(_UNCODED | _CODED)
 # Audio that libsndfile has no decoder for. It is found all the same, so that whoever has a folder of it learns why.
 NO_DECODER = frozenset([".m4a", ".aac", ".wma", ".amr", ".ape", ".wv", ".ac3", ".mka"])
 
@@ -108,10 +108,11 @@ class AudioFile:
 
     def _mix(self, block: np.ndarray) -> np.ndarray:
         mono = block[:, 0].copy()  # (frames,)
-        for channel in range(1, self.channels):
-            mono += block[:, channel]
-        if self.channels > 1:
-            mono /= self.channels
+        with np.errstate(invalid="ignore", over="ignore"):  # said below, by name
+            for channel in range(1, self.channels):
+                mono += block[:, channel]
+            if self.channels > 1:
+                mono /= self.channels
         peak = max(mono.max(), -mono.min())
         if not np.isfinite(peak):
             raise self._error("not finite: NaN or infinite samples")
@@ -136,7 +137,7 @@ class AudioFile:
 
     def _check_length(self, promised: int) -> None:
         log = self._file.extra_info
-        if self.frames == 0 and promised in (0, _FRAMES_UNKNOWN):
+        if self.frames == 0 and not 0 < promised < _FRAMES_UNKNOWN:
             raise self._error("empty: a header and no samples")
         for declared, actual in _SIZE.findall(log):
             if int(actual) + _SIZE_SLACK < int(declared) < _SIZE_UNKNOWN:

@@ -1,0 +1,207 @@
+"""A corpus: clips as int16 in memory-mapped shards, found through one Parquet index.
+
+A prepared folder holds
+
+    index.parquet          one row a clip, in the order of the shards; its metadata say how it was made
+    rejected.parquet       path and reason of every file that was left out
+    shards/00000.i16 ...   samples and nothing else: int16, little-endian, mono, 32768 = full scale, clip after clip
+
+Shards are raw so that they are written as the clips come, before their length is known, and so that any tool reads
+them; all that a header could say stands in the index. `prepare` (prepare.py) makes such a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import CorpusError
+
+INDEX = "index.parquet"
+REJECTED = "rejected.parquet"
+SHARDS = "shards"
+PARTS = "parts"  # rows of shards that are finished but not yet in the index
+METADATA = b"matpac_fast.corpus"
+FORMAT = 1
+FULL_SCALE = 32768
+
+
+class Corpus:
+    """The clips of a prepared folder.
+
+    Nothing but the index is read on opening; a shard is mapped when it is first needed. May be used from several
+    threads, and sent to other processes, which map the shards anew.
+
+    Attributes:
+        sample_rate: Hz.
+        frames: (N,) int64, samples of each clip.
+
+    Raises:
+        CorpusError: no corpus, one whose preparation never finished, or (when it is needed) a shard that is not whole.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder: Path | None = Path(folder)
+        metadata, columns = _read_index(self.folder)
+        self.sample_rate: int = metadata["sample_rate"]
+        self.frames, self._shard, self._offset = columns
+        self._mapped: dict[int, NDArray[np.int16]] = {}
+
+    @classmethod
+    def from_arrays(
+        cls, waves: Sequence[np.ndarray], sample_rate: int = 16_000, paths: Sequence[str] | None = None
+    ) -> Corpus:
+        """A corpus in memory, of (S,) waves, int16 or float in [-1, 1]."""
+        self = cls.__new__(cls)
+        self.folder = None
+        self.sample_rate = sample_rate
+        clips = [wave if wave.dtype == np.int16 else to_int16(wave)[0] for wave in waves]
+        self.frames = np.array([len(clip) for clip in clips], np.int64)
+        self._shard = np.zeros(len(clips), np.int64)
+        self._offset = np.cumsum(self.frames) - self.frames
+        self._mapped = {0: np.concatenate([np.empty(0, np.int16), *clips])}
+        self.paths = [f"clip-{i}" for i in range(len(clips))] if paths is None else list(paths)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def seconds(self) -> float:
+        """Of audio, all clips together."""
+        return float(self.frames.sum()) / self.sample_rate
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The source file of each clip, relative to the folder it was prepared from; read when first asked for."""
+        return self._column("path")
+
+    def name(self, clip: int) -> str:
+        """The source file of one clip."""
+        return self.paths[clip]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over rate, places and source files' hashes of the clips: what training sees, whatever its names."""
+        digest = hashlib.sha256(f"{FORMAT} {self.sample_rate} {len(self)}".encode())
+        for column in (self.frames, self._shard, self._offset):
+            digest.update(np.ascontiguousarray(column, "<i8").tobytes())
+        if self.folder is None:
+            digest.update(self._mapped[0].astype("<i2").tobytes())
+        else:
+            digest.update("".join(self._column("sha256")).encode())
+        return digest.hexdigest()
+
+    def read(self, index: int, start: int = 0, n: int | None = None) -> NDArray[np.int16]:
+        """`n` samples of a clip from `start`, by default all that follow: a read-only view of the shard.
+
+        Raises IndexError where they reach beyond the clip.
+        """
+        n = int(self.frames[index]) - start if n is None else n
+        self._check(np.array([index]), np.array([start]), n)
+        begin = int(self._offset[index]) + start
+        return self._samples(int(self._shard[index]))[begin : begin + n]
+
+    def gather(
+        self, indices: ArrayLike, starts: ArrayLike, n: int, out: NDArray[np.int16] | None = None
+    ) -> NDArray[np.int16]:
+        """Crops of `n` samples: clip indices (B,) and first samples (B,) -> (B, n), written into `out` where given.
+
+        Raises IndexError where a crop reaches beyond its clip.
+        """
+        indices, starts = np.asarray(indices, np.int64), np.asarray(starts, np.int64)
+        self._check(indices, starts, n)
+        out = np.empty((len(indices), n), np.int16) if out is None else out
+        begins = (self._offset[indices] + starts).tolist()
+        for row, shard, begin in zip(out, self._shard[indices].tolist(), begins, strict=True):
+            row[:] = self._samples(shard)[begin : begin + n]
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A map would be sent as its content.
+        return self.__dict__ if self.folder is None else self.__dict__ | {"_mapped": {}}
+
+    def _check(self, indices: NDArray[np.int64], starts: NDArray[np.int64], n: int) -> None:
+        wrong = (starts < 0) | (starts + n > self.frames[indices])
+        if n < 0 or wrong.any():
+            row = int(wrong.argmax())
+            raise IndexError(
+                f"samples {starts[row]} to {starts[row] + n} of clip {indices[row]}, "
+                f"which has {self.frames[indices[row]]}"
+            )
+
+    def _samples(self, shard: int) -> NDArray[np.int16]:
+        samples = self._mapped.get(shard)
+        if samples is None:
+            samples = self._mapped[shard] = self._map(shard)
+        return samples
+
+    def _map(self, shard: int) -> NDArray[np.int16]:
+        path = shard_path(self.folder or Path(), shard)
+        try:
+            size, expected = path.stat().st_size, int(self._bytes[shard])
+            if size < expected:
+                raise CorpusError(f"{path}: {size} bytes, the index needs {expected}: copy or prepare the corpus again")
+            # A plain array on the map: slices of numpy's own memmap class cost microseconds each.
+            return np.memmap(path, "<i2", mode="r").view(np.ndarray)
+        except OSError as error:
+            raise CorpusError(f"{path}: {error.strerror}: copy or prepare the corpus again") from None
+
+    @cached_property
+    def _bytes(self) -> NDArray[np.int64]:
+        """What each shard must hold at least; clips whose file was replaced since may follow."""
+        needed = np.zeros(int(self._shard.max(initial=-1)) + 1, np.int64)
+        np.maximum.at(needed, self._shard, 2 * (self._offset + self.frames))
+        return needed
+
+    def _column(self, name: str) -> list[Any]:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(Path(self.folder or "") / INDEX, columns=[name])[name].to_pylist()
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / SHARDS / f"{shard:05d}.i16"
+
+
+def to_int16(wave: np.ndarray) -> tuple[NDArray[np.int16], int]:
+    """Float samples as int16, 32768 to 1.0, rounded without dither, and how many had to be clipped."""
+    scaled = np.rint(wave * np.float32(FULL_SCALE))
+    clipped = int(np.count_nonzero((scaled > FULL_SCALE - 1) | (scaled < -FULL_SCALE)))
+    return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1).astype("<i2"), clipped
+
+
+def read_metadata(schema: Any, path: Path) -> dict[str, Any]:
+    """What the metadata of a Parquet file of a corpus say; CorpusError where it is none."""
+    metadata = json.loads((schema.metadata or {}).get(METADATA, b"{}"))
+    if metadata.get("format") != FORMAT:
+        found = f"format {metadata['format']}" if "format" in metadata else "no index of a corpus"
+        raise CorpusError(f"{path}: {found}, expected format {FORMAT}: prepare the corpus again")
+    return metadata
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise CorpusError(f"reading a corpus needs pyarrow ({error}): pip install pyarrow") from error
+    path = folder / INDEX
+    if not path.exists():
+        if (folder / SHARDS).exists():
+            raise CorpusError(f"{folder}: its preparation was interrupted: run the same matpac-fast prepare again")
+        raise CorpusError(f"{folder}: no corpus, it has no {INDEX}: make one with matpac-fast prepare AUDIO {folder}")
+    try:
+        table = pq.read_table(path, columns=["frames", "shard", "offset"])
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}: cannot be read ({str(error).splitlines()[0]}): prepare the corpus again") from None
+    metadata = read_metadata(table.schema, path)
+    return metadata, [table[name].to_numpy().astype(np.int64) for name in ("frames", "shard", "offset")]

@@ -1,0 +1,245 @@
+"""From a folder of audio to a corpus: decode in threads, write shard after shard, leave out what cannot be used.
+
+A shard is finished once its samples and then its rows are on disk, each renamed into place; what a killed run had not
+finished is done again, so the result is the same however often it was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import AudioError, CorpusError
+from ..files import atomic
+from .corpus import REJECTED, shard_path, to_int16
+from .decode import AUDIO_SUFFIXES, AudioFile, find_audio
+from .store import Row, Settings, Store
+
+# Files that are decoded ahead of the one to be written next: so many a worker, and of more than one a worker only so
+# many bytes, for a long recording is a gigabyte when decoded.
+_AHEAD = 8
+_AHEAD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What is in a corpus now, and what this run did to it."""
+
+    out: Path
+    clips: int
+    seconds: float
+    shards: int
+    added: int  # clips of files that are new
+    replaced: int  # clips of files that changed
+    vanished: int  # clips that are kept though their file is no longer there
+    clipped: int  # clips of this run with samples beyond full scale
+    rejected: dict[str, int]  # reason without its details -> files; all that are left out now
+
+
+class _Loaded(NamedTuple):
+    row: Row
+    wave: NDArray[np.int16] | None = None  # None: rejected, and the row says why
+
+
+def prepare(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    sample_rate: int = 16_000,
+    workers: int | None = None,
+    shard_seconds: float = 3600.0,
+    min_seconds: float = 0.1,
+    silence_db: float = -70.0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PrepareReport:
+    """Make a corpus of the audio in a folder, or bring one up to date.
+
+    Run again, it goes on where it was interrupted; where nothing has changed, it writes nothing. Files that are new go
+    into new shards. A file whose content changed is decoded again and takes the place of its old clip, whose samples
+    stay in their shard, unused. The clip of a file that vanished is kept: a corpus does not need its source.
+
+    Args:
+        source: a folder; audio in it and below is found by suffix (see `find_audio`).
+        out: the corpus: a new or empty folder, or an earlier one.
+        sample_rate: of the corpus, in Hz.
+        workers: decoding threads; by default one a core. The result does not depend on it.
+        shard_seconds: a shard is closed once it holds so much.
+        min_seconds: what is shorter is left out.
+        silence_db: so is what never leaves this distance from its mid-line, in dB of full scale.
+        progress: called in this thread, after every file, with how many files are done and how many there are to do.
+
+    Raises:
+        AudioError: `source` is no folder, or one that cannot be read.
+        CorpusError: no audio in it, or none that can be used; another corpus in `out`, or it cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, value in (("sample_rate", sample_rate), ("workers", workers), ("shard_seconds", shard_seconds)):
+        if not value > 0:
+            raise CorpusError(f"prepare: {name} is {value}; expected more than 0")
+    settings = Settings(sample_rate, float(min_seconds), float(silence_db))
+    unreadable: list[_Loaded] = []
+    paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)))
+    found = {_key(source, path): path for path in paths}
+    if not found and not unreadable:
+        raise CorpusError(f"{source}: no audio in it; looked for {' '.join(sorted(AUDIO_SUFFIXES))}")
+
+    added, replaced, clipped = 0, 0, 0
+    with Store(out, settings) as store:
+        if len(store.clips) and not any(map(store.is_clip, found)):
+            raise CorpusError(f"{out}: a corpus of other audio: none of its {len(store.clips)} files is in {source}")
+        store.present = {*found, *(item.row["path"] for item in unreadable)}
+        now = {key: _status(path) for key, path in found.items()}
+        todo = {key: status for key, status in now.items() if status is None or not store.is_current(key, status)}
+        loaded = _in_order(
+            (
+                (status.st_size if status else 0, partial(_load, key, found[key], settings, store.sha256(key)))
+                for key, status in todo.items()
+            ),
+            workers,
+        )
+
+        def changes() -> Iterator[_Loaded]:
+            nonlocal added, replaced, clipped
+            yield from unreadable
+            for done, item in enumerate(loaded, 1):
+                if item is not None:
+                    if item.wave is not None:
+                        replaced += store.is_clip(item.row["path"])
+                        added += not store.is_clip(item.row["path"])
+                        clipped += item.row["clipped"] > 0
+                    yield item
+                progress(done, len(todo))
+
+        try:
+            _write_shards(store, changes(), round(shard_seconds * sample_rate))
+        finally:
+            loaded.close()
+
+    rejected = store.rejected["reason"].to_pylist()
+    if not len(store.clips):
+        example = f"{store.rejected['path'][0].as_py()}: {rejected[0]}"
+        raise CorpusError(
+            f"{source}: none of its {len(rejected)} audio files can be used ({example}); "
+            f"{out / REJECTED} has the reason of each"
+        )
+    return PrepareReport(
+        out=out,
+        clips=len(store.clips),
+        seconds=int(store.clips["frames"].to_numpy().sum()) / sample_rate,
+        shards=len(store.clips["shard"].unique()),
+        added=added,
+        replaced=replaced,
+        vanished=sum(path not in found for path in store.clips["path"].to_pylist()),
+        clipped=clipped,
+        rejected=dict(Counter(reason.partition(":")[0] for reason in rejected).most_common()),
+    )
+
+
+def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: int) -> None:
+    """Write clips into shards of at least `limit` samples, but for the last."""
+    rows: list[Row] = []
+    for first in loaded:
+        if first.wave is None:
+            rows.append(first.row)
+            continue
+        end = 0
+        with atomic(shard_path(store.out, store.next_shard)) as beside, open(beside, "wb") as file:
+            for row, wave in itertools.chain([first], loaded):
+                rows.append(row)
+                if wave is not None:
+                    row["shard"], row["offset"] = store.next_shard, end
+                    file.write(wave.data)
+                    end += len(wave)
+                    if end >= limit:
+                        break
+        store.commit(rows)
+        rows = []
+    store.reject(rows)
+
+
+def _in_order(
+    jobs: Iterable[tuple[int, Callable[[], _Loaded | None]]], workers: int
+) -> Generator[_Loaded | None, None, None]:
+    """Run jobs, each with the size of its file, in threads; yield their results in the order of the jobs."""
+    waiting: deque[tuple[int, Future[_Loaded | None]]] = deque()
+    bytes_ahead = 0
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for size, job in jobs:
+            waiting.append((size, pool.submit(job)))
+            bytes_ahead += size
+            while len(waiting) > workers and (len(waiting) > _AHEAD * workers or bytes_ahead > _AHEAD_BYTES):
+                size, future = waiting.popleft()
+                bytes_ahead -= size
+                yield future.result()
+        while waiting:
+            yield waiting.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load(key: str, path: Path, settings: Settings, known: str | None) -> _Loaded | None:
+    """Decode a file; None where its hash is the `known` one, so that nothing about it is new."""
+    row: Row = {"path": key}
+    try:
+        with AudioFile(path) as file:
+            status = os.stat(path)
+            row |= {"sha256": _sha256(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+            if row["sha256"] == known:
+                return None
+            blocks: list[NDArray[np.int16]] = []
+            low, high, clipped = np.inf, -np.inf, 0
+            for block in file.blocks(settings.sample_rate):
+                low, high = min(low, float(block.min())), max(high, float(block.max()))
+                samples, beyond = to_int16(block)
+                blocks.append(samples)
+                clipped += beyond
+            wave = np.concatenate(blocks)
+            row |= {"source_rate": file.sample_rate, "source_channels": file.channels}
+    except AudioError as error:
+        return _Loaded(row | {"reason": str(error).removeprefix(f"{path}: ")})
+    except OSError as error:
+        return _Loaded({"path": key, "reason": f"cannot be read: {error.strerror}"})
+    seconds = len(wave) / settings.sample_rate
+    if seconds < settings.min_seconds:
+        return _Loaded(row | {"reason": f"too short: {seconds:.3g} s, less than {settings.min_seconds:g} s"})
+    if (high - low) / 2 < 10 ** (settings.silence_db / 20):
+        return _Loaded(row | {"reason": f"silent: within {settings.silence_db:g} dBFS of its mid-line throughout"})
+    row |= {"frames": len(wave), "duration": seconds, "peak": max(high, -low), "clipped": clipped}
+    return _Loaded(row, wave)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None  # a broken link, say: decoding will find the words
+
+
+def _key(source: Path, path: Path) -> str:
+    """The path in the source folder, in characters that Parquet can hold."""
+    return os.fsencode(path.relative_to(source)).decode("utf-8", "backslashreplace")
+
+
+def _unreadable(source: Path, folder: Path, error: OSError) -> _Loaded:
+    return _Loaded({"path": _key(source, folder), "reason": f"folder cannot be read: {error.strerror}"})

@@ -1,0 +1,222 @@
+"""The Parquet side of preparing a corpus: what became of every file, kept so that a kill at any moment loses little.
+
+`Store` holds one row a file, of a clip or of a rejected one. The rows of a finished shard are written at once, as a
+part; on leaving, all rows become index.parquet and rejected.parquet, each replaced as a whole and only if it changes,
+and the parts go.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import CorpusError
+from ..files import atomic, sync_folder
+from .corpus import FORMAT, INDEX, METADATA, PARTS, REJECTED, SHARDS, read_metadata
+from .decode import decoder_versions
+
+Row = dict[str, Any]
+_OF_REJECTED = ["path", "reason", "sha256", "size", "mtime_ns"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides whether and how a file becomes a clip; one corpus has one of it."""
+
+    sample_rate: int
+    min_seconds: float
+    silence_db: float
+
+
+class Store:
+    """The rows of the corpus in `out`, which is locked against other processes; a context manager.
+
+    Attributes:
+        next_shard: number of the next shard to be written.
+        present: set by the caller, the files that the source holds now: rejections of others are forgotten.
+        clips, rejected: after leaving, the rows of index.parquet and rejected.parquet, as pyarrow Tables.
+
+    Raises:
+        CorpusError: a folder that cannot be written, is in use, or holds something else; a disk that is full.
+    """
+
+    clips: Any
+    rejected: Any
+
+    def __init__(self, out: Path, settings: Settings):
+        self.out, self._settings = out, settings
+        self.present: set[str] | None = None
+
+    def __enter__(self) -> Store:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.out, os.O_RDONLY)
+        except FileExistsError:
+            raise CorpusError(f"{self.out}: a file, where a folder for the corpus was expected") from None
+        except OSError as error:
+            raise CorpusError(f"{self.out}: cannot be written: {error.strerror}") from None
+        try:
+            self._claim()
+            self._load()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._finish()
+        except OSError as failed:
+            error = error if isinstance(error, OSError) else failed
+        finally:
+            os.close(self._lock)
+        if isinstance(error, OSError):
+            mend = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+            raise CorpusError(
+                f"{self.out}: {error.strerror}; {len(self.clips)} clips are safe; {mend} and run the same again"
+            ) from error
+
+    def is_clip(self, path: str) -> bool:
+        """Whether a file was a clip when this run began."""
+        return path in self._row and self._row[path] in self._clip_rows
+
+    def is_current(self, path: str, status: os.stat_result) -> bool:
+        """Whether it is known what becomes of a file, which still has the size and time of then."""
+        row = self._row.get(path)
+        return row is not None and (self._size[row], self._time[row]) == (status.st_size, status.st_mtime_ns)
+
+    def sha256(self, path: str) -> str | None:
+        """The hash that a file had, where it is known."""
+        return self._rows["sha256"][self._row[path]].as_py() if path in self._row else None
+
+    def commit(self, rows: list[Row]) -> None:
+        """Keep the rows of shard `next_shard`, whose samples are on disk, and of files rejected on the way to it."""
+        table = self._table(rows)
+        self._write(table, self.out / PARTS / f"{self.next_shard:05d}.parquet")
+        self.next_shard += 1
+        self._new.append(table)
+
+    def reject(self, rows: list[Row]) -> None:
+        """Add the rows of rejected files that no shard comes after."""
+        self._new.append(self._table(rows))
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CorpusError(f"{self.out}: another process is preparing it") from None
+        except OSError:
+            pass  # a file system without locks
+        entries = set(os.listdir(self.out))
+        if entries and not entries & {INDEX, REJECTED, SHARDS, PARTS}:
+            raise CorpusError(f"{self.out}: holds other files; give a new or empty folder for the corpus")
+
+    def _load(self) -> None:
+        import pyarrow as pa
+
+        for pattern in (f".{INDEX}.*.tmp", f".{REJECTED}.*.tmp", f"{SHARDS}/.*.tmp", f"{PARTS}/.*.tmp"):
+            for left in self.out.glob(pattern):  # by a process that was killed
+                left.unlink()
+        self._decoders = [decoder_versions()]
+        self.clips = self._read(self.out / INDEX)
+        self.rejected = self._read(self.out / REJECTED)
+        parts = [self._read(path) for path in sorted((self.out / PARTS).glob("*.parquet"))]
+        self._rows = pa.concat_tables([self.clips, self.rejected, *parts])
+        self._new: list[Any] = []
+        self._row = {path: row for row, path in enumerate(self._rows["path"].to_pylist())}  # the last one counts
+        self._clip_rows = set(np.flatnonzero(self._rows["reason"].is_null().to_numpy()).tolist())
+        self._size = self._rows["size"].fill_null(-1).to_numpy()
+        self._time = self._rows["mtime_ns"].fill_null(-1).to_numpy()
+        self.next_shard = 1 + max([-1, *self._rows["shard"].drop_null().unique().to_pylist()])
+
+    def _finish(self) -> None:
+        """Bring index and rejections up to date on disk; then the parts are needed no longer."""
+        import pyarrow as pa
+
+        rows = pa.concat_tables([self._rows, *self._new])
+        last = {path: row for row, path in enumerate(rows["path"].to_pylist())}
+        rows = rows.take(pa.array(sorted(last.values()), pa.int64()))
+        clips = rows.filter(rows["reason"].is_null())
+        rejected = rows.filter(rows["reason"].is_valid()).sort_by("path")
+        if self.present is not None:
+            rejected = rejected.filter(
+                pa.array([path in self.present for path in rejected["path"].to_pylist()], pa.bool_())
+            )
+        written, self.clips, self.rejected = (self.clips, self.rejected), clips, rejected
+        if not clips.equals(written[0]):
+            self._write(clips.drop_columns("reason"), self.out / INDEX)
+        if not rejected.equals(written[1]):
+            self._write(rejected.select(_OF_REJECTED), self.out / REJECTED)
+        if (self.out / PARTS).exists():
+            for part in (self.out / PARTS).glob("*.parquet"):
+                part.unlink()
+            (self.out / PARTS).rmdir()
+            sync_folder(self.out)
+
+    def _table(self, rows: list[Row]) -> Any:
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(rows, schema=_schema())
+
+    def _write(self, table: Any, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        metadata = {"format": FORMAT, **asdict(self._settings), "decoders": self._decoders}
+        with atomic(path) as beside:
+            pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(metadata)}), beside, compression="zstd")
+
+    def _read(self, path: Path) -> Any:
+        """A table with all columns, empty where there is no file; checks that it was made as this run would."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = _schema()
+        if not path.exists():
+            return schema.empty_table()
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise CorpusError(f"{path}: cannot be read ({str(error).splitlines()[0]}); give a new folder") from None
+        metadata = read_metadata(table.schema, path)
+        wanted = asdict(self._settings)
+        differ = [
+            f"{name} {metadata[name]:g}, not {wanted[name]:g}" for name in wanted if metadata[name] != wanted[name]
+        ]
+        if differ:
+            raise CorpusError(f"{self.out}: was prepared with {', '.join(differ)}; give the same, or a new folder")
+        self._decoders = metadata["decoders"] + [now for now in self._decoders if now not in metadata["decoders"]]
+        columns = [
+            table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+            for field in schema
+        ]
+        return pa.table(columns, schema=schema)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("path", pa.string()),  # in the source folder; bytes that are no UTF-8 as \xNN
+            ("sha256", pa.string()),  # of the file
+            ("frames", pa.int64()),  # samples of the clip
+            ("duration", pa.float64()),  # seconds
+            ("shard", pa.int64()),
+            ("offset", pa.int64()),  # first sample in the shard
+            ("source_rate", pa.int64()),  # Hz
+            ("source_channels", pa.int64()),
+            ("peak", pa.float32()),  # of the clip before clipping, full scale 1
+            ("clipped", pa.int64()),  # samples beyond full scale
+            ("size", pa.int64()),  # bytes of the file
+            ("mtime_ns", pa.int64()),
+            ("reason", pa.string()),  # why it was rejected; null for a clip, and not in the index
+        ]
+    )

@@ -1,0 +1,92 @@
+"""`matpac-fast prepare`: a folder of audio in, a corpus out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from ._progress import progress
+from ._quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from ..audio.prepare import PrepareReport
+
+
+def main(
+    source: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    sample_rate: int = 16_000,
+    workers: int | None = None,
+    shard_seconds: float = 3600.0,
+    min_seconds: float = 0.1,
+    silence_db: float = -70.0,
+) -> int:
+    """Turn a folder of audio into a corpus for pre-training.
+
+    Example: matpac-fast prepare ~/audio corpus/
+
+    Takes wav, flac, ogg, opus, mp3, aiff and the like, of any rate and number of channels, and writes 16-bit mono in
+    shards that training reads in place. What cannot be used is left out; rejected.parquet says what and why. Run again,
+    it goes on where it was interrupted and adds files that are new; where there is nothing to do, it writes nothing.
+    Exits with 0, with 2 where nothing could be used.
+
+    Args:
+        source: folder of audio, searched with all its sub-folders.
+        out: folder for the corpus: a new one, or that of an earlier run.
+        sample_rate: of the corpus, in Hz; training takes 16000.
+        workers: decoding threads. Default: one a core.
+        shard_seconds: seconds of audio in one shard; a killed run loses one shard's work at most.
+        min_seconds: shorter files are left out.
+        silence_db: files that stay within this level, in dB of full scale, are left out as silent.
+    """
+    from ..audio.prepare import prepare
+
+    try:
+        with quiet_libraries(), progress("preparing", "files") as update:
+            report = prepare(
+                source,
+                out,
+                sample_rate=sample_rate,
+                workers=workers,
+                shard_seconds=shard_seconds,
+                min_seconds=min_seconds,
+                silence_db=silence_db,
+                progress=update,
+            )
+    except KeyboardInterrupt:
+        print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)
+        raise
+    print(summary(report))
+    return 0
+
+
+def summary(report: PrepareReport) -> str:
+    """What the corpus holds, what this run did to it, what was left out and why."""
+    lines = [
+        f"{report.out}: {_count(report.clips, 'clip')}, {_length(report.seconds)}, "
+        f"{_count(report.shards, 'shard')}; {report.added} added"
+    ]
+    if report.replaced:
+        lines.append(f"{_count(report.replaced, 'clip')} replaced, because the file had changed")
+    if report.vanished:
+        lines.append(f"{_count(report.vanished, 'clip')} kept, whose file is no longer in the source")
+    if report.clipped:
+        lines.append(f"{_count(report.clipped, 'new clip')} went beyond full scale in places and were clipped there")
+    if report.rejected:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in report.rejected.items())
+        left_out = _count(sum(report.rejected.values()), "file")
+        lines.append(f"{left_out} left out: {reasons}; {report.out / 'rejected.parquet'} says which and why")
+    return "\n".join([*lines, f"next: matpac-fast pretrain {report.out} --out runs/a"])
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _length(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

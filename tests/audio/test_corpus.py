@@ -1,0 +1,170 @@
+"""Reading a corpus: the right samples, nothing opened before it is needed, and clear errors for what is broken."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from matpac_fast.audio.corpus import Corpus, to_int16
+from matpac_fast.audio.prepare import prepare
+from matpac_fast.errors import CorpusError
+
+RATE = 16_000
+LENGTHS = (4000, 16_000, 2500, 9000, 12_345, 8000, 3000)
+
+
+@pytest.fixture(scope="module")
+def waves() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(-20_000, 20_000, n).astype(np.int16) for n in LENGTHS]
+
+
+@pytest.fixture
+def folder(tmp_path, waves):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i, wave in enumerate(waves):
+        soundfile.write(source / f"{i}.wav", wave, RATE)
+    prepare(source, tmp_path / "corpus", shard_seconds=1.0)
+    return tmp_path / "corpus"
+
+
+@pytest.fixture(params=["folder", "memory"])
+def corpus(request, folder, waves):
+    return Corpus(folder) if request.param == "folder" else Corpus.from_arrays(waves)
+
+
+def test_it_holds_the_clips(corpus, waves):
+    assert len(corpus) == len(waves)
+    assert corpus.sample_rate == RATE
+    assert corpus.frames.tolist() == list(LENGTHS)
+    assert corpus.frames.dtype == np.int64
+    assert corpus.seconds == pytest.approx(sum(LENGTHS) / RATE)
+    for i, wave in enumerate(waves):
+        np.testing.assert_array_equal(corpus.read(i), wave)
+        np.testing.assert_array_equal(corpus.read(i, 100), wave[100:])
+        np.testing.assert_array_equal(corpus.read(i, 100, 50), wave[100:150])
+    assert len(corpus.read(0, LENGTHS[0])) == 0
+
+
+def test_names_are_the_source_files(folder):
+    corpus = Corpus(folder)
+    assert corpus.paths == [f"{i}.wav" for i in range(len(LENGTHS))]
+    assert corpus.name(2) == "2.wav"
+    assert Corpus.from_arrays([np.zeros(4, np.int16)], paths=["a"]).name(0) == "a"
+
+
+def test_gather_cuts_crops_out_of_any_shard(corpus, waves):
+    random = np.random.default_rng(1)
+    indices = random.integers(0, len(waves), 200)
+    starts = random.integers(0, np.array(LENGTHS)[indices] - 2500 + 1)
+    crops = corpus.gather(indices, starts, 2500)
+    assert crops.dtype == np.int16
+    np.testing.assert_array_equal(crops, [waves[i][s : s + 2500] for i, s in zip(indices, starts, strict=True)])
+    out = np.full((200, 2500), 7, np.int16)
+    assert corpus.gather(indices.tolist(), starts.tolist(), 2500, out=out) is out
+    np.testing.assert_array_equal(out, crops)
+    assert corpus.gather([], [], 2500).shape == (0, 2500)
+
+
+@pytest.mark.parametrize(("index", "start", "n"), [(0, 0, 4001), (0, -1, 10), (0, 4000, 1), (1, 16_001, 0), (0, 5, -1)])
+def test_samples_beyond_a_clip_are_refused(corpus, index, start, n):
+    with pytest.raises(IndexError):
+        corpus.read(index, start, n)
+    with pytest.raises(IndexError):
+        corpus.gather([1, index], [0, start], n)
+    with pytest.raises(IndexError):
+        corpus.read(len(corpus))
+
+
+def test_what_is_read_cannot_be_written_to(folder):
+    with pytest.raises(ValueError, match="read-only"):
+        Corpus(folder).read(0)[0] = 1
+
+
+def test_shards_are_mapped_when_needed_and_once(folder, monkeypatch):
+    opened = []
+    memmap = np.memmap
+    monkeypatch.setattr(np, "memmap", lambda path, *args, **kwargs: (opened.append(path.name), memmap(path, *args))[1])
+    corpus = Corpus(folder)
+    assert not opened
+    corpus.read(0)
+    corpus.read(1)
+    assert opened == ["00000.i16"]
+    corpus.gather(np.arange(len(corpus)), np.zeros(len(corpus), int), 10)
+    assert opened == ["00000.i16", "00001.i16", "00002.i16"]
+
+
+def test_it_can_be_sent_to_another_process_and_used_by_threads(corpus, waves):
+    corpus.read(0)
+    sent = pickle.dumps(corpus)
+    again = pickle.loads(sent)
+    assert again.fingerprint == corpus.fingerprint
+    with ThreadPoolExecutor(4) as pool:
+        for i, wave in enumerate(pool.map(again.read, range(len(waves)))):
+            np.testing.assert_array_equal(wave, waves[i])
+    if corpus.folder is not None:
+        assert len(sent) < 2 * sum(LENGTHS) / 10, "the samples were sent along"
+
+
+def test_the_fingerprint_is_of_what_training_sees(folder, tmp_path, waves):
+    before = Corpus(folder).fingerprint
+    assert Corpus(folder).fingerprint == before
+    prepare(tmp_path / "source", tmp_path / "again", shard_seconds=1.0, workers=1)
+    assert Corpus(tmp_path / "again").fingerprint == before
+    prepare(tmp_path / "source", tmp_path / "other", shard_seconds=100.0)
+    assert Corpus(tmp_path / "other").fingerprint != before
+    changed = [*waves[:-1], waves[-1][::-1]]
+    assert Corpus.from_arrays(waves).fingerprint == Corpus.from_arrays(waves).fingerprint
+    assert Corpus.from_arrays(waves).fingerprint != Corpus.from_arrays(changed).fingerprint
+    assert Corpus.from_arrays(waves).fingerprint != Corpus.from_arrays(waves, 8000).fingerprint
+
+
+def test_a_broken_shard_is_named(folder):
+    path = folder / "shards" / "00001.i16"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2])
+    corpus = Corpus(folder)
+    corpus.read(0)
+    with pytest.raises(CorpusError, match=rf"00001\.i16: {len(data) - 2} bytes, the index needs {len(data)}"):
+        corpus.gather([0, 3], [0, 0], 10)
+    path.unlink()
+    with pytest.raises(CorpusError, match=r"00001\.i16: No such file"):
+        corpus.read(3)
+    path.write_bytes(data)
+    assert len(corpus.read(3)) == LENGTHS[3]
+
+
+def test_what_is_no_corpus_is_said(tmp_path, folder):
+    with pytest.raises(CorpusError, match="no corpus, it has no index.parquet: make one with"):
+        Corpus(tmp_path / "missing")
+    index = (folder / "index.parquet").read_bytes()
+    (folder / "index.parquet").unlink()
+    with pytest.raises(CorpusError, match="interrupted: run the same matpac-fast prepare again"):
+        Corpus(folder)
+    (folder / "index.parquet").write_bytes(index[:-100])
+    with pytest.raises(CorpusError, match="index.parquet: cannot be read"):
+        Corpus(folder)
+    pq.write_table(pa.table({"x": [1]}), folder / "index.parquet")
+    with pytest.raises(CorpusError, match=r"index\.parquet"):
+        Corpus(folder)
+
+
+def test_memory_takes_floats(waves):
+    corpus = Corpus.from_arrays([wave / np.float32(32768) for wave in waves])
+    np.testing.assert_array_equal(corpus.read(3), waves[3])
+    assert len(Corpus.from_arrays([])) == 0
+
+
+def test_int16_is_rounded_and_clipped_and_counted():
+    wave = np.array([0, 1 / 32768, 1.4 / 32768, -1.6 / 32768, 32767 / 32768, 1.0, -1.0, 1.5, -1.5], np.float32)
+    samples, clipped = to_int16(wave)
+    assert samples.tolist() == [0, 1, 1, -2, 32767, 32767, -32768, 32767, -32768]
+    assert samples.dtype == np.int16
+    assert clipped == 3

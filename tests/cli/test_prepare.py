@@ -1,0 +1,128 @@
+"""`matpac-fast prepare`: what is said, on which stream, with which exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from matpac_fast import cli
+from matpac_fast.audio.corpus import Corpus
+from matpac_fast.audio.prepare import PrepareReport
+from matpac_fast.cli._quiet import quiet_libraries
+from matpac_fast.cli.prepare import summary
+
+RATE = 16_000
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for i in range(3):
+        soundfile.write(folder / f"{i}.wav", np.sin(np.arange(RATE) / (9 + i)), RATE)
+    (folder / "empty.wav").touch()
+    return folder
+
+
+def test_the_summary_says_what_was_used_and_what_was_not(source, tmp_path, capsys):
+    out = tmp_path / "corpus"
+    assert cli.main(["prepare", str(source), str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"{out}: 3 clips, 3.0 s, 1 shard; 3 added",
+        f"1 file left out: 1 empty; {out}/rejected.parquet says which and why",
+        f"next: matpac-fast pretrain {out} --out runs/a",
+    ]
+    assert said.err == ""
+    assert len(Corpus(out)) == 3
+    assert cli.main(["prepare", str(source), str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 3 clips, 3.0 s, 1 shard; 0 added\n1 file left out")
+
+
+def test_the_summary_of_a_corpus_brought_up_to_date():
+    report = PrepareReport(Path("c"), 1200, 9000.0, 3, 1, 2, 1, 1, {"silent": 2, "damaged": 1})
+    assert summary(report).splitlines() == [
+        "c: 1200 clips, 2.50 h, 3 shards; 1 added",
+        "2 clips replaced, because the file had changed",
+        "1 clip kept, whose file is no longer in the source",
+        "1 new clip went beyond full scale in places and were clipped there",
+        "3 files left out: 2 silent, 1 damaged; c/rejected.parquet says which and why",
+        "next: matpac-fast pretrain c --out runs/a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda source: [str(source / "missing"), "c"], "missing: no such folder"),
+        (lambda source: [str(source), str(source)], "holds other files; give a new or empty folder"),
+        (lambda source: [str(source), "c", "--workers", "0"], "workers is 0; expected more than 0"),
+        (lambda source: [str(source), "c", "--min-seconds", "60"], "(0.wav: too short: 1 s, less than 60 s)"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys, monkeypatch, make, line):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", *make(source)]) == cli.FAILED
+    said = capsys.readouterr()
+    assert line in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert said.out == ""
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_no_half_file(source, tmp_path):
+    for i in range(400):
+        os.link(source / "0.wav", source / f"more-{i}.wav")
+    out = tmp_path / "corpus"
+    command = [sys.executable, "-m", "matpac_fast.cli", "prepare", str(source), str(out), "--shard-seconds", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(out.glob("parts/*.parquet")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate()
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert errors.splitlines() == [
+        "the shards that are finished are kept; the same command goes on from there",
+        "matpac-fast prepare: interrupted",
+    ]
+    assert not said
+    assert 0 < len(Corpus(out)) < 403
+    assert not list(out.rglob("*.tmp"))
+    assert cli.main(["prepare", str(source), str(out), "--shard-seconds", "2"]) == 0
+    assert len(Corpus(out)) == 403
+
+
+def test_libraries_are_quiet_and_python_is_not():
+    code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])  # the module alone, without importing the package
+from _quiet import quiet_libraries
+with quiet_libraries():
+    os.write(2, b"library\\n")
+    print("python", file=sys.stderr)
+os.write(2, b"library again\\n")
+print("python again", file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code, str(Path(cli.__file__).parent)]
+    environment = {**os.environ, "MATPAC_FAST_DEBUG": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.stderr.split("\n") == ["python", "library again", "python again", ""]
+    environment["MATPAC_FAST_DEBUG"] = "1"
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.stderr.startswith("library\npython\n")
+
+
+def test_an_error_passes_through_the_quiet(capfd):
+    before = sys.stderr
+    with pytest.raises(KeyError), quiet_libraries():
+        raise KeyError
+    assert sys.stderr is before
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
