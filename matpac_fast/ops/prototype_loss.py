@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import choose
+from ..backend import choose, device_guard
 from ._check import check_shape, check_tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -68,32 +68,25 @@ def _work(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
-def _operands(features: Tensor, weight: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two factors of one dtype: of 16 bits where their product comes out in `work` nevertheless, else `work`."""
-    if _MM_INTO_FLOAT32 and features.is_cuda and features.dtype == weight.dtype and features.dtype.itemsize == 2:
-        return features, weight
-    return features.to(work), weight.to(work)
-
-
 def _mm(a: Tensor, b: Tensor, work: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a @ b in `work`; `out` is where the result may go."""
     return torch.mm(a, b, out=out) if a.dtype == work else torch.mm(a, b, out_dtype=work)
 
 
 def _delta_dtype(student: Tensor, weight: Tensor, work: torch.dtype) -> torch.dtype:
-    """What the gradients' products multiply."""
-    return student.dtype if student.is_cuda and student.dtype == weight.dtype else work
+    """What the gradients' products multiply: `work`, or on a GPU the 16 bits of both its factors."""
+    return student.dtype if _MM_INTO_FLOAT32 and student.is_cuda and student.dtype == weight.dtype else work
 
 
-class _Logits:
-    """The logits of both sides by chunks of rows, in `work`, and the native kernels on them."""
+class _Sides:
+    """Both sides' factors, each side's two in one dtype, and the rows in chunks of bounded logits."""
 
     def __init__(self, launcher: str, sides: tuple[Tensor, ...], student_temp: float, teacher_temp: float):
         student, student_weight, teacher, teacher_weight, center = sides
         self.launcher = launcher
         self.work = _work(*sides[:4])
-        self.student, self.student_weight = _operands(student, student_weight, self.work)
-        self.teacher, self.teacher_weight = _operands(teacher, teacher_weight, self.work)
+        self.student, self.student_weight = self._factors(student, student_weight)
+        self.teacher, self.teacher_weight = self._factors(teacher, teacher_weight)
         center = center.to(self.work).contiguous()
         # The kernels load aligned vectors, and a slice of a longer tensor need not be aligned.
         self.center = center if center.data_ptr() % 32 == 0 else center.clone()
@@ -101,9 +94,51 @@ class _Logits:
         n, k = student.shape[0], center.shape[0]
         rows = max(_MIN_ROWS, _CHUNK_BYTES[student.device.type] // (k * self.work.itemsize))
         self.chunks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+    def _factors(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """16 bits stay 16 bits where the product comes out in `work` nevertheless."""
+        in_16_bits = features.dtype == weight.dtype and features.dtype.itemsize == 2
+        if in_16_bits and (self.launcher == "triton" or (_MM_INTO_FLOAT32 and features.is_cuda)):
+            return features, weight
+        return features.to(self.work), weight.to(self.work)
+
+
+class _Native(_Sides):
+    """torch's matrix products into a chunk of logits, and the native kernels on it."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self.buffers: list[Tensor | None] = [None, None]
 
-    def chunk(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, loss: Tensor, stats: Tensor, delta: Tensor | None, column_sum: Tensor | None) -> None:
+        from .. import _C
+
+        for rows in self.chunks:
+            part = None if delta is None else delta[rows]
+            student, teacher = self._logits(rows, out=part)
+            args = self._args(student, teacher, stats[rows], part, loss[rows], column_sum)
+            if self.launcher == "cpp":
+                _C.prototype_loss_forward_cpu(args, torch.get_num_threads())
+                continue
+            n, k = student.shape
+            blocks = max(1, min(n, _BLOCKS, _BLOCKS_BYTES // (k * self.work.itemsize)))
+            columns = student.new_empty((0 if column_sum is None else blocks, k))
+            _C.prototype_loss_forward_cuda(args, columns.data_ptr(), blocks, *_stream(student.device))
+
+    def delta(self, rows: slice, stats: Tensor, dtype: torch.dtype) -> Tensor:
+        """softmax(student) - softmax(teacher) of some rows, valid until the next call."""
+        from .. import _C
+
+        student, teacher = self._logits(rows)
+        delta = student if dtype == self.work else student.new_empty(student.shape, dtype=dtype)
+        args = self._args(student, teacher, stats, delta)
+        if self.launcher == "cpp":
+            _C.prototype_loss_delta_cpu(args, torch.get_num_threads())
+        else:
+            _C.prototype_loss_delta_cuda(args, *_stream(student.device))
+        return delta
+
+    def _logits(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (rows, K) of the student and of the teacher, valid until the next call; `out` may take the first."""
         if out is None or out.dtype != self.work:
             out = self._buffer(0, rows)
@@ -118,34 +153,6 @@ class _Logits:
             whole = self.center.new_empty((rows.stop - rows.start, self.center.shape[0]))
             self.buffers[side] = whole
         return whole[: rows.stop - rows.start]
-
-    def forward(
-        self, rows: slice, loss: Tensor, stats: Tensor, delta: Tensor | None, column_sum: Tensor | None
-    ) -> None:
-        from .. import _C
-
-        student, teacher = self.chunk(rows, out=delta)
-        args = self._args(student, teacher, stats, delta, loss, column_sum)
-        if self.launcher == "cpp":
-            _C.prototype_loss_forward_cpu(args, torch.get_num_threads())
-            return
-        n, k = student.shape
-        blocks = max(1, min(n, _BLOCKS, _BLOCKS_BYTES // (k * self.work.itemsize)))
-        columns = student.new_empty((0 if column_sum is None else blocks, k))
-        _C.prototype_loss_forward_cuda(args, columns.data_ptr(), blocks, *_stream(student.device))
-
-    def delta(self, rows: slice, stats: Tensor, dtype: torch.dtype) -> Tensor:
-        """softmax(student) - softmax(teacher) of some rows, valid until the next call."""
-        from .. import _C
-
-        student, teacher = self.chunk(rows)
-        delta = student if dtype == self.work else student.new_empty(student.shape, dtype=dtype)
-        args = self._args(student, teacher, stats, delta)
-        if self.launcher == "cpp":
-            _C.prototype_loss_delta_cpu(args, torch.get_num_threads())
-        else:
-            _C.prototype_loss_delta_cuda(args, *_stream(student.device))
-        return delta
 
     def _args(
         self,
@@ -182,6 +189,41 @@ def _stream(device: torch.device) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
+class _Fused(_Sides):
+    """Triton, which multiplies a tile of logits at a time."""
+
+    def forward(self, loss: Tensor, stats: Tensor, delta: Tensor | None, column_sum: Tensor | None) -> None:
+        from ..kernels import prototype_loss as kernels
+
+        if not self.chunks:
+            return
+        with device_guard(loss):
+            kernels.forward(*self._tensors(slice(None)), self.temps, loss, stats, column_sum)
+            if delta is not None:
+                for rows in self.chunks:
+                    kernels.delta(*self._tensors(rows), self.temps, stats[rows], delta[rows])
+
+    def delta(self, rows: slice, stats: Tensor, dtype: torch.dtype) -> Tensor:
+        """softmax(student) - softmax(teacher) of some rows."""
+        from ..kernels import prototype_loss as kernels
+
+        delta = stats.new_empty((stats.shape[0], self.center.shape[0]), dtype=dtype)
+        with device_guard(delta):
+            kernels.delta(*self._tensors(rows), self.temps, stats, delta)
+        return delta
+
+    def _tensors(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return (
+            self.student[rows].contiguous(),
+            self.student_weight.contiguous(),
+            self.teacher[rows].contiguous(),
+            self.teacher_weight.contiguous(),
+            self.center,
+        )
+
+
+_LAUNCHERS: dict[str, type[_Native] | type[_Fused]] = {"cpp": _Native, "cuda": _Native, "triton": _Fused}
+
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -210,9 +252,9 @@ def _forward(
     loss, mean, stats, delta = _outputs(sides, keep)
     n, k = loss.shape[0], mean.shape[0]
     column_sum = mean.new_zeros(k, dtype=torch.float64) if mean_of == "probabilities" else None
-    logits = _Logits(launcher, sides, student_temp, teacher_temp)
-    for rows in logits.chunks:
-        logits.forward(rows, loss[rows], stats[rows], delta[rows] if keep else None, column_sum)
+    _LAUNCHERS[launcher](launcher, sides, student_temp, teacher_temp).forward(
+        loss, stats, delta if keep else None, column_sum
+    )
     if column_sum is not None:
         return loss, (column_sum / n).to(loss.dtype), stats, delta
     # The mean of the logits is the logits of the mean.
@@ -254,9 +296,9 @@ def _backward(
 
     kept = delta.shape[0] == student.shape[0]
     sides = (student, student_weight, teacher, teacher_weight, center)
-    logits = None if kept else _Logits(launcher, sides, student_temp, teacher_temp)
-    for rows in [slice(0, student.shape[0])] if logits is None else logits.chunks:
-        part = delta if logits is None else logits.delta(rows, stats[rows], delta.dtype)
+    rest = None if kept else _LAUNCHERS[launcher](launcher, sides, student_temp, teacher_temp)
+    for rows in [slice(0, student.shape[0])] if rest is None else rest.chunks:
+        part = delta if rest is None else rest.delta(rows, stats[rows], delta.dtype)
         if for_student:
             grad_student[rows] = _mm(part, weight, work) * factor[rows]
         if for_weight:
@@ -363,9 +405,12 @@ def prototype_loss(
     if launcher == "reference":
         with torch.autocast(student.device.type, enabled=False):
             return reference.prototype_loss(*sides, student_temp, teacher_temp, mean_of)
+    if launcher == "triton" and _work(*sides[:4]) == torch.float64:
+        raise TypeError("prototype_loss: the Triton kernels have no float64; use_backend('reference') has")
     differentiable = torch.is_grad_enabled() and (student.requires_grad or student_weight.requires_grad)
     itemsize = _delta_dtype(student, student_weight, _work(*sides[:4])).itemsize
-    keep = differentiable and student.shape[0] * student_weight.shape[0] * itemsize <= _KEEP_BYTES
+    size = student.shape[0] * student_weight.shape[0] * itemsize
+    keep = differentiable and launcher != "triton" and size <= _KEEP_BYTES
     loss, mean, _, _ = torch.ops.matpac_fast.prototype_loss(
         *sides, float(student_temp), float(teacher_temp), mean_of, keep, launcher
     )

@@ -1,0 +1,367 @@
+"""ops.prototype_loss on the CPU and, emulated block by block, on CUDA; the oracle is the reference in float64."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matpac_fast import _C, ops, reference, use_backend
+
+# ops.prototype_loss is the function; this is the module it lives in.
+op_module = importlib.import_module("matpac_fast.ops.prototype_loss")
+opcheck = torch.library.opcheck
+
+TEMPS = (0.1, 0.04)
+SHAPES = [  # (N, K, d): the model's ratio, multiples of nothing, one of each, more rows than one chunk
+    (133, 2048, 256),
+    (37, 19, 5),
+    (17, 31, 3),
+    (1, 100, 7),
+    (3, 1, 4),
+    (201, 257, 16),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ISAS = ["portable", "avx2", "avx512"]
+
+
+class Problem:
+    """Unit features and prototypes, a centre and an upstream gradient; `scale` multiplies both sides' logits."""
+
+    def __init__(self, n: int, k: int, d: int, dtype: torch.dtype = torch.float32, scale: float = 1.0):
+        generator = torch.Generator().manual_seed(n * k + d)
+
+        def unit(rows: int) -> Tensor:
+            return F.normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64), dim=1)
+
+        self.student, self.teacher = (unit(n) * scale).to(dtype), (unit(n) * scale).to(dtype)
+        self.student_weight, self.teacher_weight = unit(k).to(dtype), unit(k).to(dtype)
+        work = torch.promote_types(dtype, torch.float32)
+        self.center = 0.1 * torch.randn(k, generator=generator, dtype=torch.float64).to(work)
+        self.upstream = torch.randn(n, generator=generator, dtype=torch.float64)
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        return self.student, self.student_weight, self.teacher, self.teacher_weight, self.center
+
+    def run(
+        self, loss_of: Callable[..., tuple[Tensor, Tensor]], mean_of: str = "probabilities", dtype: Any = None
+    ) -> dict[str, Tensor]:
+        """Loss, mean and both gradients, computed in `dtype` if given."""
+        student, student_weight, *rest = (t.detach().to(dtype or t.dtype) for t in self.sides)
+        student.requires_grad_(), student_weight.requires_grad_()
+        loss, mean = loss_of(student, student_weight, *rest, *TEMPS, mean_of)
+        grads = torch.autograd.grad(loss, (student, student_weight), self.upstream.to(loss.dtype))
+        return {"loss": loss.detach(), "mean": mean, "student": grads[0], "student_weight": grads[1]}
+
+
+def assert_close(out: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    """No more than twice the error of the reference in the same dtype, and a few roundings of the largest value."""
+    for name, value in out.items():
+        work = plain[name].dtype
+        assert value.dtype == work, name
+        error = (value.double() - exact[name]).abs().max()
+        own = (plain[name].double() - exact[name]).abs().max()
+        # In float64 the reference is the oracle; a logit's rounding counts 1 / 0.04 times in the exponent.
+        roundings = 64 if work == torch.float64 else 4
+        few = roundings * torch.finfo(work).eps * exact[name].abs().max()
+        assert error <= 2 * own + few, f"{name}: {error:.3g}, the reference {own:.3g}"
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.cpu_isa()
+    try:
+        _C.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def recompute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a large N x K: nothing kept for the backward pass, and several chunks of rows."""
+    monkeypatch.setattr(op_module, "_KEEP_BYTES", 0)
+    monkeypatch.setattr(op_module, "_CHUNK_BYTES", {"cpu": 1})
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty comes filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mean_of", ["probabilities", "logits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_near_to_float64_as_the_reference(shape, dtype, mean_of, poisoned):
+    problem = Problem(*shape, dtype)
+    exact = problem.run(reference.prototype_loss, mean_of, torch.float64)
+    plain = problem.run(reference.prototype_loss, mean_of)
+    with use_backend("cpp"):
+        assert_close(problem.run(ops.prototype_loss, mean_of), exact, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_instruction_set(isa, shape, dtype, poisoned, recompute):
+    problem = Problem(*shape, dtype)
+    exact = problem.run(reference.prototype_loss, dtype=torch.float64)
+    assert_close(problem.run(ops.prototype_loss), exact, problem.run(reference.prototype_loss))
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_huge_and_tiny_logits(isa, scale):
+    problem = Problem(40, 333, 8, scale=scale)
+    exact = problem.run(reference.prototype_loss, dtype=torch.float64)
+    out = problem.run(ops.prototype_loss)
+    assert_close(out, exact, problem.run(reference.prototype_loss))
+    assert out["loss"].isfinite().all()
+
+
+def test_exp_is_good_to_the_rounding_of_its_argument(isa):
+    """Two prototypes: the teacher's probabilities are (e^-x, 1) / (1 + e^-x), the student's (0, 1)."""
+    x = torch.linspace(0, 86, 20_001)
+    zero = torch.zeros_like(x)
+    teacher, student = torch.stack([-x, zero], 1), torch.stack([zero - 1e4, zero], 1)
+    p = -rows(student, teacher, torch.zeros(2), (1.0, 1.0))["delta"][:, 0].double()
+    exact = torch.exp(-x.double()) / (1 + torch.exp(-x.double()))
+    assert ((p / exact - 1).abs() <= (3 + 2 * x) * 2**-24).all()  # log2(e) and its product with x are rounded
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+def test_gradcheck(backend, keep, monkeypatch):
+    if not keep:
+        monkeypatch.setattr(op_module, "_KEEP_BYTES", 0)
+    problem = Problem(4, 6, 3, torch.float64)
+    student, weight = problem.student.requires_grad_(), problem.student_weight.requires_grad_()
+
+    def loss(student: Tensor, weight: Tensor) -> Tensor:
+        return ops.prototype_loss(student, weight, problem.teacher, problem.teacher_weight, problem.center, 0.5, 0.3)[0]
+
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(loss, (student, weight))
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+def test_opcheck(keep):
+    problem = Problem(5, 11, 4)
+    plain = [t.clone() for t in problem.sides]
+    permuted = [t.T.contiguous().T.requires_grad_(i < 2) if t.ndim == 2 else t for i, t in enumerate(plain)]
+    op = torch.ops.matpac_fast.prototype_loss.default
+    for sides in (plain, permuted):
+        opcheck(op, (*sides, *TEMPS, "probabilities", keep, "cpp"))
+        opcheck(op, (*sides, *TEMPS, "logits", keep, "cpp"))
+    _, _, stats, delta = op(*(t.detach() for t in permuted), *TEMPS, "logits", keep, "cpp")
+    backward = torch.ops.matpac_fast.prototype_loss_backward.default
+    for wanted in ((True, True), (True, False), (False, True)):
+        args = (problem.upstream.float(), *(t.detach() for t in permuted), stats, delta, *TEMPS, *wanted, "cpp")
+        opcheck(backward, args)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_compiles_into_one_graph_for_any_number_of_rows(backend):
+    with use_backend(backend):
+        compiled = torch.compile(ops.prototype_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n in (9, 14):
+            problem = Problem(n, 12, 4)
+            expected, out = problem.run(ops.prototype_loss), problem.run(compiled)
+            assert_close(out, {name: value.double() for name, value in expected.items()}, expected)
+
+
+def test_inputs_stay_and_bits_repeat(recompute):
+    problem = Problem(150, 77, 9)
+    before = [t.clone() for t in problem.sides]
+    first, second = problem.run(ops.prototype_loss), problem.run(ops.prototype_loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, problem.sides, strict=True))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rows(student: Tensor, teacher: Tensor, center: Tensor, temps: tuple[float, float], **how: Any) -> dict[str, Tensor]:
+    """The native kernels on given logits: loss, column_sum, delta of the forward and delta of the statistics.
+
+    how: threads=n on the CPU, or blocks=n for the emulated CUDA kernels. All memory is poisoned first.
+    """
+    n, k = student.shape
+    nan = float("nan")
+    loss, stats = student.new_full((n,), nan), student.new_full((n, 4), nan)
+    delta, again = student.new_full((n, k), nan), student.new_full((n, k), nan)
+    column_sum = torch.zeros(k, dtype=torch.float64)
+    code = 1 if student.dtype == torch.float64 else 0
+
+    def args(loss: int, delta: Tensor, column_sum: int) -> Any:
+        pointers = (student.data_ptr(), teacher.data_ptr(), center.data_ptr())
+        return _C.PrototypeLossArgs(
+            *pointers, code, n, k, *temps, loss, stats.data_ptr(), delta.data_ptr(), code, column_sum
+        )
+
+    forward, backward = args(loss.data_ptr(), delta, column_sum.data_ptr()), args(0, again, 0)
+    if "blocks" in how:
+        columns = student.new_full((how["blocks"], k), nan)
+        _C.prototype_loss_forward_emulated(forward, columns.data_ptr(), how["blocks"])
+        _C.prototype_loss_delta_emulated(backward)
+    else:
+        _C.prototype_loss_forward_cpu(forward, how.get("threads", 1))
+        _C.prototype_loss_delta_cpu(backward, how.get("threads", 1))
+    return {"loss": loss, "column_sum": column_sum, "delta": delta, "again": again}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_same_bits_for_any_number_of_threads(isa, dtype):
+    logits = torch.randn(2, 1030, 515, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    outs = [rows(*logits, torch.zeros(515, dtype=dtype), TEMPS, threads=threads) for threads in (1, 2, 3, 64)]
+    for out in outs[1:]:
+        assert all(torch.equal(out[name], outs[0][name]) for name in out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [1, 6, 1024, 1027, 2048, 4100, 8192, 8195, 9000])
+def test_cuda_kernels_emulated(k, dtype):
+    """Every launch configuration, in and past registers, aligned rows and others, more rows than blocks."""
+    logits = torch.randn(2, 7, k, dtype=dtype, generator=torch.Generator().manual_seed(k))
+    center = torch.randn(k, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    out = rows(*logits, center, TEMPS, blocks=3)
+    student, teacher = (logits.double() - torch.stack([torch.zeros(k), center.double()])[:, None]).unbind()
+    p = torch.softmax(teacher / TEMPS[1], 1)
+    log_q = torch.log_softmax(student / TEMPS[0], 1)
+    exact = {"loss": -(p * log_q).sum(1), "column_sum": p.sum(0), "delta": log_q.exp() - p}
+    exact["again"] = exact["delta"]
+    eps = torch.finfo(dtype).eps
+    for name, value in out.items():
+        # An exponent of up to 200 makes 100 roundings of a probability.
+        torch.testing.assert_close(value.double(), exact[name], rtol=200 * eps, atol=100 * eps)
+    assert all(torch.equal(value, rows(*logits, center, TEMPS, blocks=3)[name]) for name, value in out.items())
+
+
+def test_no_rows():
+    problem = Problem(0, 5, 3)
+    for backend in ("reference", "cpp"):
+        with use_backend(backend):
+            out = problem.run(ops.prototype_loss)
+        assert out["loss"].shape == (0,)
+        assert out["mean"].isnan().all()
+        assert out["student"].shape == (0, 3)
+        assert torch.equal(out["student_weight"], torch.zeros(5, 3))
+
+
+def test_one_prototype_is_certain():
+    out = Problem(9, 1, 3).run(ops.prototype_loss)
+    assert torch.equal(out["loss"], torch.zeros(9))
+    assert torch.equal(out["mean"], torch.ones(1))
+    assert torch.equal(out["student_weight"], torch.zeros(1, 3))
+
+
+def test_nan_stays_in_its_row(isa):
+    problem = Problem(40, 50, 6)
+    problem.student[3, 0] = float("nan")
+    problem.teacher[7, 5] = float("nan")
+    out = problem.run(ops.prototype_loss)
+    assert out["loss"].isnan().nonzero().flatten().tolist() == [3, 7]
+    assert out["student"].isnan().any(1).nonzero().flatten().tolist() == [3, 7]
+    assert out["mean"].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_autocast_does_not_reach_inside(backend, recompute):
+    problem = Problem(30, 40, 8)
+    with use_backend(backend):
+        expected = problem.run(ops.prototype_loss)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = problem.run(ops.prototype_loss)
+    for name in ("loss", "mean", "student", "student_weight") if backend == "cpp" else ("loss", "mean"):
+        assert torch.equal(out[name], expected[name]), name
+
+
+def test_mixed_dtypes_compute_in_the_wider():
+    problem = Problem(30, 40, 8)
+    problem.student, problem.teacher = problem.student.bfloat16(), problem.teacher.bfloat16()
+    exact = problem.run(reference.prototype_loss, dtype=torch.float64)
+    out, plain = problem.run(ops.prototype_loss), problem.run(reference.prototype_loss)
+    assert (out["student"].dtype, out["student_weight"].dtype) == (torch.bfloat16, torch.float32)
+    assert_close(out, exact, plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_only_the_student_learns(backend):
+    problem = Problem(6, 9, 4)
+    sides = [t.clone().requires_grad_() for t in problem.sides]
+    with use_backend(backend):
+        loss, mean = ops.prototype_loss(*sides, *TEMPS)
+    assert not mean.requires_grad
+    loss.sum().backward()
+    assert [t.grad is not None for t in sides] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_gradient_without_the_other(which):
+    problem = Problem(6, 9, 4)
+    both = problem.run(ops.prototype_loss)
+    sides = [t.clone().requires_grad_(i == which) for i, t in enumerate(problem.sides)]
+    loss, _ = ops.prototype_loss(*sides, *TEMPS)
+    (grad,) = torch.autograd.grad(loss, sides[which], problem.upstream.float())
+    assert torch.equal(grad, both[("student", "student_weight")[which]])
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "no_grad"])
+def test_65536_prototypes_in_bounded_memory(grad, monkeypatch):
+    """A stored N x K matrix would take 192 MiB; half of it is more than anything here may need."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("reads its peak memory from Linux's /proc")
+
+    def kib(name: str) -> int:
+        return int(status.read_text().split(f"{name}:")[1].split()[0])
+
+    monkeypatch.setattr(op_module, "_KEEP_BYTES", 0)
+    problem = Problem(768, 65_536, 4)
+    student = problem.student.requires_grad_(grad)
+    gc.collect()
+    clear.write_text("5")  # forget the peak so far
+    before = kib("VmRSS")
+    loss, _ = ops.prototype_loss(student, *problem.sides[1:], *TEMPS)
+    if grad:
+        loss.sum().backward()
+    assert kib("VmHWM") - before < 96 * 1024
+    assert loss.isfinite().all()
+
+
+def bad(**changes: Any) -> dict[str, Any]:
+    names = ("student", "student_weight", "teacher", "teacher_weight", "center")
+    return dict(zip(names, Problem(4, 6, 3).sides, strict=True)) | {"student_temp": 0.1, "teacher_temp": 0.04} | changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (bad(student=[1.0]), TypeError, "student is a list; expected a torch.Tensor"),
+        (bad(student=torch.zeros(4, 3, dtype=torch.int64)), TypeError, r"student is \(4, 3\) int64.*float32"),
+        (bad(student=torch.zeros(4)), ValueError, r"student is \(4,\) float32 on cpu; expected 2 dimensions"),
+        (bad(student_weight=torch.zeros(6, 5)), ValueError, r"student_weight is \(6, 5\).*expected \(6, 3\)"),
+        (bad(student_weight=torch.zeros(0, 3)), ValueError, "0 prototypes for 3 features"),
+        (bad(teacher=torch.zeros(5, 3)), ValueError, r"teacher is \(5, 3\).*expected \(4, 3\)"),
+        (bad(teacher=torch.zeros(4, 3, dtype=torch.complex64)), TypeError, "teacher is .* complex64"),
+        (bad(teacher_weight=torch.zeros(7, 3)), ValueError, r"teacher_weight is \(7, 3\).*expected \(6, 3\)"),
+        (bad(teacher_weight=torch.zeros(6, 3, device="meta")), ValueError, "teacher_weight is on meta"),
+        (bad(center=torch.zeros(5)), ValueError, r"center is \(5,\).*expected \(6,\)"),
+        (bad(center=torch.zeros(1, 6)), ValueError, r"center is \(1, 6\).*expected 1 dim"),
+        (bad(student_temp=0.0), ValueError, "student_temp is 0.0; expected a positive number"),
+        (bad(teacher_temp=float("nan")), ValueError, "teacher_temp is nan; expected a positive number"),
+        (bad(teacher_temp=float("inf")), ValueError, "teacher_temp is inf"),
+        (bad(teacher_temp=torch.tensor(0.04)), TypeError, r"teacher_temp is a tensor.*teacher_temp.item\(\)"),
+        (bad(mean_of="centre"), ValueError, "mean_of is 'centre'; expected one of probabilities, logits"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.prototype_loss(**arguments)
