@@ -13,6 +13,7 @@
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define MATPAC_HD __host__ __device__ __forceinline__
 #else

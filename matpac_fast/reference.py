@@ -5,6 +5,7 @@ Any float dtype, any device, differentiable. Nothing here is tuned, and nothing 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -128,11 +129,14 @@ def prototype_loss(
 
     Shapes: features (N, d), prototype matrices (K, d), center (K,). Returns loss (N,) and the column mean (K,) of the
     teacher's probabilities (the official centre) or of its logits (DINO's). Only the student's side has gradients.
+    16-bit features and prototypes are multiplied in float32: their logits would be too coarse for these temperatures.
     """
-    work = torch.promote_types(student.dtype, torch.float32)
-    logits = (student @ student_weight.T).to(work)  # (N, K)
+    work = functools.reduce(
+        torch.promote_types, (t.dtype for t in (student, student_weight, teacher, teacher_weight)), torch.float32
+    )
+    logits = student.to(work) @ student_weight.to(work).T  # (N, K)
     with torch.no_grad():
-        teacher_logits = (teacher @ teacher_weight.T).to(work)  # (N, K)
+        teacher_logits = teacher.to(work) @ teacher_weight.to(work).T  # (N, K)
         target = torch.softmax((teacher_logits - center) / teacher_temp, dim=-1)
         mean = (target if mean_of == "probabilities" else teacher_logits).mean(0)
     return -(target * torch.log_softmax(logits / student_temp, dim=-1)).sum(-1), mean
