@@ -233,6 +233,7 @@ def find_audio(
     if not folder.is_dir():
         raise AudioError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     found: list[str] = []
+    suffixes = AUDIO_SUFFIXES | NO_DECODER
     seen: set[tuple[int, int]] = set()
     links: list[str] = []  # to folders; visited last
     waiting = [os.fspath(folder)]
@@ -253,7 +254,7 @@ def find_audio(
         for entry in listed:
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES | NO_DECODER:
+            elif os.path.splitext(entry.name)[1].lower() in suffixes:
                 found.append(entry.path)
     return [Path(path) for path in sorted(found)]
 

@@ -67,7 +67,8 @@ def prepare(
 
     Run again, it goes on where it was interrupted; where nothing has changed, it writes nothing. Files that are new go
     into new shards. A file whose content changed is decoded again and takes the place of its old clip, whose samples
-    stay in their shard, unused. The clip of a file that vanished is kept: a corpus does not need its source.
+    stay in their shard, unused. The clip of a file that vanished is kept: a corpus does not need its source. (So a
+    file that was renamed is there twice; make a new corpus then.)
 
     Args:
         source: a folder; audio in it and below is found by suffix (see `find_audio`).

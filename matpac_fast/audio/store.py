@@ -16,8 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from ..errors import CorpusError
 from ..files import atomic, sync_folder
 from .corpus import FORMAT, INDEX, METADATA, PARTS, REJECTED, SHARDS, read_metadata
@@ -29,7 +27,7 @@ _OF_REJECTED = ["path", "reason", "sha256", "size", "mtime_ns"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides whether and how a file becomes a clip; one corpus has one of it."""
+    """What decides whether and how a file becomes a clip: the same for all of a corpus."""
 
     sample_rate: int
     min_seconds: float
@@ -81,15 +79,16 @@ class Store:
         if isinstance(error, OSError):
             mend = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
             raise CorpusError(
-                f"{self.out}: {error.strerror}; {len(self.clips)} clips are safe; {mend} and run the same again"
+                f"{self.out}: cannot be written: {error.strerror}; {len(self.clips)} clips are safe; "
+                f"{mend} and run the same again"
             ) from error
 
     def is_clip(self, path: str) -> bool:
         """Whether a file was a clip when this run began."""
-        return path in self._row and self._row[path] in self._clip_rows
+        return path in self._row and bool(self._accepted[self._row[path]])
 
     def is_current(self, path: str, status: os.stat_result) -> bool:
-        """Whether it is known what becomes of a file, which still has the size and time of then."""
+        """Whether a file is known and still has the size and time of then; what could not be opened has neither."""
         row = self._row.get(path)
         return row is not None and (self._size[row], self._time[row]) == (status.st_size, status.st_mtime_ns)
 
@@ -132,7 +131,7 @@ class Store:
         self._rows = pa.concat_tables([self.clips, self.rejected, *parts])
         self._new: list[Any] = []
         self._row = {path: row for row, path in enumerate(self._rows["path"].to_pylist())}  # the last one counts
-        self._clip_rows = set(np.flatnonzero(self._rows["reason"].is_null().to_numpy()).tolist())
+        self._accepted = self._rows["reason"].is_null().to_numpy()
         self._size = self._rows["size"].fill_null(-1).to_numpy()
         self._time = self._rows["mtime_ns"].fill_null(-1).to_numpy()
         self.next_shard = 1 + max([-1, *self._rows["shard"].drop_null().unique().to_pylist()])

@@ -332,7 +332,9 @@ def test_a_full_disk_leaves_what_is_finished_and_one_clear_error(source, tmp_pat
     monkeypatch.setattr(module, "open", FullDisk(100_000), raising=False)
     with pytest.raises(CorpusError) as caught:
         prepare(source, out, shard_seconds=1.1)
-    assert str(caught.value) == f"{out}: No space left on device; 2 clips are safe; make room and run the same again"
+    assert str(caught.value) == (
+        f"{out}: cannot be written: No space left on device; 2 clips are safe; make room and run the same again"
+    )
     assert Corpus(out).paths == list(GOOD[:2])
     assert not list(out.rglob("*.tmp"))
     monkeypatch.undo()
