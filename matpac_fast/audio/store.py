@@ -98,10 +98,11 @@ class Store:
 
     def commit(self, rows: list[Row]) -> None:
         """Keep the rows of shard `next_shard`, whose samples are on disk, and of files rejected on the way to it."""
-        table = self._table(rows)
-        self._write(table, self.out / PARTS / f"{self.next_shard:05d}.parquet")
-        self.next_shard += 1
+        table, part = self._table(rows), self.out / PARTS / f"{self.next_shard:05d}.parquet"
+        # First, so that an interruption from here on leaves no part that the index, written on leaving, does not hold.
         self._new.append(table)
+        self.next_shard += 1
+        self._write(table, part)
 
     def reject(self, rows: list[Row]) -> None:
         """Add the rows of rejected files that no shard comes after."""

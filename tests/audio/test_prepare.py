@@ -372,6 +372,29 @@ def test_ctrl_c_keeps_the_shards_that_are_finished(source, tmp_path):
     assert prepare(source, tmp_path / "corpus", shard_seconds=2.0).clips == 5
 
 
+@pytest.mark.parametrize("name", ["00000.parquet", "00001.parquet", "index.parquet"])
+@pytest.mark.parametrize("after", [False, True])
+def test_ctrl_c_while_rows_are_written_loses_none(source, tmp_path, monkeypatch, name, after):
+    write, out = store.Store._write, tmp_path / "corpus"
+
+    def interrupted(self, table, path):
+        if path.name != name:
+            return write(self, table, path)
+        monkeypatch.setattr(store.Store, "_write", write)
+        if after:
+            write(self, table, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.Store, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, shard_seconds=1.1)
+    if name != "index.parquet":
+        assert len(Corpus(out)) == (2 if name == "00000.parquet" else 4)
+    prepare(source, out, shard_seconds=1.1)
+    assert Corpus(out).paths == list(GOOD)
+    assert not (out / "parts").exists()
+
+
 def test_two_at_once_are_refused(source, tmp_path):
     prepare(source, tmp_path / "corpus")
     handle = os.open(tmp_path / "corpus", os.O_RDONLY)
