@@ -40,6 +40,7 @@ def main(
     log_every: int | None = None,
     save_every: int | None = None,
     keep_last: int | None = None,
+    keep_every: int | None = None,
     dry_run: bool = False,
 ) -> int:
     """Pre-train an encoder on a corpus.
@@ -71,7 +72,8 @@ def main(
         device: auto, cpu, cuda or cuda:1.
         log_every: steps between two lines of the log. Default: 20.
         save_every: steps between two checkpoints. Default: 500.
-        keep_last: checkpoints that stay on disk. Default: 3.
+        keep_last: newest checkpoints that stay on disk. Default: 3.
+        keep_every: keep those of every so many steps too, a multiple of save-every.
         dry_run: print the size of model and run and an estimate of the time, and train nothing.
     """
     from ..audio.corpus import Corpus
@@ -95,6 +97,7 @@ def main(
         log_every=log_every,
         save_every=save_every,
         keep_last=keep_last,
+        keep_every=keep_every,
     )
     if preset is not None:
         model = MatpacConfig.preset(preset)

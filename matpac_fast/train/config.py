@@ -41,7 +41,8 @@ class TrainConfig:
             or followed by silence ("zeros").
         log_every: steps between two lines of the log; statistics are computed for these only.
         save_every: steps between two checkpoints.
-        keep_last: checkpoints that stay on disk.
+        keep_last: newest checkpoints that stay on disk.
+        keep_every: checkpoints of steps that this divides stay too; None: none of them.
         max_bad_steps: stop after this many steps in a row whose loss or gradient was not finite.
 
     Raises:
@@ -65,6 +66,7 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 500
     keep_last: int = 3
+    keep_every: int | None = None
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -92,6 +94,8 @@ class TrainConfig:
             raise ConfigError(f"betas is {self.betas}; expected two numbers from 0 to below 1")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise ConfigError(f"warmup is {self.warmup}; expected 0 to {self.steps}, the steps of the run")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
+            raise ConfigError(f"keep_every is {self.keep_every}; expected a multiple of save_every, {self.save_every}")
         if self.crop_frames is not None and not self.crop_frames:
             raise ConfigError("crop_frames is empty; expected one length or more")
         for name, allowed in (

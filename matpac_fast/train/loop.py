@@ -23,7 +23,7 @@ from .flops import peak_flops, step_flops
 from .logs import Log, Record, Reporter, versions
 from .sampler import Sampler
 from .schedule import learning_rate
-from .state import RunFolder, describe, differences, load_weights, read_config
+from .state import RunFolder, Saver, Snapshot, describe, differences, load_weights, read_config
 from .step import Step, make_optimizer, train_step
 from .watch import BadSteps, TrainingError, collapse
 
@@ -119,10 +119,12 @@ class _Run:
         self.bad = BadSteps(config.log_every, config.max_bad_steps, device)
         self.peak = peak_flops(device, config.precision)
         self.log = Log(folder.log, keep_until=self.done)
+        self.saver = Saver(folder, config.keep_last, config.keep_every)
         self.feed = Feed(corpus, sampler, device, self.done, config.steps)
 
     def close(self) -> None:
         self.feed.close()
+        self.saver.close()
         self.log.close()
 
     def go(self, stop: Callable[[], bool]) -> Result:
@@ -152,11 +154,13 @@ class _Run:
                     self.tell({"event": "warning", "step": self.done, "text": warning})
                 since, clock, waited = self.done, time.perf_counter(), self.feed.waited
             self.reporter.step(self.done)
+            self.saver.check()
             if stop():
                 break
             if self.done % c.save_every == 0:
                 clock += self.save()
         self.save()
+        self.saver.wait()
         finished = self.done == c.steps
         self.tell({"event": "finished" if finished else "stopped", "step": self.done})
         return Result(self.folder.path, self.done, finished)
@@ -236,11 +240,11 @@ class _Run:
         self.reporter.record(record)
 
     def save(self) -> float:
-        """Write a checkpoint, unless this step has one; returns the seconds that took."""
+        """Begin a checkpoint, unless this step has one; returns the seconds that training waited."""
         start = time.perf_counter()
         if self.saved != self.done:
             state = {"step": self.done, "seconds": round(start - self.began, 3)}
-            self.folder.save(self.model, self.optimizer, state, self.config.keep_last)
+            self.saver.save(Snapshot.take(self.model, self.optimizer, state))
             self.saved = self.done
         return time.perf_counter() - start
 

@@ -1,8 +1,8 @@
 """The run folder: checkpoints that are whole or not there, and the newest of them to go on from.
 
-config.json         what the run is
-log.jsonl           what it did
-latest              name of the newest checkpoint, one line
+config.json     what the run is
+log.jsonl       what it did
+latest          name of the newest checkpoint, one line
 checkpoints/step-00001000/{model.safetensors, optimizer.safetensors, state.json}
 """
 
@@ -13,7 +13,9 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,40 @@ from .config import TrainConfig
 _PART = ".part"
 
 # What may differ between the halves of a resumed run without changing its result.
-FREE = frozenset({"train.log_every", "train.save_every", "train.keep_last", "train.max_bad_steps"})
+FREE = frozenset({"train.log_every", "train.save_every", "train.keep_last", "train.keep_every", "train.max_bad_steps"})
 
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The configuration of a run folder, or None where there is no run."""
     path = Path(run) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Through the classes and back: what a newer version added gets its default.
+        config["model"] = MatpacConfig.from_dict(config["model"]).to_dict()
+        config["train"] = TrainConfig.from_dict(config["train"]).to_dict()
+        return config
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of all that a checkpoint holds, in host memory: training may go on while it is written."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    metadata: dict[str, Any]
+    state: dict[str, Any]
+
+    @classmethod
+    def take(cls, model: Matpac, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+        def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+        metadata = {"kind": "matpac", "config": model.config.to_dict(), "step": state["step"]}
+        return cls(copy(model.state_dict()), copy(optimizer_tensors(model, optimizer)), metadata, state)
 
 
 class RunFolder:
@@ -51,7 +75,8 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "config.json").exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+        others = [p for p in self.path.iterdir() if not p.name.startswith(".")]  # but our lock and a torn first write
+        if others and not (self.path / "config.json").exists():
             raise ConfigError(f"{self.path} is not empty and holds no run; give a new folder")
         self._checkpoints = self.path / "checkpoints"
 
@@ -80,36 +105,36 @@ class RunFolder:
             return None
         return self._checkpoints / name
 
-    def save(self, model: Matpac, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], keep_last: int) -> Path:
-        """Write the checkpoint of `state["step"]`; `latest` moves to it once all of it is on the disk.
+    def save(self, snapshot: Snapshot, keep_last: int, keep_every: int | None = None) -> None:
+        """Write a checkpoint; `latest` moves to it once all of it is on the disk, then old ones go.
 
         Raises:
             CheckpointError: the disk is full or failing; the checkpoint before is untouched.
         """
-        name = f"step-{state['step']:08d}"
+        from safetensors import SafetensorError
+
+        name = f"step-{snapshot.state['step']:08d}"
         done = self._checkpoints / name
         part = self._checkpoints / (name + _PART)
-        config = model.config.to_dict()
         try:
             self._checkpoints.mkdir(exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            metadata = {"kind": "matpac", "config": config, "step": state["step"]}
-            checkpoint.save(part / "model.safetensors", model.state_dict(), metadata)
-            checkpoint.save(part / "optimizer.safetensors", optimizer_tensors(model, optimizer), {"kind": "optimizer"})
-            write_text(part / "state.json", json.dumps(state, indent=2) + "\n")
+            checkpoint.save(part / "model.safetensors", snapshot.model, snapshot.metadata)
+            checkpoint.save(part / "optimizer.safetensors", snapshot.optimizer, {"kind": "optimizer"})
+            write_text(part / "state.json", json.dumps(snapshot.state, indent=2) + "\n")
             if done.exists():  # left by a run that was killed before it moved `latest` here
                 shutil.rmtree(done)
             os.rename(part, done)
             sync_folder(self._checkpoints)
             write_text(self.path / "latest", name + "\n")
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             before = self.latest()
             intact = f"; {before.name} is intact" if before else ""
-            raise CheckpointError(f"{done}: cannot be saved: {error.strerror or error}{intact}") from error
-        self._prune(keep_last)
-        return done
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise CheckpointError(f"{done}: cannot be saved: {reason}{intact}") from error
+        self._prune(keep_last, keep_every)
 
     def load(self, model: Matpac, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Put the newest checkpoint into model and optimizer and return its state; None where there is none yet."""
@@ -125,15 +150,55 @@ class RunFolder:
         except (OSError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{folder / 'state.json'}: cannot be read: {error}") from None
 
-    def _prune(self, keep_last: int) -> None:
-        """Remove all but the newest checkpoints, and what killed processes left half-written."""
+    def _prune(self, keep_last: int, keep_every: int | None) -> None:
+        """Remove what is neither among the newest nor a multiple of `keep_every`, and what killed processes left."""
         latest = self.latest()
-        folders = sorted(p for p in self._checkpoints.iterdir() if p.name.startswith("step-"))
-        whole = [p for p in folders if not p.name.endswith(_PART) and p != latest]
-        kept = whole[len(whole) - (keep_last - 1) :] if keep_last > 1 else []
+        folders = sorted(self._checkpoints.glob("step-*"))
+        whole = [p for p in folders if not p.name.endswith(_PART)]
+        older = [p for p in whole if p != latest]
+        kept = {latest, *older[max(0, len(older) - keep_last + 1) :]}
+        if keep_every:
+            kept |= {p for p in whole if int(p.name.removeprefix("step-")) % keep_every == 0}
         for folder in folders:
-            if folder != latest and folder not in kept:
+            if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class Saver:
+    """Writes checkpoints behind the training's back: it waits for the copy, not for the disk."""
+
+    def __init__(self, folder: RunFolder, keep_last: int, keep_every: int | None):
+        self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write, once the one before is written."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all is on the disk; raises what went wrong."""
+        self.close()
+        self.check()
+
+    def close(self) -> None:
+        """Until nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def check(self) -> None:
+        """Raise what has gone wrong so far."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            self._folder.save(snapshot, self._keep_last, self._keep_every)
+        except BaseException as error:
+            self._error = error
 
 
 def describe(

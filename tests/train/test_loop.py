@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import multiprocessing
+import os
+import resource
 import shutil
 
 import numpy as np
@@ -12,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from matpac_fast import checkpoint
+from matpac_fast import checkpoint, ops
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.train import loop, state
 from matpac_fast.train.logs import Reporter, read_log
 from matpac_fast.train.loop import pretrain
-from matpac_fast.train.state import RunFolder
+from matpac_fast.train.state import RunFolder, Snapshot
+from matpac_fast.train.step import make_optimizer, train_step
 from matpac_fast.train.watch import TrainingError, collapse
 
 
@@ -263,6 +267,56 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
     assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
     pretrain(corpus, tmp_path / "run", model_config, train_config)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def limited(corpus, folder, model_config, train_config):
+    """In a process of its own: no file may grow beyond what the log needs, as on a disk that is full."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        pretrain(corpus, folder, model_config, train_config)
+    except CheckpointError as error:
+        os._exit(3 if "step-00000008: cannot be saved" in str(error) and "step-00000004 is intact" in str(error) else 4)
+
+
+def test_a_disk_that_is_really_full_is_said_so(tmp_path, corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(4))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["matpac_fast.train", "safetensors.torch", "torch._dynamo"])
+    process = context.Process(target=limited, args=(corpus, tmp_path / "run", model_config, train_config))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 3
+    assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+
+
+def test_a_snapshot_is_a_copy(model_config, train_config):
+    model = Matpac(model_config)
+    optimizer = make_optimizer(model, train_config)
+    spec = torch.randn(4, 80, 32)
+    ids_shuffle = ops.mask_shuffle(0, 0, torch.arange(4), 10)
+    for step in (1, 2):
+        train_step(model, optimizer, [(spec, ids_shuffle)], step, 1e-3, 3.0)
+    snapshot = Snapshot.take(model, optimizer, {"step": 2})
+    kept = {name: tensor.clone() for name, tensor in (snapshot.model | snapshot.optimizer).items()}
+    train_step(model, optimizer, [(spec, ids_shuffle)], 3, 1e-3, 3.0)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in (snapshot.model | snapshot.optimizer).items())
+    assert not torch.equal(snapshot.model["student.norm.weight"], model.student.norm.weight)
+    assert not torch.equal(snapshot.model["center"], model.center)
+
+
+def test_checkpoints_to_keep_are_kept(tmp_path, corpus, model_config, train_config):
+    config = dataclasses.replace(train_config, save_every=2, keep_last=2, keep_every=4)
+    pretrain(corpus, tmp_path / "run", model_config, config)
+    kept = [int(p.name.removeprefix("step-")) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(kept) == [4, 8, 10, 12]
+
+
+def test_a_first_write_that_was_torn_does_not_block_the_folder(tmp_path, corpus, model_config, train_config):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.abc.tmp").write_text("{")
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
 
 
 def test_what_a_killed_save_left_behind_is_cleared(tmp_path, corpus, model_config, train_config):

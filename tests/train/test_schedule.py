@@ -88,6 +88,7 @@ def test_flops_are_the_counted_ones():
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"pad_short": "no"}, "pad_short is 'no'"),
         ({"seed": -1}, "seed is -1"),
+        ({"keep_every": 700}, "keep_every is 700; expected a multiple of save_every, 500"),
         ({"crop_frames": ()}, "crop_frames is empty"),
     ],
 )
