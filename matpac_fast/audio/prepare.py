@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,10 @@ from numpy.typing import NDArray
 
 from ..errors import AudioError, CorpusError
 from ..files import atomic
+from .ahead import in_order
 from .corpus import REJECTED, shard_path, to_int16
 from .decode import AUDIO_SUFFIXES, AudioFile, find_audio
 from .store import Row, Settings, Store
-
-# Files that are decoded ahead of the one to be written next: so many a worker, and of more than one a worker only so
-# many bytes, for a long recording is a gigabyte when decoded.
-_AHEAD = 8
-_AHEAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ def prepare(
         store.present = {*found, *(item.row["path"] for item in unreadable)}
         now = {key: _status(path) for key, path in found.items()}
         todo = {key: status for key, status in now.items() if status is None or not store.is_current(key, status)}
-        loaded = _in_order(
+        loaded = in_order(
             (
                 (status.st_size if status else 0, partial(_load, key, found[key], settings, store.sha256(key)))
                 for key, status in todo.items()
@@ -168,27 +163,6 @@ def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: int) -> None:
         store.commit(rows)
         rows = []
     store.reject(rows)
-
-
-def _in_order(
-    jobs: Iterable[tuple[int, Callable[[], _Loaded | None]]], workers: int
-) -> Generator[_Loaded | None, None, None]:
-    """Run jobs, each with the size of its file, in threads; yield their results in the order of the jobs."""
-    waiting: deque[tuple[int, Future[_Loaded | None]]] = deque()
-    bytes_ahead = 0
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for size, job in jobs:
-            waiting.append((size, pool.submit(job)))
-            bytes_ahead += size
-            while len(waiting) > workers and (len(waiting) > _AHEAD * workers or bytes_ahead > _AHEAD_BYTES):
-                size, future = waiting.popleft()
-                bytes_ahead -= size
-                yield future.result()
-        while waiting:
-            yield waiting.popleft()[1].result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _load(key: str, path: Path, settings: Settings, known: str | None) -> _Loaded | None:

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from matpac_fast.audio import ahead, store
 from matpac_fast.audio import prepare as module
-from matpac_fast.audio import store
 from matpac_fast.audio.corpus import Corpus, to_int16
 from matpac_fast.audio.decode import read_audio
 from matpac_fast.audio.prepare import prepare
@@ -117,21 +117,9 @@ def test_every_good_file_is_a_clip_and_every_other_has_a_reason(audio, tmp_path)
 @pytest.mark.parametrize("workers", [1, 3, 16])
 def test_the_result_does_not_depend_on_the_threads(audio, tmp_path, workers, monkeypatch):
     prepare(audio, tmp_path / "one", shard_seconds=2.0)
-    monkeypatch.setattr(module, "_AHEAD_BYTES", 1000)
+    monkeypatch.setattr(ahead, "_BYTES", 1000)
     prepare(audio, tmp_path / "two", shard_seconds=2.0, workers=workers)
     assert snapshot(tmp_path / "one", times=False) == snapshot(tmp_path / "two", times=False)
-
-
-def test_no_more_is_decoded_ahead_than_is_allowed(monkeypatch):
-    running = []
-    jobs = [(10, lambda i=i: running.append(i)) for i in range(100)]
-    monkeypatch.setattr(module, "_AHEAD_BYTES", 35)
-    results = module._in_order(iter(jobs), 2)
-    for done in range(1, 50):
-        next(results)
-        assert len(running) <= done + 4
-    results.close()
-    assert len(running) < 60
 
 
 def test_again_it_decodes_nothing_and_writes_nothing(source, tmp_path, monkeypatch):
