@@ -250,7 +250,17 @@ class _Run:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """The device that a name means; "auto" is the GPU where there is one, else the CPU."""
+    """The device that a name means; "auto" is the GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {device!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
+    return found

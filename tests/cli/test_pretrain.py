@@ -112,6 +112,8 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         (["--crop-seconds", "0.1"], "expected a multiple of 0.16 s, such as 0.16"),
         (["--crop-seconds", "6.08"], "no clip is as long as a crop, 97520 samples; the longest of 5 has 12800"),
         (["--steps", "0"], "steps is 0; expected at least 1"),
+        (["--device", "cuda:99"], "device is 'cuda:99'; torch finds"),
+        (["--device", "gpu"], "device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
         (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
     ],
 )
