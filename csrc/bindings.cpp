@@ -27,6 +27,15 @@ matpac::LogMelArgs log_mel_args(Address wave, int wave_dtype, int64_t batch, int
           log_offset, mean, std};
 }
 
+// Positional arguments in the order of PatchGatherArgs.
+matpac::PatchGatherArgs patch_gather_args(Address spec, int itemsize, int64_t batch, int64_t batch_stride,
+                                          int64_t freq_stride, int64_t grid_freq, int64_t grid_time, int64_t patch,
+                                          Address ids, int64_t ids_stride, int64_t count, Address patches,
+                                          Address table, int64_t width, Address tokens) {
+  return {pointer(spec), itemsize, batch, batch_stride, freq_stride, grid_freq, grid_time, patch,
+          pointer<std::int64_t>(ids), ids_stride, count, pointer(patches), pointer(table), width, pointer(tokens)};
+}
+
 // Positional arguments in the order of PrototypeLossArgs.
 matpac::PrototypeLossArgs prototype_loss_args(Address student, Address teacher, Address center, int dtype, int64_t rows,
                                               int64_t k, double student_temp, double teacher_temp, Address loss,
@@ -57,6 +66,17 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<matpac::LogMelArgs>(m, "LogMelArgs").def(py::init(&log_mel_args));
   m.def("log_mel_cpu", &matpac::log_mel_cpu, py::arg("args"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+
+  m.def("mask_shuffle_cpu",
+        [](int64_t base, Address index, int64_t batch, int64_t n_tokens, Address out, int threads) {
+          matpac::mask_shuffle_cpu(base, pointer<std::int64_t>(index), batch, n_tokens, pointer<std::int64_t>(out),
+                                   threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+  py::class_<matpac::PatchGatherArgs>(m, "PatchGatherArgs").def(py::init(&patch_gather_args));
+  m.def("patch_gather_cpu", &matpac::patch_gather_cpu, py::arg("args"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
 
   py::class_<matpac::PrototypeLossArgs>(m, "PrototypeLossArgs").def(py::init(&prototype_loss_args));

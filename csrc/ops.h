@@ -37,6 +37,28 @@ struct LogMelArgs {
 };
 void log_mel_cpu(const LogMelArgs& args, int threads);
 
+// Random permutations: row i of `out` (batch, n_tokens) orders the tokens by keys that are a function of
+// (base, index[i]), where base is splitmix64(splitmix64(seed) ^ step).
+void mask_shuffle_cpu(int64_t base, const int64_t* index, int64_t batch, int64_t n_tokens, int64_t* out, int threads);
+
+// The memory movement of masked_patch_embed for `count` patches of every sample: row 1 + j of a sample gets patch
+// ids[j] in `patches` and row 1 + ids[j] of `table` in `tokens`. Row 0, the CLS token, gets zeros and the table's row 0,
+// so that tokens + patches @ weight is the result without a gap between samples.
+struct PatchGatherArgs {
+  const void* spec;  // (batch, F, T) of `itemsize` bytes an element, frames next to each other
+  int itemsize;
+  int64_t batch, batch_stride, freq_stride;
+  int64_t grid_freq, grid_time, patch;
+  const int64_t* ids;  // (batch, *), rows `ids_stride` apart
+  int64_t ids_stride, count;
+  void* patches;      // (batch, 1 + count, patch * patch) contiguous
+  const void* table;  // (1 + grid_freq * grid_time, width) contiguous, `itemsize` bytes an element
+  int64_t width;
+  void* tokens;  // (batch, 1 + count, width) contiguous, or null: patches only
+};
+// False where an id names no patch; what it then wrote is undefined.
+bool patch_gather_cpu(const PatchGatherArgs& args, int threads);
+
 // prototype_loss once the matrix products are done, for some rows of logits. q = softmax(student / student_temp) and
 // p = softmax((teacher - center) / teacher_temp).
 //   forward: loss = -sum(p log q) and the statistics, `delta` = q - p where it is not null, and p is added to

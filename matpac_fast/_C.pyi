@@ -28,6 +28,32 @@ class LogMelArgs:
     ) -> None: ...
 
 def log_mel_cpu(args: LogMelArgs, threads: int) -> None: ...
+def mask_shuffle_cpu(
+    base: int, index: int, batch: int, n_tokens: int, out: int, threads: int, /
+) -> None: ...
+
+class PatchGatherArgs:
+    def __init__(
+        self,
+        spec: int,
+        itemsize: int,
+        batch: int,
+        batch_stride: int,
+        freq_stride: int,
+        grid_freq: int,
+        grid_time: int,
+        patch: int,
+        ids: int,
+        ids_stride: int,
+        count: int,
+        patches: int,
+        table: int,
+        width: int,
+        tokens: int,
+        /,
+    ) -> None: ...
+
+def patch_gather_cpu(args: PatchGatherArgs, threads: int) -> bool: ...
 
 class PrototypeLossArgs:
     def __init__(

@@ -9,6 +9,7 @@ CUDA tensor* warns once, naming the reasons.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import warnings
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
 from .errors import BackendError
 
@@ -24,8 +26,8 @@ BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 # op -> device type -> launchers in order of preference.
 LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "log_mel": {"cpu": ("cpp",), "cuda": ()},
-    "mask_shuffle": {"cpu": (), "cuda": ()},
-    "masked_patch_embed": {"cpu": (), "cuda": ()},
+    "mask_shuffle": {"cpu": ("cpp",), "cuda": ("triton",)},
+    "masked_patch_embed": {"cpu": ("cpp",), "cuda": ("triton",)},
     "prototype_loss": {"cpu": (), "cuda": ()},
 }
 
@@ -93,6 +95,11 @@ def _triton_missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one, where Triton launches; nothing for a tensor on the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def choose(op: str, device: torch.device) -> str:

@@ -3,56 +3,75 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import os
 import pkgutil
-from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 
 pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[triton]'")
 
+from triton.runtime.jit import JITFunction
+
 from matpac_fast import kernels
-from matpac_fast.kernels._aot import SHARED_LIMIT, Launch, compile_ahead
+from matpac_fast.kernels._aot import SHARED_LIMIT, Cost, Launch, compile_ahead
+
+MODULES = [
+    importlib.import_module(f"matpac_fast.kernels.{module.name}")
+    for module in pkgutil.iter_modules(kernels.__path__)
+    if not module.name.startswith("_")
+]
+LAUNCHES: dict[str, Launch] = {launch.name: launch for module in MODULES for launch in module.AOT}
+Key = tuple[str, int]  # a launch's name and a compute capability
 
 
-def launches() -> Iterator[Launch]:
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if not module.name.startswith("_"):
-            yield from importlib.import_module(f"matpac_fast.kernels.{module.name}").AOT
+def compile_one(key: Key) -> Cost:
+    """In a process of the pool, which finds the kernel by name: a compiled function cannot be sent."""
+    name, capability = key
+    return compile_ahead(LAUNCHES[name], capability)
 
 
-LAUNCHES = list(launches())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile into pytest's own cache: a second run costs only ptxas."""
+@pytest.fixture(scope="module")
+def costs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Future[Cost]]:
+    """Compilations under way on every core, into pytest's own cache: a second run costs little."""
+    keys = [(name, capability) for name, launch in LAUNCHES.items() for capability in launch.capabilities]
+    cache = getattr(request.config, "cache", None)  # None under -p no:cacheprovider
+    folder = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(request.config.cache.mkdir("triton")))
-        yield
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            return {key: pool.submit(compile_one, key) for key in keys}
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.name)
-def test_compiles_without_spills(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
-    costs = {capability: compile_ahead(launch, capability) for capability in SHARED_LIMIT}
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_compiles_without_spills(name: str, costs: dict[Key, Future[Cost]], capsys: pytest.CaptureFixture[str]) -> None:
+    by_capability = {capability: costs[name, capability].result() for capability in LAUNCHES[name].capabilities}
     with capsys.disabled():
-        print(f"\n  {launch.name:<44}", end="")
-        for capability, cost in costs.items():
-            print(f" | sm_{capability}: {cost.registers:>3} regs {cost.shared:>6} B {cost.spills} spilt", end="")
-    for capability, cost in costs.items():
-        where = f"{launch.name} for sm_{capability}"
+        cells = [
+            f"sm_{capability}: {cost.registers:>3} regs {cost.shared:>6} B {cost.spills} spilt"
+            for capability, cost in by_capability.items()
+        ]
+        print(f"\n  {name:<36} | {' | '.join(cells)} ", end="")
+    for capability, cost in by_capability.items():
+        where = f"{name} for sm_{capability}"
         assert cost.spills == 0, f"{where} spills {cost.spills} bytes"
         assert cost.shared <= SHARED_LIMIT[capability], f"{where} takes {cost.shared} bytes of shared memory"
-        assert cost.registers <= launch.max_registers, f"{where} takes {cost.registers} registers"
+        assert cost.registers <= LAUNCHES[name].max_registers, f"{where} takes {cost.registers} registers"
 
 
 def test_every_kernel_is_listed() -> None:
     """A kernel without a launch in its module's AOT list would escape the test above."""
-    from triton.runtime.jit import JITFunction
+    listed = {launch.kernel for launch in LAUNCHES.values()}
+    kernels_here = {
+        f"{module.__name__}.{name}": value
+        for module in MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    assert kernels_here, "no kernel found: are their names still <op>_kernel?"
+    assert [name for name, kernel in kernels_here.items() if kernel not in listed] == []
 
-    listed = {launch.kernel.fn.__qualname__ for launch in LAUNCHES}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.name.startswith("_"):
-            continue
-        for name, value in vars(importlib.import_module(f"matpac_fast.kernels.{module.name}")).items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                assert name in listed, f"matpac_fast.kernels.{module.name}.{name} is not in its AOT list"
+
+def test_names_are_unique() -> None:
+    assert len(LAUNCHES) == sum(len(module.AOT) for module in MODULES)

@@ -14,8 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Shared memory that one block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+CAPABILITIES = tuple(SHARED_LIMIT)
+
+
+def capability_of(tensor: Tensor) -> int:
+    """90 for sm_90; 0 for a tensor on the CPU, where Triton interprets."""
+    if not tensor.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Launch:
         num_warps, num_stages: as launched.
         divisible: names of the integer arguments that are multiples of 16 in this launch. Pointers are always taken as
             16-byte aligned, as torch allocates them.
+        capabilities: the architectures that launch this configuration.
         max_registers: the most registers a thread may take; fewer leave room for more blocks on a multiprocessor.
     """
 
@@ -40,6 +53,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     divisible: tuple[str, ...] = ()
+    capabilities: tuple[int, ...] = CAPABILITIES
     max_registers: int = 255
 
 
@@ -59,14 +73,16 @@ def compile_ahead(launch: Launch, capability: int) -> Cost:
     from triton.compiler import compile as triton_compile
 
     names = launch.kernel.arg_names
-    signature = {name: "constexpr" if name in launch.constexprs else launch.signature[name] for name in names}
+    # A list of launches may share one dictionary of constants; each kernel takes those it has.
+    constexprs = {name: value for name, value in launch.constexprs.items() if name in names}
+    signature = {name: "constexpr" if name in constexprs else launch.signature[name] for name in names}
     attrs = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
         if signature[name].startswith("*") or name in launch.divisible
     }
     compiled = triton_compile(
-        ASTSource(launch.kernel, signature, dict(launch.constexprs), attrs),
+        ASTSource(launch.kernel, signature, constexprs, attrs),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )

@@ -4,6 +4,9 @@ A token's place in the permutation is the number of smaller keys. Counting them 
 at some hundred tokens are fewer instructions than a sort, compile in a fraction of the time and need no upper bound.
 """
 
+# Triton wraps what is passed as a constexpr.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import torch

@@ -36,3 +36,9 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], why:
     """Raise ValueError unless `tensor` has `shape`; `why` says where the expected shape comes from."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} is {shape_of(tensor)}; expected {shape} ({why})")
+
+
+def check_int(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a Python integer (or one that torch.compile traces)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; expected a Python int, such as int({name})")
