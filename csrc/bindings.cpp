@@ -21,10 +21,11 @@ T* pointer(Address address) {
 // Positional arguments in the order of LogMelArgs.
 matpac::LogMelArgs log_mel_args(Address wave, int wave_dtype, int64_t batch, int64_t stride, int64_t hop,
                                 int64_t frames, Address out, int out_dtype, Address window, Address bands,
-                                Address weights, int n_mels, double log_offset, double mean, double std) {
+                                Address weights, Address inverse_sums, int n_mels, double log_offset, double mean,
+                                double std) {
   return {pointer(wave), matpac::DType(wave_dtype), batch, stride, hop, frames, pointer(out),
-          matpac::DType(out_dtype), pointer(window), pointer<std::int32_t>(bands), pointer(weights), n_mels,
-          log_offset, mean, std};
+          matpac::DType(out_dtype), pointer<double>(window), pointer<std::int32_t>(bands), pointer(weights),
+          pointer(inverse_sums), n_mels, log_offset, mean, std};
 }
 
 // Positional arguments in the order of PatchGatherArgs.
@@ -84,4 +85,18 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("prototype_loss_delta_cpu", &matpac::prototype_loss_delta_cpu, py::arg("args"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("prototype_loss_forward_emulated",
+        [](const matpac::PrototypeLossArgs& args, Address columns, int blocks) {
+          matpac::prototype_loss_forward_emulated(args, pointer(columns), blocks);
+        });
+  m.def("prototype_loss_delta_emulated", &matpac::prototype_loss_delta_emulated);
+#ifdef MATPAC_FAST_WITH_CUDA
+  m.def("prototype_loss_forward_cuda",
+        [](const matpac::PrototypeLossArgs& args, Address columns, int blocks, int device, Address stream) {
+          matpac::prototype_loss_forward_cuda(args, pointer(columns), blocks, device, pointer(stream));
+        });
+  m.def("prototype_loss_delta_cuda", [](const matpac::PrototypeLossArgs& args, int device, Address stream) {
+    matpac::prototype_loss_delta_cuda(args, device, pointer(stream));
+  });
+#endif
 }

@@ -23,15 +23,16 @@ int cuda_runtime_version();
 
 // Normalised log-mel of windows of 400 samples: out[b, m, t] = (ln(mel + log_offset) - mean) / std.
 struct LogMelArgs {
-  const void* wave;      // (batch, *) float32, float64 or int16 (32768 counts as 1.0), clips `stride` apart
+  const void* wave;  // (batch, *) float32, float64 or int16 (32768 counts as 1.0), clips `stride` apart
   DType wave_dtype;
   int64_t batch, stride;
   int64_t hop, frames;
-  void* out;             // (batch, n_mels, frames) contiguous; float64 for a float64 wave, else float32 (CUDA: or bfloat16)
+  void* out;  // (batch, n_mels, frames) contiguous; float64 for a float64 wave, else float32 (on CUDA also bfloat16)
   DType out_dtype;
-  const void* window;    // (400,) in the type of the arithmetic: float64 for a float64 wave, else float32
-  const int32_t* bands;  // (n_mels, 2): the first bin of a mel and how many
-  const void* weights;   // the bands' weights, one after the other, in the type of the arithmetic
+  const double* window;      // (400,)
+  const int32_t* bands;      // (n_mels, 2): the first bin of a mel and how many
+  const void* weights;       // theirs, one after the other; float64 for a float64 wave, else float32
+  const void* inverse_sums;  // (n_mels,) 1 / the sum of a mel's weights, of the same type
   int n_mels;
   double log_offset, mean, std;
 };
@@ -79,5 +80,11 @@ struct PrototypeLossArgs {
 };
 void prototype_loss_forward_cpu(const PrototypeLossArgs& args, int threads);
 void prototype_loss_delta_cpu(const PrototypeLossArgs& args, int threads);
+// `columns` (blocks, k) of `dtype` is scratch memory; the bits of `column_sum` depend on `blocks`.
+void prototype_loss_forward_cuda(const PrototypeLossArgs& args, void* columns, int blocks, int device, void* stream);
+void prototype_loss_delta_cuda(const PrototypeLossArgs& args, int device, void* stream);
+// The CUDA kernels run block by block on the host, for tests.
+void prototype_loss_forward_emulated(const PrototypeLossArgs& args, void* columns, int blocks);
+void prototype_loss_delta_emulated(const PrototypeLossArgs& args);
 
 }  // namespace matpac

@@ -16,20 +16,28 @@ Isa isa();
 }  // namespace matpac
 
 #if defined(MATPAC_X86)
-#define MATPAC_DECLARE(signature)   \
-  namespace matpac {                \
-  namespace portable { signature; } \
-  namespace avx2 { signature; }     \
-  namespace avx512 { signature; }   \
+#define MATPAC_DECLARE(signature) \
+  namespace matpac {              \
+  namespace portable {            \
+  signature;                      \
+  }                               \
+  namespace avx2 {                \
+  signature;                      \
+  }                               \
+  namespace avx512 {              \
+  signature;                      \
+  }                               \
   }
-#define MATPAC_DISPATCH(function)                                                          \
-  (::matpac::isa() == ::matpac::Isa::avx512 ? &::matpac::avx512::function                  \
-   : ::matpac::isa() == ::matpac::Isa::avx2 ? &::matpac::avx2::function                    \
+#define MATPAC_DISPATCH(function)                                         \
+  (::matpac::isa() == ::matpac::Isa::avx512 ? &::matpac::avx512::function \
+   : ::matpac::isa() == ::matpac::Isa::avx2 ? &::matpac::avx2::function   \
                                             : &::matpac::portable::function)
 #else
-#define MATPAC_DECLARE(signature)   \
-  namespace matpac {                \
-  namespace portable { signature; } \
+#define MATPAC_DECLARE(signature) \
+  namespace matpac {              \
+  namespace portable {            \
+  signature;                      \
+  }                               \
   }
 #define MATPAC_DISPATCH(function) (&::matpac::portable::function)
 #endif

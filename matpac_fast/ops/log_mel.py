@@ -36,8 +36,12 @@ def _check(wave: Tensor, config: LogMelConfig, dtype: torch.dtype | None) -> tor
 
 
 @functools.lru_cache(maxsize=16)
-def _plan(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels need of `config`: window (400,), bands (n_mels, 2) int32, weights (non-zeros,)."""
+def _plan(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels need of `config`.
+
+    window (400,) float64; bands (n_mels, 2) int32: the first bin of a mel and how many; weights: theirs, one after the other;
+    inverse_sums (n_mels,): 1 / the sum of a mel's weights.
+    """
     window, bank = reference.window_and_bank(config, torch.float64, torch.device("cpu"))
     bands, weights = [], []
     for row in bank:
@@ -46,16 +50,17 @@ def _plan(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tup
         bands.append((first, count))
         weights.append(row[first : first + count])
     return (
-        window.to(device, dtype),
+        window.to(device),
         torch.tensor(bands, dtype=torch.int32, device=device),
         torch.cat(weights).to(device, dtype),
+        (1 / bank.sum(dim=1)).to(device, dtype),
     )
 
 
-def _args(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, Tensor, Tensor]) -> Any:
+def _args(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, ...]) -> Any:
     from .. import _C
 
-    window, bands, weights = plan
+    window, bands, weights, inverse_sums = plan
     return _C.LogMelArgs(
         wave.data_ptr(),
         _NATIVE_DTYPE[wave.dtype],
@@ -68,6 +73,7 @@ def _args(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, T
         window.data_ptr(),
         bands.data_ptr(),
         weights.data_ptr(),
+        inverse_sums.data_ptr(),
         config.n_mels,
         config.log_offset,
         config.mean,
