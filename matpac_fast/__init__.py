@@ -1,6 +1,7 @@
 """matpac_fast: MATPAC audio self-supervision, pre-training and embeddings, with fused kernels."""
 
 from . import ops
+from .audio_encoder import AudioEncoder
 from .backend import use_backend
 from .config import MatpacConfig
 from .encoder import Embeddings, Encoder, list_encoders, load_encoder
@@ -10,6 +11,7 @@ from .official import get_matpac
 __version__ = "0.1.0"
 
 __all__ = [
+    "AudioEncoder",
     "Embeddings",
     "Encoder",
     "Matpac",

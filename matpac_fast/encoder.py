@@ -1,11 +1,12 @@
-"""Encoder: what is kept after pre-training. Audio of any length in, embeddings at any temporal support out."""
+"""Encoder: what is kept after pre-training, the ViT and its log-mel front end; and how it is loaded."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-import hashlib
+import importlib.metadata
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,44 +14,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, ops
-from .audio.windows import windows
+from . import checkpoint, m2d, ops
+from .audio_encoder import AudioEncoder
 from .config import PRESETS, MatpacConfig
-from .errors import AudioError, CheckpointError, ConfigError
+from .embedding import Embeddings
+from .errors import CheckpointError, ConfigError
 from .model import Matpac
 from .nn.frontend import Frontend
 from .nn.vit import Transformer
 from .reference import LogMelConfig
 
+__all__ = ["Embeddings", "Encoder", "list_encoders", "load_encoder"]
+
 _SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
 _UNTRAINED = "untrained-"
+_ENTRY_POINTS = "matpac_fast.encoders"
+_RELEASES = "https://github.com/aurianworld/matpac/releases"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings and what each one saw.
-
-    Attributes:
-        values: float32, (W, E), or (W, L, E) with `layers="all"`; for a batch of clips (B, W, ...). W counts windows,
-            or with `pool="none"` frames.
-        start, end: (W,) float64, seconds from the start of the clip.
-    """
-
-    values: Tensor
-    start: Tensor
-    end: Tensor
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-
-class Encoder(nn.Module):
-    """The pre-trained ViT and its log-mel front end.
+class Encoder(AudioEncoder):
+    """The pre-trained ViT and its log-mel front end: of MATPAC, MATPAC++ or M2D.
 
     An embedding of a stretch of audio is the mean over time of its frames; a frame is the concatenation, low frequency
-    first, of the `freq` patches of one 16-frame column: 5 x 768 = 3840 numbers for the official model.
+    first, of the `freq` patches of one 16-frame column: 5 x 768 = 3840 numbers for the official model. A window is
+    padded with its mean to whole patches (160 ms); one longer than `native_seconds` is cut into pieces of that, whose
+    frames are averaged together; all as in the official code.
 
     Make one with `load_encoder`.
+
+    Args:
+        n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio: sizes, as in `MatpacConfig`.
+        front_end: what differs from MATPAC's log-mel: `mean` and `std`, and `center`, whether the first frame's middle
+            is the first sample (the wave is mirrored at both ends).
     """
 
     def __init__(
@@ -62,26 +58,25 @@ class Encoder(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: int = 4,
+        **front_end: Any,
     ):
         super().__init__()
-        self.sizes = dict(zip(_SIZES, (n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio), strict=True))
-        self.log_mel_config = LogMelConfig(n_mels=n_mels)
+        sizes = (n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio)
+        self.sizes = self.settings = dict(zip(_SIZES, sizes, strict=True)) | front_end
+        self.center = bool(front_end.pop("center", False))
+        self.log_mel_config = LogMelConfig(n_mels=n_mels, **front_end)
         self.n_frames, self.patch_size, self.width, self.depth = n_frames, patch_size, width, depth
         self.freq = n_mels // patch_size
         self.frontend = Frontend(width, patch_size, self.freq, n_frames // patch_size)
         self.student = Transformer(width, depth, num_heads, mlp_ratio)
-        self.name = "encoder"
+        self.dtype = torch.float32
+
+        self.sample_rate, self.embedding_dim, self.n_layers = self.log_mel_config.sample_rate, self.freq * width, depth
+        self.min_samples = self.log_mel_config.n_fft
+        self.frame_samples = patch_size * self.log_mel_config.hop
+        if not self.center:
+            self.native_window = (self.log_mel_config.n_samples(n_frames), n_frames * self.log_mel_config.hop)
         self.requires_grad_(False).eval()
-
-    @property
-    def sample_rate(self) -> int:
-        """Hz."""
-        return self.log_mel_config.sample_rate
-
-    @property
-    def embedding_dim(self) -> int:
-        """Numbers in one embedding."""
-        return self.freq * self.width
 
     @property
     def frame_seconds(self) -> float:
@@ -93,164 +88,86 @@ class Encoder(nn.Module):
         """The longest stretch that the transformer sees at once; longer windows are cut into pieces of it."""
         return self.n_frames * self.log_mel_config.hop / self.sample_rate
 
-    @property
-    def device(self) -> torch.device:
-        return self.frontend.cls_token.device
+    def log_mel(self, waves: Tensor) -> Tensor:
+        """(N, S) -> (N, n_mels, T) normalised log-mel; what is shorter than a frame is padded with zeros at the end."""
+        config = self.log_mel_config
+        waves = F.pad(waves, (0, max(0, config.n_fft - waves.shape[-1])))
+        if self.center:
+            waves = F.pad(waves, (config.n_fft // 2, config.n_fft // 2), mode="reflect")
+        return ops.log_mel(waves, config)
 
-    @property
-    def id(self) -> str:
-        """SHA-256 over sizes, names and weights: the same embeddings have the same id, whatever file they came from."""
-        digest = hashlib.sha256(repr(sorted(self.sizes.items())).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def columns(self, n_samples: int) -> list[int]:
+        n_samples = max(n_samples, self.min_samples) + (self.log_mel_config.n_fft if self.center else 0)
+        columns = -(-self.log_mel_config.n_frames(n_samples) // self.patch_size)
+        whole, rest = divmod(columns, self.n_frames // self.patch_size)
+        return [self.n_frames // self.patch_size] * whole + [rest] * (rest > 0)
 
-    @torch.no_grad()
-    def embed(
-        self,
-        wave: Tensor | np.ndarray,
-        sample_rate: int,
-        temporal_support: float | None = None,
-        hop: float | None = None,
-        pool: str = "mean",
-        layers: str = "last",
-        remainder: str = "keep",
-        batch_size: int = 16,
-    ) -> Embeddings:
-        """Embed one clip, or a batch of clips of one length, window by window.
+    def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]:
+        """Log-mels (n_mels, T) of whole patches, at most `n_frames` each."""
+        config = self.log_mel_config
+        starts, ends = spans.T
+        whole = (ends - starts >= config.n_fft) | (ends >= len(clip))
+        if not self.center and (starts % config.hop == 0).all() and whole.all():
+            # Every frame of a window is a frame of the clip, so all of them are computed once.
+            needed = max(int(ends.max()), int(starts.max()) + config.n_fft)
+            spec = self.log_mel(F.pad(clip, (0, max(0, needed - len(clip))))[None])[0]
+            for a, b in spans.tolist():
+                yield from self._cut(spec[:, a // config.hop :][:, : config.n_frames(max(b - a, config.n_fft))])
+            return
+        breaks = np.flatnonzero(np.diff(ends - starts)) + 1
+        for group in np.split(spans, breaks):  # of one length
+            for some in np.array_split(group, -(-len(group) // 64)):
+                waves = [F.pad(clip[a:b], (0, max(0, b - len(clip)))) for a, b in some.tolist()]
+                for spec in self.log_mel(torch.stack(waves)):
+                    yield from self._cut(spec)
 
-        Args:
-            wave: (S,) or (B, S), float in [-1, 1] or int16, mono. One sample is enough: what is shorter than one
-                log-mel frame (25 ms) is padded with zeros at the end, and the log-mel of every window is padded with
-                its mean to whole patches (160 ms), as in the official code.
-            sample_rate: of `wave`, in Hz; resampled (soxr HQ) where it is not the encoder's.
-            temporal_support: seconds of audio that one embedding sees; None: the whole clip in one embedding.
-                A window longer than `native_seconds` is cut into pieces of that, whose frames are averaged together.
-            hop: seconds from window to window; the temporal support by default.
-            pool: "mean", one embedding a window; "none", one a frame of 160 ms.
-            layers: "last", after the final LayerNorm; or "all", every block's output, the last one normalised.
-            remainder: what becomes of the end of the clip, see `audio.windows.windows`.
-            batch_size: windows per forward pass.
+    def _cut(self, spec: Tensor) -> tuple[Tensor, ...]:
+        return F.pad(spec, (0, -spec.shape[-1] % self.patch_size)).split(self.n_frames, dim=-1)
 
-        Returns:
-            Embeddings, on the encoder's device.
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        autocast = contextlib.nullcontext()
+        if self.dtype != torch.float32:
+            autocast = torch.autocast(self.device.type, self.dtype)
+        with autocast:
+            return self._forward(pieces, pool, layers)
 
-        Raises:
-            AudioError: an empty clip, or one with NaN or infinite samples.
-            ConfigError: an option that cannot be.
-        """
-        if pool not in ("mean", "none"):
-            raise ConfigError(f"embed: pool is {pool!r}; expected 'mean' or 'none'")
-        if layers not in ("last", "all"):
-            raise ConfigError(f"embed: layers is {layers!r}; expected 'last' or 'all'")
-        clips = self._clips(wave, sample_rate)
-        n_samples = clips.shape[1]
-        size = n_samples if temporal_support is None else self._samples("temporal_support", temporal_support)
-        spans = windows(n_samples, size, size if hop is None else self._samples("hop", hop), remainder)
-
-        # Windows of one length share batches: all whole ones, then the remainder, which may be shorter or longer.
-        parts: list[Tensor] = []
-        lengths = spans[:, 1] - spans[:, 0]
-        for group in np.split(spans, np.flatnonzero(np.diff(lengths)) + 1):
-            cut = [F.pad(clips[:, a:b], (0, max(0, b - n_samples))) for a, b in group.tolist()]
-            stacked = torch.stack(cut, dim=1).flatten(0, 1)  # (B * G, length), B-major
-            done = [self.embed_windows(some, pool, layers, batch_size) for some in stacked.split(batch_size)]
-            parts.append(torch.cat(done).unflatten(0, (len(clips), len(group))))  # (B, G, [L,] [T,] E)
-        if pool == "none":  # frames follow each other in time: (B, G * T, [L,] E)
-            parts = [p.movedim(-2, 2).flatten(1, 2) for p in parts]
-        values = torch.cat(parts, dim=1)
-        start, end = self._times(spans, n_samples, pool)
-        return Embeddings(values[0] if wave.ndim == 1 else values, start, end)
-
-    def embed_windows(self, waves: Tensor, pool: str = "mean", layers: str = "last", batch_size: int = 16) -> Tensor:
-        """Embed windows of one length, each on its own: (N, S) at the encoder's rate and on its device.
-
-        Returns (N, E), with `pool="none"` (N, T, E); with `layers="all"` an axis L after N. Differentiable where the
-        encoder's parameters require gradients.
-        """
-        short = self.log_mel_config.n_fft - waves.shape[-1]
-        spec = ops.log_mel(F.pad(waves, (0, short)) if short > 0 else waves, self.log_mel_config)  # (N, F, T)
-        spec = F.pad(spec, (0, -spec.shape[-1] % self.patch_size))
-        n, _, t = spec.shape
-        whole = t // self.n_frames
-        parts = []  # (N, L, T', E), or summed over time (N, L, E)
-        if whole:
-            body = spec[..., : whole * self.n_frames].unflatten(-1, (whole, self.n_frames))
-            body = body.transpose(1, 2).flatten(0, 1)  # (N * whole, F, n_frames)
-            found = torch.cat([self._layers(some, pool, layers) for some in body.split(batch_size)])
-            found = found.unflatten(0, (n, whole))
-            parts.append(found.sum(1) if pool == "mean" else found.transpose(1, 2).flatten(2, 3))
-        if t % self.n_frames:
-            parts.append(self._layers(spec[..., whole * self.n_frames :], pool, layers))
-        if pool == "mean":
-            out = torch.stack(parts).sum(0) / (t // self.patch_size)
-        else:
-            out = torch.cat(parts, dim=2)
-        return out if layers == "all" else out[:, 0]
-
-    def _layers(self, spec: Tensor, pool: str, layers: str) -> Tensor:
-        """(N, F, T), T at most `n_frames` -> (N, L, T', E), or its sum over time, each layer summed as it is made."""
+    def _forward(self, spec: Tensor, pool: str, layers: str) -> Tensor:
+        """Each layer is summed as it is made, so that the frames of all are never held together."""
         found = []
         for i, tokens in enumerate(self.student.layers(self.frontend(spec))):
             if layers == "all" or i == self.depth - 1:
                 n, _, d = tokens.shape
-                grid = tokens[:, 1:].reshape(n, self.freq, -1, d)  # (N, freq, T', D)
-                if pool == "mean":
-                    found.append(grid.sum(2).flatten(1))
-                else:
-                    found.append(grid.transpose(1, 2).flatten(2))
+                grid = tokens[:, 1:].float().reshape(n, self.freq, -1, d)  # (N, freq, T, D)
+                found.append(grid.sum(2).flatten(1) if pool == "mean" else grid.transpose(1, 2).flatten(2))
         return torch.stack(found, dim=1)
 
-    def _clips(self, wave: Tensor | np.ndarray, sample_rate: int) -> Tensor:
-        """Checked, resampled, float32 and on the device: (B, S)."""
-        clips = torch.as_tensor(wave)
-        if clips.ndim not in (1, 2) or not (clips.is_floating_point() or clips.dtype == torch.int16):
-            raise AudioError(
-                f"embed: wave is {tuple(clips.shape)} {clips.dtype}; expected (S,) or (B, S), float or int16, mono: "
-                "mix channels down first"
-            )
-        if clips.numel() == 0:
-            raise AudioError(f"embed: wave is {tuple(clips.shape)}: no audio")
-        clips = clips / 32768.0 if clips.dtype == torch.int16 else clips.float()
-        clips = clips.reshape(-1, clips.shape[-1])
-        if not torch.isfinite(clips).all():
-            raise AudioError("embed: wave holds NaN or infinite samples")
-        if sample_rate != self.sample_rate:
-            from .audio.decode import resample
-
-            clips = torch.from_numpy(
-                np.stack([resample(c, sample_rate, self.sample_rate) for c in clips.cpu().numpy()])
-            )
-        return clips.to(self.device)
-
-    def _samples(self, name: str, seconds: float) -> int:
-        samples = round(seconds * self.sample_rate) if np.isfinite(seconds) else 0
-        if samples < 1:
-            raise ConfigError(f"embed: {name} is {seconds} s; expected at least one sample, {1 / self.sample_rate:g} s")
-        return samples
-
-    def _times(self, spans: np.ndarray, n_samples: int, pool: str) -> tuple[Tensor, Tensor]:
-        """Seconds at which each window, or each frame, starts and ends; ends stop at the end of the clip."""
-        if pool == "none":
-            step = self.patch_size * self.log_mel_config.hop
-            frames = []
-            for a, b in spans.tolist():
-                n_frames = self.log_mel_config.n_frames(max(b - a, self.log_mel_config.n_fft))
-                starts = a + step * np.arange(-(-n_frames // self.patch_size))
-                frames.append(np.stack([starts, np.append(starts[1:], b)], axis=1))
-            spans = np.concatenate(frames)
-        seconds = torch.from_numpy(np.minimum(spans, n_samples) / self.sample_rate)
-        return seconds[:, 0], seconds[:, 1]
+    def prepare(self, dtype: torch.dtype = torch.float32, compile: bool = False) -> Encoder:
+        """Compute in `dtype` from here on, through torch.compile if asked; see `load_encoder`."""
+        self.dtype = dtype
+        if dtype != torch.float32:
+            # Rounded once; autocast would round them anew in every forward pass.
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    module.to(dtype)
+        if compile:
+            self._forward = torch.compile(self._forward)
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the encoder alone as safetensors, all of it or none; `load_encoder` reads it."""
-        checkpoint.save(path, self.state_dict(), {"kind": "encoder", "sizes": self.sizes})
+        """Write the encoder alone as safetensors, all of it or none; `load_encoder` reads it and checks its id."""
+        if self.dtype != torch.float32:
+            raise ConfigError(f"save: the weights are rounded to {self.dtype}; load the encoder in float32 to save it")
+        checkpoint.save(path, self.state_dict(), {"kind": "encoder", "sizes": self.sizes, "id": self.id})
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
-    """Names that `load_encoder` knows without a file, by shell pattern."""
-    return fnmatch.filter([_UNTRAINED + name for name in PRESETS], pattern)
+    """Names that `load_encoder` knows without a file, by shell pattern.
+
+    They are the untrained presets, and what installed packages register in the entry-point group
+    `matpac_fast.encoders`: a name, and a function (argument: str, device: torch.device, dtype: torch.dtype) ->
+    AudioEncoder, which `load_encoder("name:argument")` calls.
+    """
+    return fnmatch.filter([_UNTRAINED + name for name in PRESETS] + sorted(_registered()), pattern)
 
 
 def load_encoder(
@@ -258,52 +175,99 @@ def load_encoder(
     device: str | torch.device | None = None,
     num_heads: int | None = None,
     weights: str = "student",
-) -> Encoder:
+    *,
+    dtype: str | torch.dtype = "float32",
+    compile: bool = False,
+) -> AudioEncoder:
     """Load an encoder by name or from a file, whose content says what it is; none of it is ever run as code.
 
+    Nothing is downloaded or cached: it works offline, always.
+
     Args:
-        name_or_path: a name of `list_encoders`; a run folder of `matpac-fast pretrain` (its newest checkpoint); a
-            checkpoint or encoder file of this package; an official training checkpoint or released encoder file.
+        name_or_path: a run folder of `matpac-fast pretrain` (its newest checkpoint); a checkpoint or encoder file of
+            this package, the latter checked against the SHA-256 it was saved with; an official training checkpoint
+            or released encoder file, of MATPAC, MATPAC++ or M2D; or a name of `list_encoders`, "name:argument" where
+            it takes one.
         device: where to put it; by default CUDA where there is one.
         num_heads: attention heads, for official files off the rule of 64 channels a head.
         weights: "student", as the official package takes, or "teacher", where a training checkpoint holds one.
+        dtype: "float32"; or "bfloat16": weights and matrix products in it, sums and norms in float32 (autocast).
+        compile: run the network through torch.compile, which costs minutes once for each shape of window and pays for
+            many alike.
 
     Raises:
-        CheckpointError: no such name or file, a file that is damaged, unsafe, or no MATPAC encoder.
+        CheckpointError: no such name or file, a file that is damaged, unsafe, or no encoder.
+        ConfigError: an option that cannot be.
     """
     name = os.fspath(name_or_path)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if str(dtype).removeprefix("torch.") not in _DTYPES:
+        raise ConfigError(f"load_encoder: dtype is {dtype!r}; expected {' or '.join(map(repr, _DTYPES))}")
+    dtype = _DTYPES[str(dtype).removeprefix("torch.")]
     if weights not in ("student", "teacher"):
         raise ConfigError(f"load_encoder: weights is {weights!r}; expected 'student' or 'teacher'")
-    if name in list_encoders():
+    if not os.path.exists(name) and (entry := _registered().get(name.partition(":")[0])):
+        return _load_registered(entry, name, device, dtype)
+    if name in [_UNTRAINED + preset for preset in PRESETS]:
         config = MatpacConfig.preset(name.removeprefix(_UNTRAINED))
-        state = Matpac(config).state_dict()
-        sizes = {size: getattr(config, size) for size in _SIZES}
+        state, sizes, known_id = Matpac(config).state_dict(), _sizes_of(config), None
     else:
-        state, sizes = _read(name, num_heads)
+        state, sizes, known_id = _read(name, num_heads)
     wanted = ("frontend.", f"{weights}.")
     kept = {k.replace("teacher.", "student.", 1): v for k, v in state.items() if k.startswith(wanted)}
     encoder = Encoder(**sizes)
     checkpoint.load_into(encoder, kept, name)
+    if known_id is not None and encoder.id != known_id:
+        raise CheckpointError(
+            f"{name}: altered or damaged: saved with SHA-256 {known_id[:12]}, it is {encoder.id[:12]}"
+        )
     encoder.name = os.path.basename(name.rstrip("/"))
-    return encoder.to(device)
+    return encoder.to(device).prepare(dtype, compile)
 
 
-def _read(name: str, num_heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _sizes_of(config: MatpacConfig) -> dict[str, Any]:
+    return {size: getattr(config, size) for size in _SIZES}
+
+
+def _read(name: str, num_heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Weights under our names, the encoder's sizes, and its SHA-256 where the file says it."""
     if not os.path.exists(name):
-        raise CheckpointError(f"no encoder {name!r}: neither a file, nor one of {', '.join(list_encoders())}")
+        raise CheckpointError(
+            f"no encoder {name!r}: neither a file nor one of {', '.join(list_encoders())}; nothing is downloaded, so "
+            f"fetch a released file yourself, e.g. from {_RELEASES}"
+        )
     state, metadata = checkpoint.load(checkpoint.find_weights(name))
     if "sizes" in metadata:
-        return state, metadata["sizes"]
+        return state, metadata["sizes"], metadata.get("id")
     if "config" in metadata:
-        config = MatpacConfig.from_dict(metadata["config"])
-        return state, {size: getattr(config, size) for size in _SIZES}
-    if not checkpoint.is_official(state):
-        raise CheckpointError(f"{name}: not a MATPAC checkpoint; its first names are {', '.join(list(state)[:3])}")
-    state = checkpoint.from_official_names(
-        {k: v for k, v in state.items() if not k.startswith(("head.", "head_norm."))}
-    )
-    sizes = checkpoint.read_sizes(state)
+        return state, _sizes_of(MatpacConfig.from_dict(metadata["config"])), None
+    if m2d.is_m2d(state):
+        state, sizes = m2d.from_m2d(state, name)
+    elif checkpoint.is_official(state):
+        heads = ("head.", "head_norm.")
+        state = checkpoint.from_official_names({k: v for k, v in state.items() if not k.startswith(heads)})
+        sizes = checkpoint.read_sizes(state)
+    else:
+        raise CheckpointError(
+            f"{name}: not a MATPAC or M2D checkpoint; its first names are {', '.join(list(state)[:3])}"
+        )
     sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
-    return state, {size: sizes[size] for size in _SIZES}
+    kept = (*_SIZES, "mean", "std", "center")
+    return state, {size: sizes[size] for size in kept if size in sizes}, None
+
+
+def _registered() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
+
+
+def _load_registered(
+    entry: importlib.metadata.EntryPoint, name: str, device: torch.device, dtype: torch.dtype
+) -> AudioEncoder:
+    try:
+        load = entry.load()
+    except Exception as error:  # another package's module may fail in any way at its import
+        raise CheckpointError(f"encoder {name!r}: {entry.value} does not load: {error}") from error
+    encoder = load(name.partition(":")[2], device, dtype)
+    if not isinstance(encoder, AudioEncoder):
+        raise CheckpointError(f"encoder {name!r}: {entry.value} gave a {type(encoder).__name__}, not an AudioEncoder")
+    return encoder

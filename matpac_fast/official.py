@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, ops
+from . import checkpoint
 from .encoder import Encoder, load_encoder
 from .errors import CheckpointError, ConfigError
 
@@ -67,8 +67,7 @@ class OfficialMatpac(nn.Module):
         """(S,), (B, S) or (B, 1, S) -> (B, F, T)."""
         x = x.squeeze(1) if x.ndim == 3 and x.shape[1] == 1 else x
         x = x[None] if x.ndim == 1 else x
-        short = self.encoder.log_mel_config.n_fft - x.shape[-1]
-        return ops.log_mel(F.pad(x, (0, short)) if short > 0 else x, self.encoder.log_mel_config)
+        return self.encoder.log_mel(x)
 
     def _precise(self, spec: Tensor, by_frame: bool) -> Tensor:
         """Pieces of at most `n_frames`, the last one padded to whole patches only: (B, L, T, E)."""
@@ -133,7 +132,9 @@ def get_matpac(
     """
     if inference_type not in ("precise", "fast"):
         raise ConfigError(f"get_matpac: inference_type is {inference_type!r}; expected 'precise' or 'fast'")
-    encoder = load_encoder(checkpoint_path, device, num_heads)
+    encoder = load_encoder(checkpoint_path, device, num_heads=num_heads)
+    if not isinstance(encoder, Encoder):
+        raise ConfigError(f"get_matpac: {encoder.name} is a {type(encoder).__name__}; expected a MATPAC encoder")
     if as_class_head or probe_checkpoint_paths is not None:
         inference_type, pull_time_dimension, concat_freq = "precise", True, not as_class_head
     model = OfficialMatpac(encoder, inference_type, pull_time_dimension, concat_freq)

@@ -178,10 +178,10 @@ def test_untrained_encoders_have_names():
 
 
 def test_what_is_no_encoder_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="no encoder 'nothing': neither a file, nor one of untrained-tiny"):
+    with pytest.raises(CheckpointError, match="no encoder 'nothing': neither a file nor one of untrained-tiny"):
         load_encoder("nothing")
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"not a MATPAC checkpoint; its first names are a\.weight"):
+    with pytest.raises(CheckpointError, match=r"not a MATPAC or M2D checkpoint; its first names are a\.weight"):
         load_encoder(tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="a folder without a checkpoint"):
         load_encoder(tmp_path)

@@ -18,6 +18,8 @@ COMMANDS = {
     "prepare": ("prepare", "turn a folder of audio into a corpus for pre-training"),
     "pretrain": ("pretrain", "pre-train an encoder on a corpus"),
     "embed": ("embed", "embed a folder of audio at a temporal support"),
+    "export": ("export", "write an encoder as one ONNX or torch.export file"),
+    "doctor": ("doctor", "what runs here, what is missing for what, and the command that mends it"),
 }
 
 # Exit codes: 0 done, 1 done with some inputs failed, 2 the command could not do its work, 130 interrupted (Ctrl-C).

@@ -1,0 +1,251 @@
+"""AudioEncoder: what every encoder can do with audio, MATPAC or another; a subclass says what its network does."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .embedding import Embeddings, Windowing, extract
+from .errors import AudioError, ConfigError
+from .stream import Stream, WholeStream
+
+Wave: TypeAlias = "Tensor | np.ndarray"
+Clip: TypeAlias = "Tensor | np.ndarray | str | os.PathLike[str]"
+
+
+class AudioEncoder(nn.Module):
+    """Audio of any length in, embeddings at any temporal support out.
+
+    A subclass sets the attributes and writes `forward_pieces`; it may override `columns` and `pieces`, where a window
+    goes through its network in several pieces or is worth preparing for many windows at once.
+
+    Attributes:
+        name: for people to read.
+        sample_rate: Hz, of the waves that the network takes.
+        embedding_dim: numbers in one embedding, E.
+        n_layers: L of `layers="all"`.
+        min_samples: the shortest window; shorter ones are padded with zeros at the end.
+        frame_samples: from one frame embedding to the next; None where there are none, only whole windows.
+        native_window: (size, hop) in samples of the pieces that a longer window is cut into, where a piece of the
+            window is the same as a window of its own; else None.
+        settings: what beside the weights decides the embeddings; part of `id`.
+    """
+
+    name: str = "encoder"
+    sample_rate: int = 16_000
+    embedding_dim: int
+    n_layers: int = 1
+    min_samples: int = 1
+    frame_samples: int | None = None
+    native_window: tuple[int, int] | None = None
+    settings: dict[str, Any]
+
+    def columns(self, n_samples: int) -> list[int]:
+        """Frames in each piece of a window of `n_samples`; all are averaged alike."""
+        return [1]
+
+    def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]:
+        """Inputs of the network for each window, (start, end) samples of `clip` (S,), one or more each, in order."""
+        for a, b in spans.tolist():
+            yield F.pad(clip[a:b], (0, max(b, a + self.min_samples) - min(b, len(clip))))
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        """(N, ...) pieces of one shape -> (N, L, E) float32, sums over their frames; with pool "none" (N, L, T, E).
+
+        L is 1 with layers "last".
+        """
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
+
+    @property
+    def id(self) -> str:
+        """SHA-256 over settings, names and weights: the same embeddings have the same id, whatever the file."""
+        digest = hashlib.sha256(repr(sorted(self.settings.items())).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @overload
+    def embed(
+        self,
+        audio: Clip,
+        sample_rate: int | None = None,
+        temporal_support: float | None = None,
+        hop: float | None = None,
+        pool: str = "mean",
+        layers: str = "last",
+        remainder: str = "keep",
+        batch_size: int = 16,
+    ) -> Embeddings: ...
+    @overload
+    def embed(
+        self,
+        audio: Sequence[Clip],
+        sample_rate: int | None = None,
+        temporal_support: float | None = None,
+        hop: float | None = None,
+        pool: str = "mean",
+        layers: str = "last",
+        remainder: str = "keep",
+        batch_size: int = 16,
+    ) -> list[Embeddings]: ...
+    def embed(
+        self,
+        audio: Clip | Sequence[Clip],
+        sample_rate: int | None = None,
+        temporal_support: float | None = None,
+        hop: float | None = None,
+        pool: str = "mean",
+        layers: str = "last",
+        remainder: str = "keep",
+        batch_size: int = 16,
+    ) -> Embeddings | list[Embeddings]:
+        """Embed clips, window by window.
+
+        Args:
+            audio: a wave (S,), mono, float in [-1, 1] or int16; a batch of them of one length, (B, S); the path of an
+                audio file, whose channels are averaged; or a list of waves and paths, of any lengths. One sample is
+                enough: what is shorter than `min_samples` is padded with zeros at the end.
+            sample_rate: of the waves, in Hz; resampled (soxr HQ) where it is not the encoder's. Paths need none.
+            temporal_support: seconds of audio that one embedding sees; None: the whole clip in one embedding.
+            hop: seconds from window to window; the temporal support by default.
+            pool: "mean", one embedding a window; "none", one a frame.
+            layers: "last"; or "all", one embedding for each of the network's layers.
+            remainder: what becomes of the end of the clip, see `audio.windows.windows`.
+            batch_size: windows per forward pass, of whichever clips; halved for good where memory runs out.
+
+        Returns:
+            Embeddings on the encoder's device; for a list, a list of them. Neither the batch nor its size changes a
+            number, beyond rounding.
+
+        Raises:
+            AudioError: a clip that is empty, unreadable, not mono, or has NaN or infinite samples.
+            ConfigError: an option that cannot be.
+        """
+        windowing = self._windowing(temporal_support, hop, pool, layers, remainder)
+        with torch.no_grad():
+            if isinstance(audio, (list, tuple)):
+                return list(extract(self, self._clips(audio, sample_rate), windowing, batch_size))
+            if isinstance(audio, (str, os.PathLike)):
+                return next(extract(self, self._clips([audio], None), windowing, batch_size))
+            waves = self._wave(audio, sample_rate, "embed: wave")  # type: ignore[arg-type] # (S,) or (B, S)
+            found = list(extract(self, waves.reshape(-1, waves.shape[-1]), windowing, batch_size))
+            if waves.ndim == 1:
+                return found[0]
+            return Embeddings(torch.stack([f.values for f in found]), found[0].start, found[0].end)
+
+    @torch.no_grad()
+    def embed_many(
+        self,
+        clips: Iterable[Clip],
+        sample_rate: int | None = None,
+        temporal_support: float | None = None,
+        hop: float | None = None,
+        pool: str = "mean",
+        layers: str = "last",
+        remainder: str = "keep",
+        batch_size: int = 16,
+    ) -> Iterator[Embeddings]:
+        """`embed` for clips that do not fit into memory together: takes and yields them one by one, in order.
+
+        A clip's embeddings may come up to 128 clips after it was taken, since its windows wait to fill a batch.
+        """
+        windowing = self._windowing(temporal_support, hop, pool, layers, remainder)
+        yield from extract(self, self._clips(clips, sample_rate), windowing, batch_size)
+
+    def embed_windows(self, waves: Tensor, pool: str = "mean", layers: str = "last", batch_size: int = 16) -> Tensor:
+        """Embed windows of one length, each on its own: (N, S) float32 at the encoder's rate and on its device.
+
+        Returns (N, E), with `pool="none"` (N, T, E); with `layers="all"` an axis L after N. Differentiable where the
+        encoder's parameters require gradients.
+        """
+        found = extract(self, waves, self._windowing(None, None, pool, layers, "keep"), batch_size)
+        values = torch.stack([f.values for f in found])  # (N, T, [L,] E), T 1 where pooled
+        values = values.transpose(1, 2) if layers == "all" else values
+        return values if pool == "none" else values.squeeze(2 if layers == "all" else 1)
+
+    def stream(
+        self,
+        sample_rate: int,
+        temporal_support: float | None = None,
+        hop: float | None = None,
+        pool: str = "mean",
+        layers: str = "last",
+        remainder: str = "keep",
+        batch_size: int = 16,
+    ) -> Stream:
+        """The embeddings of `embed` for one clip that arrives in blocks of any size; see `Stream`.
+
+        With no temporal support the whole stream is one window, embedded in bounded memory all the same.
+        """
+        windowing = self._windowing(temporal_support, hop, pool, layers, remainder)
+        kind = WholeStream if temporal_support is None else Stream
+        return kind(self, _check_rate(sample_rate, "stream"), windowing, batch_size)
+
+    def check_wave(self, wave: Wave, what: str) -> Tensor:
+        """A wave of any supported dtype as finite float32, wherever it is; `what` begins the error's message."""
+        if isinstance(wave, np.ndarray):
+            wave = torch.from_numpy(np.ascontiguousarray(wave))
+        if not isinstance(wave, Tensor):
+            raise AudioError(f"{what} is a {type(wave).__name__}; expected a tensor or array")
+        if not (wave.is_floating_point() or wave.dtype == torch.int16):
+            raise AudioError(f"{what} is {wave.dtype}; expected float or int16")
+        wave = wave.detach()
+        wave = wave / 32768.0 if wave.dtype == torch.int16 else wave.float()
+        if not torch.isfinite(wave).all():
+            raise AudioError(f"{what} holds NaN or infinite samples")
+        return wave
+
+    def _wave(self, wave: Wave, sample_rate: int | None, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
+        """A checked wave, (S,) or (B, S), at the encoder's rate and on its device."""
+        wave = self.check_wave(wave, what)
+        if wave.ndim not in dims:
+            shapes = " or ".join(("(S,)", "(B, S)")[d - 1] for d in dims)
+            raise AudioError(f"{what} is {tuple(wave.shape)}; expected {shapes}, mono: mix channels down first")
+        if wave.numel() == 0:
+            raise AudioError(f"{what} is {tuple(wave.shape)}: no audio")
+        if sample_rate is None:
+            raise ConfigError(f"{what} needs a sample_rate, in Hz")
+        if _check_rate(sample_rate, "embed") != self.sample_rate:
+            from .audio.decode import resample
+
+            rows = wave.reshape(-1, wave.shape[-1]).cpu().numpy()
+            rows = np.stack([resample(row, sample_rate, self.sample_rate) for row in rows])
+            if rows.shape[1] == 0:
+                raise AudioError(f"{what} is {tuple(wave.shape)}: no audio, at {self.sample_rate} Hz")
+            wave = torch.from_numpy(rows).reshape(*wave.shape[:-1], -1)
+        return wave.to(self.device)
+
+    def _clips(self, clips: Iterable[Clip], sample_rate: int | None) -> Iterator[Tensor]:
+        for i, clip in enumerate(clips):
+            if isinstance(clip, (str, os.PathLike)):
+                from .audio.decode import read_audio
+
+                yield torch.from_numpy(read_audio(clip, self.sample_rate)).to(self.device)
+            else:
+                yield self._wave(clip, sample_rate, f"embed: clip {i}", dims=(1,))
+
+    def _windowing(self, *options: Any) -> Windowing:
+        windowing = Windowing(*options)
+        windowing.samples(self.sample_rate)
+        if windowing.pool == "none" and self.frame_samples is None:
+            raise ConfigError(f"embed: {self.name} has no frame embeddings; expected pool 'mean'")
+        return windowing
+
+
+def _check_rate(sample_rate: int, what: str) -> int:
+    if not sample_rate > 0:
+        raise ConfigError(f"{what}: sample_rate is {sample_rate}; expected Hz, above 0")
+    return sample_rate

@@ -1,0 +1,42 @@
+"""`matpac-fast export`: an encoder as one ONNX or torch.export file, from waves to embeddings."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+from ..errors import ConfigError
+
+
+def main(encoder: str, onnx: Path | None = None, torch: Path | None = None, num_heads: int | None = None) -> int:
+    """Export an encoder, log-mel included, and check the file against PyTorch at several lengths.
+
+    Example: matpac-fast export --encoder runs/a --onnx encoder.onnx
+
+    The file takes waves (batch, samples), float32 mono at the encoder's sample rate, and gives one embedding a clip
+    (batch, E), for any batch and any length from 25 ms up.
+
+    Args:
+        encoder: a run folder, a checkpoint, an official file, or a name such as untrained-tiny.
+        onnx: write this ONNX file; it needs pip install 'matpac_fast[export]'.
+        torch: write this file for torch.export.load.
+        num_heads: attention heads, for official checkpoints off the rule of 64 channels a head.
+    """
+    if onnx is None and torch is None:
+        raise ConfigError("nothing to export: give --onnx FILE, --torch FILE or both")
+    from ..encoder import Encoder, load_encoder
+    from ..export import export_onnx, export_torch
+
+    loaded = load_encoder(encoder, "cpu", num_heads)
+    if not isinstance(loaded, Encoder):
+        raise ConfigError(f"{encoder} is a {type(loaded).__name__}; only MATPAC and M2D encoders can be exported")
+    # torch's exporters remark on packages that they could do without, and on torch's own deprecations.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for path, export in ((onnx, export_onnx), (torch, export_torch)):
+        if path is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                error = export(loaded, path)
+            print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; off from PyTorch by at most {error:.1e} deviations")
+    return 0

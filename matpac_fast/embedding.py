@@ -1,0 +1,225 @@
+"""From clips of any lengths to embeddings: their windows share forward passes, and each clip gets its own back."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .audio.windows import REMAINDERS, windows
+from .errors import ConfigError
+
+# Clips that may wait for company in a batch before the oldest is sent off in a smaller one: bounds memory and delay.
+_CLIPS_WAITING = 128
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings and what each one saw.
+
+    Attributes:
+        values: float32, (W, E), or (W, L, E) with `layers="all"`; for a batch of clips (B, W, ...). W counts windows,
+            or with `pool="none"` frames.
+        start, end: (W,) float64, seconds from the start of the clip.
+    """
+
+    values: Tensor
+    start: Tensor
+    end: Tensor
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """What an embedding sees and what is kept of it; the options of `AudioEncoder.embed`, checked when made."""
+
+    temporal_support: float | None = None
+    hop: float | None = None
+    pool: str = "mean"
+    layers: str = "last"
+    remainder: str = "keep"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("pool", ("mean", "none")), ("layers", ("last", "all")), ("remainder", REMAINDERS)):
+            if getattr(self, name) not in allowed:
+                options = " or ".join([", ".join(map(repr, allowed[:-1])), repr(allowed[-1])])
+                raise ConfigError(f"embed: {name} is {getattr(self, name)!r}; expected {options}")
+
+    def samples(self, sample_rate: int) -> tuple[int | None, int | None]:
+        """Window and hop in samples; None for the whole clip."""
+        sizes = []
+        for name in ("temporal_support", "hop"):
+            seconds = getattr(self, name)
+            n = 0 if seconds is None or not np.isfinite(seconds) else round(seconds * sample_rate)
+            if seconds is not None and n < 1:
+                raise ConfigError(f"embed: {name} is {seconds} s; expected at least one sample, {1 / sample_rate:g} s")
+            sizes.append(None if seconds is None else n)
+        return sizes[0], sizes[0] if sizes[1] is None else sizes[1]
+
+    def spans(self, n_samples: int, sample_rate: int) -> np.ndarray:
+        """(W, 2) samples: where each window of a clip of `n_samples` starts and ends."""
+        size, hop = self.samples(sample_rate)
+        return windows(n_samples, n_samples if size is None else size, hop or n_samples, self.remainder)
+
+
+class Network(Protocol):
+    """What `extract` and `Stream` need of an encoder: `AudioEncoder` says what each of these is."""
+
+    name: str
+    sample_rate: int
+    embedding_dim: int
+    n_layers: int
+    min_samples: int
+    frame_samples: int | None
+    native_window: tuple[int, int] | None
+
+    @property
+    def device(self) -> torch.device: ...
+    def check_wave(self, wave: Tensor | np.ndarray, what: str) -> Tensor: ...
+    def columns(self, n_samples: int) -> list[int]: ...
+    def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]: ...
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor: ...
+
+
+def extract(network: Network, clips: Iterable[Tensor], windowing: Windowing, batch_size: int) -> Iterator[Embeddings]:
+    """Embed clips (S,), each checked, resampled and on the device, in order; windows of all share batches."""
+    if batch_size < 1:
+        raise ConfigError(f"embed: batch_size is {batch_size}; expected at least 1")
+    batches = _Batches(network, windowing, batch_size)
+    waiting: deque[_Clip] = deque()
+    for wave in clips:
+        clip = _Clip(network, len(wave), windowing)
+        waiting.append(clip)
+        for i, piece in enumerate(network.pieces(wave, clip.spans)):
+            batches.add(piece, clip, i)
+        while len(waiting) > _CLIPS_WAITING and waiting[0].missing:
+            batches.flush(waiting[0])
+        while waiting and not waiting[0].missing:
+            yield waiting.popleft().embeddings()
+    batches.flush()
+    while waiting:
+        yield waiting.popleft().embeddings()
+
+
+class _Clip:
+    """Where the results for one clip gather.
+
+    A window is one or more pieces, a piece one or more columns in time. With pool "mean" a piece leaves one row, the
+    sum over its columns; with "none" a row a column.
+    """
+
+    def __init__(self, network: Network, n_samples: int, windowing: Windowing):
+        self._network, self._n_samples, self._windowing = network, n_samples, windowing
+        self.spans = windowing.spans(n_samples, network.sample_rate)
+        lengths, which = np.unique(self.spans[:, 1] - self.spans[:, 0], return_inverse=True)
+        columns = [network.columns(int(n)) for n in lengths]  # few lengths, many windows
+        self._columns = [columns[i] for i in which]
+        pieces = [n for window in self._columns for n in window]
+        self._first_row = np.concatenate([[0], np.cumsum(pieces if windowing.pool == "none" else np.ones(len(pieces)))])
+        self._first_row = self._first_row.astype(np.int64)
+        self._rows: Tensor | None = None  # (R, L, E)
+        self.missing = len(pieces)
+
+    def receive(self, first: int, results: Tensor) -> None:
+        """Results of pieces that follow each other from number `first`: (N, L, E), or with pool "none" (N, L, T, E)."""
+        if self._windowing.pool == "none":
+            results = results.transpose(1, 2).flatten(0, 1)  # (N * T, L, E)
+        if self._rows is None:
+            self._rows = results.new_empty((int(self._first_row[-1]), *results.shape[1:]))
+        begin = int(self._first_row[first])
+        self._rows[begin : begin + len(results)] = results
+        self.missing -= int(np.searchsorted(self._first_row, begin + len(results))) - first
+
+    def embeddings(self) -> Embeddings:
+        assert self._rows is not None
+        assert self.missing == 0
+        values = self._rows
+        if self._windowing.pool == "mean":
+            if len(values) > len(self.spans):
+                pieces = values.split([len(window) for window in self._columns])
+                values = torch.stack([window.sum(0) for window in pieces])
+            columns = values.new_tensor([sum(window) for window in self._columns])
+            values = values / columns[:, None, None]
+        start, end = self._times()
+        return Embeddings(values if self._windowing.layers == "all" else values[:, 0], start, end)
+
+    def _times(self) -> tuple[Tensor, Tensor]:
+        """Seconds at which each window, or each frame, starts and ends; ends stop at the end of the clip."""
+        spans = self.spans
+        if self._windowing.pool == "none":
+            frame = self._network.frame_samples
+            assert frame is not None
+            frames = []
+            for (a, b), window in zip(spans.tolist(), self._columns, strict=True):
+                starts = a + frame * np.arange(sum(window))
+                frames.append(np.stack([starts, np.append(starts[1:], b)], axis=1))
+            spans = np.concatenate(frames)
+        seconds = torch.from_numpy(np.minimum(spans, self._n_samples) / self._network.sample_rate)
+        return seconds[:, 0], seconds[:, 1]
+
+
+class _Batches:
+    """Pieces of one shape wait here for each other until they fill a batch, whichever clips they come from."""
+
+    def __init__(self, network: Network, windowing: Windowing, batch_size: int):
+        self._network, self._windowing, self._batch_size = network, windowing, batch_size
+        self._waiting: dict[torch.Size, list[tuple[Tensor, _Clip, int]]] = {}
+
+    def add(self, piece: Tensor, clip: _Clip, index: int) -> None:
+        # A small piece of a long clip must not keep all of it alive while it waits.
+        if piece.untyped_storage().nbytes() > 4 * piece.nbytes:
+            piece = piece.clone()
+        jobs = self._waiting.setdefault(piece.shape, [])
+        jobs.append((piece, clip, index))
+        if len(jobs) >= self._batch_size:
+            self._run(self._waiting.pop(piece.shape))
+
+    def flush(self, clip: _Clip | None = None) -> None:
+        """Send off what waits: all of it, or the batches in which `clip` has a part."""
+        for shape, jobs in list(self._waiting.items()):
+            if clip is None or any(owner is clip for _, owner, _ in jobs):
+                self._run(self._waiting.pop(shape))
+
+    def _run(self, jobs: list[tuple[Tensor, _Clip, int]]) -> None:
+        while jobs:
+            batch = jobs[: self._batch_size]
+            results = self._forward([piece for piece, _, _ in batch])
+            if results is None:
+                self._batch_size = len(batch) // 2
+                warnings.warn(
+                    f"out of memory with {len(batch)} windows a batch; going on with {self._batch_size}", stacklevel=2
+                )
+                continue
+            begin = 0
+            for i in range(1, len(batch) + 1):  # runs of pieces that follow each other in one clip
+                clip, index = batch[begin][1:]
+                if i == len(batch) or batch[i][1] is not clip or batch[i][2] != index + i - begin:
+                    clip.receive(index, results[begin:i])
+                    begin = i
+            jobs = jobs[len(batch) :]
+
+    def _forward(self, pieces: list[Tensor]) -> Tensor | None:
+        """The network's results, or None where more than one piece at a time does not fit into memory."""
+        try:
+            return self._network.forward_pieces(torch.stack(pieces), self._windowing.pool, self._windowing.layers)
+        except RuntimeError as error:
+            if len(pieces) == 1 or not _out_of_memory(error):
+                raise
+        # Only here, with the error and the tensors that it held gone, is there something to give back.
+        if pieces[0].is_cuda:
+            torch.cuda.empty_cache()
+        return None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator and cuBLAS raise plain RuntimeErrors.
+    told = ("can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)

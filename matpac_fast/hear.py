@@ -1,0 +1,74 @@
+"""The HEAR 2021 common API: `hear-validator matpac_fast.hear --model FILE`, heareval, and whatever else speaks it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from .audio_encoder import AudioEncoder
+from .encoder import Encoder, load_encoder
+from .errors import AudioError, ConfigError
+
+# HEAR asks for a timestamp at least every 50 ms. A frame embedding sees 160 ms, so the audio goes through the network
+# four times, 40 ms further along each time.
+_PASSES = 4
+
+
+class HearModel(nn.Module):
+    """An encoder under the attributes that HEAR reads.
+
+    Attributes:
+        sample_rate: of the audio to give, in Hz.
+        scene_embedding_size, timestamp_embedding_size: numbers in an embedding.
+        passes: how many times the audio goes through the network for timestamp embeddings: with 4 they come every
+            40 ms, with 1 every 160 ms in a quarter of the time.
+    """
+
+    def __init__(self, encoder: AudioEncoder):
+        super().__init__()
+        self.encoder = encoder
+        self.sample_rate = encoder.sample_rate
+        self.scene_embedding_size = encoder.embedding_dim
+        self.timestamp_embedding_size = encoder.embedding_dim
+        self.passes = _PASSES if isinstance(encoder, Encoder) else 1
+
+
+def load_model(model_file_path: str | os.PathLike[str] = "") -> HearModel:
+    """Load what `load_encoder` loads; there is no default model, so a path or name must be given.
+
+    Raises:
+        ConfigError: no path.
+        CheckpointError: no encoder.
+    """
+    if not os.fspath(model_file_path):
+        raise ConfigError("load_model: no model_file_path; give an encoder file, or a name such as 'untrained-tiny'")
+    return HearModel(load_encoder(model_file_path))
+
+
+def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
+    """One embedding a sound: audio (N, S) at `model.sample_rate`, in [-1, 1] -> (N, E) float32."""
+    return model.encoder.embed(_checked(audio), model.sample_rate).values[:, 0]
+
+
+def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, T, E) float32, and (N, T) float32 the milliseconds at the middle of what each one stands for."""
+    audio, encoder = _checked(audio), model.encoder
+    if encoder.frame_samples is None:
+        raise ConfigError(f"get_timestamp_embeddings: {encoder.name} has no frame embeddings")
+    step = encoder.frame_samples // model.passes
+    shifts = [s for s in range(0, encoder.frame_samples, step) if s == 0 or s + encoder.min_samples <= audio.shape[1]]
+    n_frames = sum(sum(encoder.columns(audio.shape[1] - shift)) for shift in shifts)
+    values = torch.empty(len(audio), n_frames, encoder.embedding_dim, device=encoder.device)
+    for i, shift in enumerate(shifts):
+        values[:, i :: len(shifts)] = encoder.embed(audio[:, shift:], model.sample_rate, pool="none").values
+    begin = torch.arange(values.shape[1], dtype=torch.float64) * step + encoder.frame_samples / 2
+    times = (begin * 1000 / encoder.sample_rate).float().to(encoder.device)
+    return values, times.expand(len(audio), -1).contiguous()
+
+
+def _checked(audio: Tensor) -> Tensor:
+    if audio.ndim != 2:
+        raise AudioError(f"HEAR: audio is {tuple(audio.shape)}; expected (sounds, samples)")
+    return audio.float()

@@ -1,0 +1,62 @@
+"""`matpac-fast doctor`: everything is said, what is missing has its command, what computes wrongly fails."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from matpac_fast import __version__, ops
+from matpac_fast.cli import doctor, main
+
+
+@pytest.fixture(autouse=True)
+def no_audio_twice(request, monkeypatch):
+    # The tone through every codec is tried once; the other tests are about other parts.
+    if request.node.name != "test_all_is_well":
+        monkeypatch.setattr(doctor, "_audio", lambda: "left out")
+
+
+def test_all_is_well(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert __version__ in out
+    assert torch.__version__ in out
+    assert all(f"  {name} " in out for name in ("reference", "cpp", "soundfile", "soxr", "onnx", "triton"))
+    assert out.count(" ok: ") == 3
+    assert ".wav .flac .ogg .opus .mp3 (soundfile" in out
+    assert "quality soxr HQ" in out
+    assert out.endswith("All is well.\n")
+
+
+def test_what_is_missing_comes_with_the_command_that_mends_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert "MISSING, needed for prepare and embed: pip install pyarrow" in out
+    assert "not installed; for export --onnx: pip install 'matpac_fast[export]'" in out
+    assert "Something is wrong: pyarrow is missing\n" in out
+
+
+def test_a_kernel_that_is_off_fails(monkeypatch, capsys):
+    right = ops.log_mel
+    monkeypatch.setattr(ops, "log_mel", lambda wave, *args: right(wave, *args) + 1e-3)
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert "log-mel      FAILED: ArithmeticError: " in out
+    assert "is off by 1.0e-03" in out
+    assert "embedding    ok" in out
+    assert out.endswith("Something is wrong: log-mel\n")
+
+
+def test_what_breaks_in_a_test_does_not_hide_the_rest(monkeypatch, capsys):
+    def broken(*_: object) -> None:
+        raise RuntimeError("undefined symbol: log_mel_cpu")
+
+    monkeypatch.setattr(ops, "log_mel", broken)
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED: RuntimeError: undefined symbol: log_mel_cpu") == 2
+    assert "audio files  ok" in out

@@ -1,0 +1,265 @@
+"""Clips of any lengths through shared batches: lists, paths, properties over lengths and windows, memory that ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from matpac_fast import AudioEncoder, embedding
+from matpac_fast.audio.decode import resample
+from matpac_fast.encoder import Encoder
+from matpac_fast.errors import AudioError, ConfigError
+
+SECOND = 16_000
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(n_frames=64, width=32, depth=2, num_heads=2)  # sees 0.64 s at once
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("waves")
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32) / 10
+
+
+def expected_spans(n: int, size: int, hop: int, remainder: str) -> list[tuple[int, int]]:
+    """What `embed` promises, said anew: every hop a window, while one fits; then the remainder."""
+    if n <= size:
+        return [(0, n)]
+    spans = []
+    start = 0
+    while start + size <= n:
+        spans.append((start, start + size))
+        start += hop
+    if spans[-1][1] < n and start < n:
+        if remainder == "merge":
+            spans[-1] = (spans[-1][0], n)
+        elif remainder != "drop":
+            spans.append((start, n))
+    return spans
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.one_of(st.integers(1, 40_000), st.integers(1, 900)),
+    size=st.sampled_from([0.02, 0.16, 0.25, 0.3337, 0.64, 1.0, 3.0]),
+    hop=st.sampled_from([None, 0.1, 0.16, 0.2503, 0.5, 1.7]),
+    rate=st.sampled_from([SECOND, 8_000, 44_100]),
+    channels=st.integers(1, 3),
+    remainder=st.sampled_from(["keep", "pad", "merge", "drop"]),
+    layers=st.sampled_from(["last", "all"]),
+    batch_size=st.sampled_from([1, 3, 16]),
+)
+def test_any_clip_at_any_support(encoder, folder, n, size, hop, rate, channels, remainder, layers, batch_size):
+    import soundfile
+
+    stereo = noise(n, channels, seed=n)
+    soundfile.write(folder / "x.wav", stereo, rate, subtype="FLOAT")
+    mono = stereo.mean(1, dtype=np.float64).astype(np.float32)
+    wave = mono if rate == SECOND else resample(mono, rate, SECOND)
+    if len(wave) == 0:
+        return
+    options = dict(temporal_support=size, hop=hop, remainder=remainder, layers=layers)
+    got = encoder.embed(folder / "x.wav", batch_size=batch_size, **options)
+
+    samples = [round(SECOND * s) for s in (size, size if hop is None else hop)]
+    spans = expected_spans(len(wave), *samples, remainder)
+    np.testing.assert_allclose(got.start, [a / SECOND for a, _ in spans])
+    np.testing.assert_allclose(got.end, [b / SECOND for _, b in spans])
+    if remainder != "drop" and samples[1] <= samples[0]:
+        assert float(got.end[-1]) == len(wave) / SECOND
+    assert torch.isfinite(got.values).all()
+
+    windows = [wave[a:b] for a, b in spans]
+    if remainder == "pad":
+        windows[-1] = np.pad(windows[-1], (0, max(0, samples[0] - len(windows[-1]))))
+    alone = [encoder.embed(window, SECOND, layers=layers, batch_size=1).values for window in windows]
+    torch.testing.assert_close(got.values, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_a_list_is_each_clip_alone(encoder, folder):
+    import soundfile
+
+    waves = [noise(n, seed=n) for n in (20_000, 400, 7, 48_123, 20_000, 10_479)]
+    soundfile.write(folder / "y.wav", waves[3], SECOND, subtype="FLOAT")
+    clips = [waves[0], torch.from_numpy(waves[1]), waves[2].astype(np.float64), folder / "y.wav", *waves[4:]]
+    for options in ({}, {"temporal_support": 0.3}, {"temporal_support": 0.3, "hop": 0.11, "pool": "none"}):
+        alone = [encoder.embed(wave, SECOND, batch_size=1, **options) for wave in waves]
+        for found in (
+            encoder.embed(clips, SECOND, batch_size=5, **options),
+            list(encoder.embed_many(iter(clips), SECOND, **options)),
+        ):
+            assert len(found) == len(waves)
+            for got, want in zip(found, alone, strict=True):
+                torch.testing.assert_close(got.values, want.values, rtol=0, atol=1e-5)
+                assert torch.equal(got.start, want.start)
+                assert torch.equal(got.end, want.end)
+    assert encoder.embed([], SECOND) == []
+
+
+class Counting(Encoder):
+    """Keeps the shapes that its network was given."""
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        self.__dict__.setdefault("shapes", []).append(tuple(pieces.shape))
+        return super().forward_pieces(pieces, pool, layers)
+
+
+def counting() -> Counting:
+    return Counting(n_frames=64, width=32, depth=1, num_heads=2)
+
+
+def test_windows_of_all_clips_share_batches():
+    encoder = counting()
+    # 3 whole windows of 0.32 s and a remainder of 0.16 s each
+    encoder.embed([noise(int(1.12 * SECOND), seed=i) for i in range(8)], SECOND, temporal_support=0.32, batch_size=12)
+    assert encoder.shapes == [(12, 80, 32), (12, 80, 32), (8, 80, 16)]
+
+
+def test_a_rare_length_does_not_hold_up_the_others(monkeypatch):
+    monkeypatch.setattr(embedding, "_CLIPS_WAITING", 3)
+    encoder = counting()
+    taken = []
+
+    def clips() -> Iterator[np.ndarray]:
+        for i in range(12):
+            taken.append(i)
+            yield noise(2_000 if i == 0 else 5_000, seed=i)
+
+    found = encoder.embed_many(clips(), SECOND, batch_size=2)
+    next(found)
+    assert len(taken) <= 5
+    assert len(list(found)) == 11
+    assert encoder.shapes[:3] == [(2, 80, 32), (1, 80, 16), (2, 80, 32)]
+
+
+@pytest.mark.parametrize("sizes", [dict(temporal_support=0.5, hop=0.25), dict(temporal_support=2.0), {}])
+def test_log_mel_is_computed_once_a_clip_where_that_is_exact(encoder, monkeypatch, sizes):
+    wave = torch.from_numpy(noise(50_123))
+    calls = []
+    log_mel = type(encoder).log_mel
+    monkeypatch.setattr(type(encoder), "log_mel", lambda self, waves: calls.append(len(waves)) or log_mel(self, waves))
+    spans = embedding.Windowing(**sizes).spans(len(wave), SECOND)
+    cut = list(encoder.pieces(wave, spans))
+    assert calls == [1]
+    each = [p for a, b in spans.tolist() for p in encoder.pieces(wave[a:b], np.array([[0, b - a]]))]
+    assert len(cut) == len(each)
+    for got, want in zip(cut, each, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    # Windows that start between two frames have frames of their own.
+    calls.clear()
+    list(encoder.pieces(wave, spans + 1))
+    assert sum(calls) == len(spans)
+
+
+class Small(Counting):
+    """Fails as an allocator does when more than two pieces come at once."""
+
+    def __init__(self, error: RuntimeError):
+        super().__init__(n_frames=64, width=32, depth=1, num_heads=2)
+        self.error = error
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        if len(pieces) > 2:
+            raise self.error
+        return super().forward_pieces(pieces, pool, layers)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: Error code 12"),
+    ],
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(error):
+    encoder = Small(error)
+    wave = noise(4 * SECOND)
+    with pytest.warns(UserWarning) as warned:
+        got = encoder.embed(wave, SECOND, temporal_support=0.32, batch_size=8)
+    said = [f"out of memory with {n} windows a batch; going on with {n // 2}" for n in (8, 4)]
+    assert [str(warning.message) for warning in warned] == said
+    assert {shape[0] for shape in encoder.shapes} <= {1, 2}
+    want = encoder.embed(wave, SECOND, temporal_support=0.32, batch_size=1)
+    torch.testing.assert_close(got.values, want.values, rtol=0, atol=1e-5)
+    assert len(got) == 13
+
+
+def test_other_errors_are_not_taken_for_memory():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Small(RuntimeError("mat1 and mat2 shapes cannot be multiplied")).embed(noise(SECOND), SECOND, 0.2)
+
+    class None_(Small):
+        def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+            raise self.error
+
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="going on with [12]"):
+        None_(torch.OutOfMemoryError("CUDA out of memory")).embed(noise(SECOND), SECOND, 0.2)
+
+
+def test_many_windows_of_a_long_clip_do_not_keep_it_alive(encoder):
+    piece = next(encoder.pieces(torch.zeros(60 * SECOND), np.array([[0, 8_000]])))
+    batches = embedding._Batches(encoder, embedding.Windowing(), 4)
+    clip = embedding._Clip(encoder, 8_000, embedding.Windowing())
+    batches.add(piece, clip, 0)
+    ((kept, _, _),) = next(iter(batches._waiting.values()))
+    assert kept.untyped_storage().nbytes() < 2 * kept.nbytes
+    assert torch.equal(kept, piece)
+
+
+@pytest.mark.parametrize(
+    ("audio", "options", "error", "message"),
+    [
+        ([np.zeros(8), np.full(8, np.inf)], {}, AudioError, "clip 1 holds NaN or infinite"),
+        ([np.zeros((2, 8))], {}, AudioError, r"clip 0 is \(2, 8\); expected \(S,\), mono"),
+        ([0.5, 0.25], {}, AudioError, "clip 0 is a float; expected a tensor or array"),
+        ("no/such/file.wav", {}, AudioError, "no/such/file.wav: cannot be opened"),
+        (np.zeros(8), {"sample_rate": None}, ConfigError, "needs a sample_rate"),
+        (np.zeros(8), {"sample_rate": 0}, ConfigError, "sample_rate is 0; expected Hz"),
+        (np.zeros(8), {"batch_size": 0}, ConfigError, "batch_size is 0"),
+        (np.zeros(1), {"sample_rate": 192_000}, AudioError, "no audio, at 16000 Hz"),
+    ],
+)
+def test_bad_clips_are_named(encoder, audio, options, error, message):
+    with pytest.raises(error, match=message):
+        encoder.embed(audio, **{"sample_rate": SECOND, **options})
+
+
+class Loudness(AudioEncoder):
+    """An encoder of another kind, in ten lines: the level of a window in two bands of nothing in particular."""
+
+    name, sample_rate, embedding_dim, min_samples, settings = "loudness", 8_000, 2, 4, {"kind": "loudness"}
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        return torch.stack([pieces.abs().mean(-1), pieces.square().mean(-1)], dim=-1)[:, None]
+
+
+def test_other_encoders_get_windows_batches_and_streams_for_free():
+    encoder = Loudness()
+    wave = torch.from_numpy(noise(8_000))
+    got = encoder.embed(wave, 8_000, temporal_support=0.3)
+    want = torch.stack([torch.stack([w.abs().mean(), w.square().mean()]) for w in wave.split(2_400)])
+    torch.testing.assert_close(got.values, want)
+    assert encoder.embed(wave[:1], 8_000).values[0, 0] == wave[0].abs() / 4
+    assert encoder.embed_windows(wave[None]).shape == (1, 2)
+    assert len(encoder.id) == 64
+    stream = encoder.stream(8_000, temporal_support=0.3)
+    found = [stream.push(block).values for block in wave.split(999)] + [stream.finish().values]
+    torch.testing.assert_close(torch.cat(found), want)
+    with pytest.raises(ConfigError, match="no frame embeddings"):
+        encoder.embed(wave, 8_000, pool="none")
+    with pytest.raises(ConfigError, match="give temporal_support"):
+        encoder.stream(8_000)

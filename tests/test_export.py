@@ -1,0 +1,116 @@
+"""Export: one ONNX or torch.export file from waves to embeddings, at any batch and length."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from matpac_fast import cli, export
+from matpac_fast.encoder import Encoder
+from matpac_fast.errors import ConfigError
+
+SECOND = 16_000
+SHAPES = [(1, 400), (2, 559), (1, 3_000), (3, 10_399), (1, 10_640), (2, 10_641), (1, 33_333)]
+
+
+def make(center: bool = False) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(n_frames=64, width=32, depth=1, num_heads=2, center=center)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32) / 10)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return make()
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_graph_is_the_encoder(shape, center):
+    encoder = make(center)
+    waves = noise(*shape)
+    got = export.Exportable(encoder)(waves)
+    torch.testing.assert_close(got, encoder.embed(waves, SECOND).values[:, 0], rtol=0, atol=1e-5)
+
+
+def test_log_mel_as_matrix_products(encoder):
+    graph = export.Exportable(encoder)
+    silence, full, quiet = torch.zeros(1, 4_000), noise(1, 4_000).sign(), noise(1, 4_000) * 1e-4
+    for waves in (silence, full, quiet, noise(2, 12_345)):
+        want = encoder.log_mel(waves.double()).transpose(1, 2)
+        error = (graph.log_mel(waves) - want).abs().max()
+        own = (encoder.log_mel(waves).transpose(1, 2) - want).abs().max()
+        assert error <= 2 * own + 1e-5
+
+
+@pytest.fixture(scope="module")
+def program(encoder) -> torch.export.ExportedProgram:
+    return export.to_program(encoder)
+
+
+@pytest.fixture
+def traced(program, monkeypatch) -> None:
+    """Tracing takes seconds, so it is done once for all."""
+    monkeypatch.setattr(export, "to_program", lambda _: program)
+
+
+@pytest.mark.usefixtures("traced")
+def test_onnx_runs_at_every_batch_and_length(encoder, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert export.export_onnx(encoder, tmp_path / "encoder.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["waves"]
+    assert session.get_inputs()[0].shape == ["batch", "samples"]
+    assert session.get_outputs()[0].shape == ["batch", 160]
+    about = json.loads(session.get_modelmeta().custom_metadata_map["matpac_fast"])
+    assert (about["sample_rate"], about["id"]) == (SECOND, encoder.id)
+    for shape in SHAPES:
+        waves = noise(*shape)
+        (got,) = session.run(None, {"waves": waves.numpy()})
+        want = encoder.embed(waves, SECOND).values[:, 0]
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=0, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder.onnx"]
+
+
+@pytest.mark.usefixtures("traced")
+def test_torch_export_runs_at_every_batch_and_length(encoder, tmp_path, capsys):
+    encoder.save(tmp_path / "e.safetensors")
+    args = ["export", "--encoder", str(tmp_path / "e.safetensors"), "--num-heads", "2"]
+    assert cli.main([*args, "--torch", str(tmp_path / "encoder.pt2")]) == 0
+    assert "MiB; off from PyTorch by at most" in capsys.readouterr().out
+    program = torch.export.load(str(tmp_path / "encoder.pt2")).module()
+    for shape in SHAPES:
+        waves = noise(*shape)
+        want = encoder.embed(waves, SECOND).values[:, 0]
+        torch.testing.assert_close(program(waves), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_graph_that_is_off_is_not_written(encoder, tmp_path, monkeypatch):
+    assert export.check(encoder, export.Exportable(encoder)) < 1e-5
+    wrong = export.Exportable(encoder)
+    wrong.bank *= 1.01
+    with pytest.raises(ConfigError, match="the exported graph is off by"):
+        export.check(encoder, wrong)
+    monkeypatch.setattr(export, "_TOLERANCE", 0.0)
+    with pytest.raises(ConfigError, match="the exported graph is off by"):
+        export.export_torch(encoder, tmp_path / "wrong.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_says_so(encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"needs onnxruntime: pip install 'matpac_fast\[export\]'"):
+        export.export_onnx(encoder, tmp_path / "x.onnx")
+    with pytest.raises(ConfigError, match=r"the encoder is in torch\.bfloat16; load it in float32"):
+        export.Exportable(make().prepare(torch.bfloat16))
+    assert cli.main(["export", "--encoder", "untrained-tiny"]) == cli.FAILED
+    assert "nothing to export: give --onnx FILE, --torch FILE or both" in capsys.readouterr().err

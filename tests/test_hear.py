@@ -1,0 +1,106 @@
+"""The HEAR 2021 API: the checks of hearvalidator 2021.0.2 reproduced, values, and 20 minutes in bounded memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from matpac_fast import hear
+from matpac_fast.encoder import Encoder
+from matpac_fast.errors import AudioError, CheckpointError, ConfigError
+
+SECOND = 16_000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> hear.HearModel:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("hear") / "encoder.safetensors"
+    Encoder(n_frames=64, width=32, depth=1, num_heads=2).save(path)
+    return hear.load_model(str(path)).to("cpu")
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_the_model_says_its_rate_and_sizes(model):
+    assert isinstance(model, torch.nn.Module)
+    assert model.sample_rate in (16_000, 22_050, 44_100, 48_000)
+    assert type(model.scene_embedding_size) is type(model.timestamp_embedding_size) is int
+
+
+def test_timestamp_embeddings_as_the_validator_wants_them(model):
+    audio = noise(16, 2 * model.sample_rate)
+    before = audio.clone()
+    embeddings, timestamps = hear.get_timestamp_embeddings(audio, model)
+    assert embeddings.dtype == timestamps.dtype == torch.float32
+    assert embeddings.shape == (16, 50, model.timestamp_embedding_size)
+    assert timestamps.shape == (16, 50)
+    steps = timestamps.diff(dim=1)
+    assert steps.mean() <= 50.0
+    assert ((steps - steps.mean()).abs() < 1e-3).all()
+    assert (steps > 0).all()
+    assert torch.equal(audio, before)
+
+
+def test_scene_embeddings_as_the_validator_wants_them(model):
+    audio = noise(8, int(3.74 * model.sample_rate))
+    embeddings = hear.get_scene_embeddings(audio, model)
+    assert embeddings.dtype == torch.float32
+    assert embeddings.shape == (8, model.scene_embedding_size)
+    want = model.encoder.embed(audio, SECOND).values[:, 0]
+    assert torch.equal(embeddings, want)
+
+
+def test_each_timestamp_has_the_frame_that_stands_there(model):
+    audio = noise(2, 9_876)
+    embeddings, timestamps = hear.get_timestamp_embeddings(audio, model)
+    for i in range(embeddings.shape[1]):
+        start = 640 * (i % 4)  # samples that the pass begins later
+        frames = model.encoder.embed(audio[:, start:], SECOND, pool="none")
+        torch.testing.assert_close(embeddings[:, i], frames.values[:, i // 4], rtol=0, atol=1e-5)
+        begin = start / SECOND + float(frames.start[i // 4])
+        assert float(timestamps[0, i]) == pytest.approx(1000 * (begin + 0.08), abs=1e-3)
+    assert 0 <= audio.shape[1] / SECOND - float(timestamps[0, -1]) / 1000 + 0.08 < 0.08
+
+
+@pytest.mark.parametrize("n", [1, 400, 640, 1_039, 1_040, 2_560, 2_700])
+def test_short_sounds_have_regular_timestamps(model, n):
+    embeddings, timestamps = hear.get_timestamp_embeddings(noise(3, n), model)
+    frames = model.encoder.log_mel_config.n_frames(max(n, 400))
+    assert embeddings.shape[:2] == timestamps.shape == (3, -(-frames // 4))
+    torch.testing.assert_close(timestamps[0], 80.0 + 40.0 * torch.arange(timestamps.shape[1]))
+    assert torch.isfinite(embeddings).all()
+
+
+def test_twenty_minutes_in_bounded_memory():
+    code = """
+import resource, torch
+from matpac_fast import hear
+from matpac_fast.encoder import Encoder
+model = hear.HearModel(Encoder(n_frames=608, width=64, depth=1, num_heads=2))
+hear.get_timestamp_embeddings(torch.rand(1, 16_000 * 20), model)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+embeddings, times = hear.get_timestamp_embeddings(torch.rand(1, 16_000 * 1200), model)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(embeddings.shape[1], grown - embeddings.nbytes / 2**20)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    frames, mebibytes = run.stdout.split()
+    assert int(frames) == 30_000
+    # Beside the result: the wave (73 MiB) and a shifted copy, its log-mel (37 MiB), one pass's frames and a batch.
+    assert float(mebibytes) < 350
+
+
+def test_what_is_no_hear_call_says_so(model):
+    with pytest.raises(ConfigError, match="no model_file_path"):
+        hear.load_model()
+    with pytest.raises(CheckpointError, match="no encoder 'nowhere'"):
+        hear.load_model("nowhere")
+    for function in (hear.get_scene_embeddings, hear.get_timestamp_embeddings):
+        with pytest.raises(AudioError, match=r"audio is \(800,\); expected \(sounds, samples\)"):
+            function(torch.zeros(800), model)
