@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 import warnings
 from types import TracebackType
 
@@ -28,7 +29,7 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "log_mel": {"cpu": ("cpp",), "cuda": ()},
     "mask_shuffle": {"cpu": ("cpp",), "cuda": ("triton",)},
     "masked_patch_embed": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "prototype_loss": {"cpu": (), "cuda": ()},
+    "prototype_loss": {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
 }
 
 _forced = "auto"
@@ -71,29 +72,69 @@ def _native_missing() -> str | None:
     return None
 
 
+def _gpu_missing() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install one that was: https://pytorch.org/get-started/locally"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; nvidia-smi says whether the driver does"
+    return None
+
+
 def _cuda_missing() -> str | None:
     from . import _C
 
     if not _C.CUDA_ARCHS:
         return "the extension was built without CUDA; rebuild with nvcc: MATPAC_FAST_CUDA=ON pip install ."
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    missing = _gpu_missing()
+    if missing is not None:
+        return missing
     driver, runtime = _C.cuda_versions()
-    if driver < runtime:
+    # A driver runs every minor release of its own major version and of those before.
+    if driver // 1000 < runtime // 1000:
         return (
             f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
-            f"the extension needs {runtime // 1000}.{runtime % 1000 // 10}"
+            f"the extension needs {runtime // 1000}.{runtime % 1000 // 10}: update the driver, or rebuild"
         )
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not _has_code_for(_C.CUDA_ARCHS, major, minor):
+            return (
+                f"the extension was built for {_C.CUDA_ARCHS}, GPU {device} is sm_{major}{minor}; "
+                f"rebuild: MATPAC_FAST_CUDA_ARCHS={major}{minor}-real pip install ."
+            )
     return None
+
+
+def _has_code_for(archs: str, major: int, minor: int) -> bool:
+    """Whether a build for `archs`, in CMake's notation, runs on compute capability major.minor.
+
+    Machine code ("-real") runs on its own major version from its minor on; PTX ("-virtual") on everything from there
+    on. An entry without a suffix is both.
+    """
+    for arch in archs.split(","):
+        number, _, kind = arch.partition("-")
+        own_major, own_minor = divmod(int(number), 10)
+        if kind != "virtual" and own_major == major and own_minor <= minor:
+            return True
+        if kind != "real" and (own_major, own_minor) <= (major, minor):
+            return True
+    return False
 
 
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'matpac_fast[triton]'"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        missing = _gpu_missing()
+        if missing is not None:
+            return missing
+        # Triton compiles its launchers with it. Without one it fails at the first launch.
+        if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+            return "triton finds no C compiler; install gcc, or set CC"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken install fails in ways of its own
+        return f"triton does not load: {error}"
     return None
 
 
@@ -185,5 +226,12 @@ def table() -> str:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines += ["", f"{'op':<20} " + " ".join(f"{d:<10}" for d in devices)]
     for op in LAUNCHERS:
-        lines.append(f"{op:<20} " + " ".join(f"{choose(op, torch.device(d)):<10}" for d in devices))
+        lines.append(f"{op:<20} " + " ".join(f"{_choice(op, d):<10}" for d in devices))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _choice(op: str, device_type: str) -> str:
+    try:
+        return choose(op, torch.device(device_type))
+    except BackendError:
+        return "-"

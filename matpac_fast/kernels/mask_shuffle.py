@@ -4,8 +4,8 @@ A token's place in the permutation is the number of smaller keys. Counting them 
 at some hundred tokens are fewer instructions than a sort, compile in a fraction of the time and need no upper bound.
 """
 
-# Triton wraps what is passed as a constexpr.
-# pyright: reportArgumentType=false
+# Triton wraps what is passed as a constexpr, and a launch takes options of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ def _keys(stream, token, bits):
 
 
 @triton.jit(do_not_specialize=["base", "bits"])
-def mask_shuffle_kernel(
-    index, base: tl.int64, out, n_tokens, bits: tl.int32, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def mask_shuffle_kernel(index, base, out, n_tokens, bits, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     # Unsigned for the logical shifts of splitmix64.
     sample = tl.load(index + row).to(tl.uint64, bitcast=True)
-    stream = _splitmix64(base.to(tl.uint64, bitcast=True) ^ sample)
+    # A small base arrives as int32.
+    stream = _splitmix64(base.to(tl.int64).to(tl.uint64, bitcast=True) ^ sample)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BT]
     key = _keys(stream, token, bits)
     rank = tl.zeros([BLOCK_T], dtype=tl.int32)
