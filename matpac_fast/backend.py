@@ -143,48 +143,49 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def choose(op: str, device: torch.device) -> str:
-    """The launcher that `op` uses on `device`: "reference" or one of LAUNCHERS.
+def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The launcher that `op` uses on `device`: "reference" or one of LAUNCHERS. `dtype` is that of the arithmetic.
 
     Raises BackendError where a backend is forced that cannot serve this op on this device.
     """
     if _forced == "reference":
         return "reference"
     table = LAUNCHERS[op].get(device.type, ())
-    if _forced == "auto":
-        for launcher in table:
-            if unavailable(launcher) is None:
-                return launcher
-        if device.type == "cuda":
-            _warn_slow(op)
-        return "reference"
-    return _forced_launcher(op, device, table)
+    if _forced != "auto":
+        return _forced_launcher(op, device, dtype, table)
+    for launcher in table:
+        if _obstacle(launcher, dtype) is None:
+            return launcher
+    if device.type == "cuda":
+        _warn_slow(op, "; ".join(f"{launcher}: {_obstacle(launcher, dtype)}" for launcher in table))
+    return "reference"
 
 
-def _forced_launcher(op: str, device: torch.device, table: tuple[str, ...]) -> str:
-    reason = unavailable(_forced)
-    if reason is not None:
-        raise BackendError(f"{op}: backend {_forced!r} is forced and cannot run here: {reason}")
-    if _forced in table:
-        return _forced
-    # Triton's interpreter computes on CPU tensors: that is how its kernels are tested without a GPU.
-    if _forced == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "triton"
+def _obstacle(launcher: str, dtype: torch.dtype | None) -> str | None:
+    if launcher == "triton" and dtype == torch.float64:
+        return "it has no float64"
+    return unavailable(launcher)
+
+
+def _forced_launcher(op: str, device: torch.device, dtype: torch.dtype | None, table: tuple[str, ...]) -> str:
     # "cuda" means the fastest native CUDA path; an op whose only CUDA path is Triton takes it.
-    if _forced == "cuda" and table == ("triton",):
-        reason = unavailable("triton")
-        if reason is None:
-            return "triton"
-        raise BackendError(f"{op}: backend 'cuda' is forced; its CUDA path is triton, which cannot run here: {reason}")
-    raise BackendError(
-        f"{op}: backend {_forced!r} is forced and has no path for a tensor on {device.type}; "
-        f"move the tensor or use one of: auto, reference{''.join(', ' + b for b in table)}"
-    )
+    launcher = "triton" if _forced == "cuda" and table == ("triton",) else _forced
+    # Triton's interpreter computes on CPU tensors: that is how its kernels are tested without a GPU.
+    interpreted = launcher == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if launcher not in table and not interpreted:
+        raise BackendError(
+            f"{op}: backend {_forced!r} is forced and has no path for a tensor on {device.type}; "
+            f"move the tensor or use one of: auto, reference{''.join(', ' + b for b in table)}"
+        )
+    reason = _obstacle(launcher, dtype)
+    if reason is not None:
+        through = "" if launcher == _forced else f", its path being {launcher}"
+        raise BackendError(f"{op}: backend {_forced!r} is forced and cannot run here{through}: {reason}")
+    return launcher
 
 
 @functools.cache
-def _warn_slow(op: str) -> None:
-    reasons = "; ".join(f"{launcher}: {unavailable(launcher)}" for launcher in LAUNCHERS[op]["cuda"])
+def _warn_slow(op: str, reasons: str) -> None:
     warnings.warn(f"matpac_fast.ops.{op} runs on the PyTorch reference on this GPU ({reasons})", stacklevel=3)
 
 

@@ -206,7 +206,7 @@ def test_cuda_means_triton_where_an_op_has_nothing_else(machine):
         machine.patch.setitem(sys.modules, "triton", None)
         machine.patch.setattr(backend.importlib.util, "find_spec", lambda name: object())
         backend._reasons.pop("triton", None)
-        with pytest.raises(BackendError, match="its CUDA path is triton, which cannot run here: triton does not load"):
+        with pytest.raises(BackendError, match="cannot run here, its path being triton: triton does not load"):
             backend.choose("mask_shuffle", CUDA)
 
 
@@ -214,7 +214,7 @@ def test_a_backend_lost_after_it_was_forced(machine):
     with use_backend("triton"):
         backend._reasons["triton"] = "it went away"
         with pytest.raises(BackendError, match="'triton' is forced and cannot run here: it went away"):
-            backend.choose("log_mel", CUDA)
+            backend.choose("mask_shuffle", CUDA)
 
 
 def test_interpreter_serves_the_cpu_only_when_forced(machine):
@@ -245,6 +245,15 @@ def test_a_refused_backend_changes_nothing():
     with pytest.raises(BackendError, match="unknown backend 'cub'; expected one of auto, reference, cpp, cuda, triton"):
         use_backend("cub")
     assert backend.choose("log_mel", CPU) == "cpp"
+
+
+def test_float64_has_no_triton(machine):
+    with pytest.warns(UserWarning, match=r"runs on the PyTorch reference.*triton: it has no float64"):
+        assert backend.choose("masked_patch_embed", CUDA, torch.float64) == "reference"
+    assert backend.choose("masked_patch_embed", CUDA, torch.float32) == "triton"
+    for name in ("triton", "cuda"):
+        with use_backend(name), pytest.raises(BackendError, match=f"'{name}' is forced .*it has no float64"):
+            backend.choose("masked_patch_embed", CUDA, torch.float64)
 
 
 def test_a_device_without_kernels_takes_the_reference():

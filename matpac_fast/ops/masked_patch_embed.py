@@ -213,7 +213,7 @@ def _impl(
 ) -> tuple[Tensor, Tensor]:
     if spec.stride(2) != 1:
         spec = spec.contiguous()
-    launch = _LAUNCHERS[choose(_OP, spec.device)]
+    launch = _LAUNCHERS[choose(_OP, spec.device, dtype)]
     return launch(spec, weight, bias, pos, cls, ids_shuffle.contiguous(), n_visible, dtype)
 
 
@@ -242,7 +242,7 @@ def _backward_impl(
         spec = spec.contiguous()
     grad = grad.contiguous()
     d = grad.shape[2]
-    backward = _BACKWARDS[choose(_OP, spec.device)]
+    backward = _BACKWARDS[choose(_OP, spec.device, dtype)]
     weight = backward(grad, spec, ids_shuffle.contiguous(), n_visible, patch, dtype)
     return weight.to(grad.dtype).view(d, 1, patch, patch), grad[:, 1:].sum((0, 1)), grad[:, 0].sum(0).view(1, 1, d)
 
@@ -331,11 +331,10 @@ def masked_patch_embed(
 
     Gradients: weight, bias and cls receive theirs through `visible`, over its rows alone, once differentiable and with
     the same bits every time. `masked` carries no gradient, since the teacher has none. Where spec or pos requires a
-    gradient, and for float64 on a GPU, the PyTorch reference computes all.
+    gradient, the PyTorch reference computes all.
     """
     dtype = _check(spec, weight, bias, pos, cls, ids_shuffle, n_visible)
     differentiated = torch.is_grad_enabled() and (spec.requires_grad or pos.requires_grad)
-    launcher = choose(_OP, spec.device)
-    if differentiated or launcher == "reference" or (launcher == "triton" and dtype == torch.float64):
+    if differentiated or choose(_OP, spec.device, dtype) == "reference":
         return reference.masked_patch_embed(spec, weight, bias, pos, cls, ids_shuffle, n_visible)
     return torch.ops.matpac_fast.masked_patch_embed(spec, weight, bias, pos, cls, ids_shuffle, n_visible, dtype)

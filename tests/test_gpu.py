@@ -1,0 +1,243 @@
+"""Every op on a GPU: right, on the caller's stream and device, in a CUDA graph, and without waiting for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patch_problem import PatchProblem, official
+from torch import Tensor
+
+from matpac_fast import backend, ops, reference, use_backend
+
+pytestmark = pytest.mark.gpu
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op with its inputs in float64 (integers as they are) and, where it has them, its gradients."""
+
+    name: str
+    inputs: Callable[[torch.Generator], Tensors]
+    run: Callable[[object, Tensors], Tensors]  # (ops or reference, inputs) -> outputs and gradients
+
+
+def log_mel_inputs(generator: torch.Generator) -> Tensors:
+    return (0.1 * torch.randn(5, 12_345, generator=generator, dtype=torch.float64),)
+
+
+def run_log_mel(source, inputs: Tensors) -> Tensors:
+    return (source.log_mel(*inputs),)
+
+
+def mask_shuffle_inputs(generator: torch.Generator) -> Tensors:
+    return (torch.randint(-(2**40), 2**40, (33,), generator=generator),)
+
+
+def run_mask_shuffle(source, inputs: Tensors) -> Tensors:
+    return (source.mask_shuffle(7, 123_456, inputs[0], 190),)
+
+
+def masked_patch_embed_inputs(generator: torch.Generator) -> Tensors:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    ids = torch.rand(3, 190, generator=generator).argsort(1)
+    return (
+        randn(3, 80, 608),
+        randn(96, 1, 16, 16) / 16,
+        randn(96),
+        randn(1, 191, 96),
+        randn(1, 1, 96),
+        ids,
+        randn(58, 96),
+    )
+
+
+def run_masked_patch_embed(source, inputs: Tensors) -> Tensors:
+    spec, weight, bias, pos, cls, ids, upstream = inputs
+    leaves = tuple(t.detach().requires_grad_() for t in (weight, bias, cls))
+    visible, masked = source.masked_patch_embed(spec, leaves[0], leaves[1], pos, leaves[2], ids, 57)
+    return visible.detach(), masked, *torch.autograd.grad(visible, leaves, upstream.expand_as(visible))
+
+
+def prototype_loss_inputs(generator: torch.Generator) -> Tensors:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sides = [F.normalize(randn(rows, 64), dim=1) for rows in (300, 521, 300, 521)]
+    return *sides, 0.1 * randn(521), randn(300)
+
+
+def run_prototype_loss(source, inputs: Tensors) -> Tensors:
+    student, student_weight, teacher, teacher_weight, center, upstream = inputs
+    leaves = (student.detach().requires_grad_(), student_weight.detach().requires_grad_())
+    loss, mean = source.prototype_loss(*leaves, teacher, teacher_weight, center, 0.1, 0.05)
+    return loss.detach(), mean, *torch.autograd.grad(loss, leaves, upstream)
+
+
+CASES = [
+    Case("log_mel", log_mel_inputs, run_log_mel),
+    Case("mask_shuffle", mask_shuffle_inputs, run_mask_shuffle),
+    Case("masked_patch_embed", masked_patch_embed_inputs, run_masked_patch_embed),
+    Case("prototype_loss", prototype_loss_inputs, run_prototype_loss),
+]
+LAUNCHED = [(case, launcher) for case in CASES for launcher in backend.LAUNCHERS[case.name]["cuda"]]
+
+
+@pytest.fixture(params=LAUNCHED, ids=lambda pair: f"{pair[0].name}-{pair[1]}")
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Every op on every launcher that it has on a GPU; one that cannot run here is skipped with its reason."""
+    found, launcher = request.param
+    reason = backend.unavailable(launcher)
+    if reason is not None:
+        pytest.skip(f"{launcher}: {reason}")
+    with use_backend(launcher):
+        yield found
+
+
+def inputs_of(case: Case, seed: int = 0, device: str = "cuda") -> Tensors:
+    drawn = case.inputs(torch.Generator().manual_seed(seed))
+    return tuple((t.float() if t.is_floating_point() else t).to(device) for t in drawn)
+
+
+def same(first: Tensors, second: Tensors) -> bool:
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
+
+
+def test_every_op_is_here():
+    assert {case.name for case in CASES} == set(backend.LAUNCHERS)
+
+
+def test_as_exact_as_the_reference(case):
+    inputs = inputs_of(case)
+    before = [t.clone() for t in inputs]
+    exact = case.run(reference, tuple(t.double() if t.is_floating_point() else t for t in inputs))
+    own, got = case.run(reference, inputs), case.run(ops, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+    for i, (value, plain, best) in enumerate(zip(got, own, exact, strict=True)):
+        assert (value.dtype, value.shape, value.device) == (plain.dtype, plain.shape, plain.device)
+        if not value.is_floating_point():
+            assert torch.equal(value, best)
+            continue
+        error, allowed = ((t.double() - best).abs().max() for t in (value, plain))
+        rounding = 4 * torch.finfo(value.dtype).eps * best.abs().max()
+        assert error <= 2 * allowed + rounding, f"output {i}: error {error:.3g}, the reference {allowed:.3g}"
+
+
+def test_same_bits_twice(case):
+    inputs = inputs_of(case)
+    assert same(case.run(ops, inputs), case.run(ops, inputs))
+
+
+def test_side_stream(case):
+    """The kernels must run after what the caller's stream still has to do, which the default stream does not know."""
+    want = case.run(ops, inputs_of(case))
+    late = inputs_of(case, seed=1)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    fresh = inputs_of(case)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # some ten milliseconds
+        for old, new in zip(late, fresh, strict=True):
+            old.copy_(new)
+        got = case.run(ops, late)
+    stream.synchronize()
+    assert same(got, want)
+
+
+def test_cuda_graph(case):
+    static = inputs_of(case)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and fills what is cached by configuration
+            case.run(ops, static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = case.run(ops, static)
+    for seed in (1, 2):
+        fresh = inputs_of(case, seed)
+        for old, new in zip(static, fresh, strict=True):
+            old.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(outputs, case.run(ops, fresh))
+
+
+def test_never_waits_for_the_device(case):
+    inputs = inputs_of(case)
+    case.run(ops, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.run(ops, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+def test_second_device(case):
+    want = case.run(ops, inputs_of(case))
+    got = case.run(ops, inputs_of(case, device="cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert {t.device for t in got} == {torch.device("cuda:1")}
+    for a, b in zip(got, want, strict=True):  # another model of GPU may round otherwise
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_whole(case):
+    torch._dynamo.reset()
+    inputs = inputs_of(case)
+    want = case.run(ops, inputs)
+    forward = {
+        "log_mel": lambda t: ops.log_mel(*t),
+        "mask_shuffle": lambda t: ops.mask_shuffle(7, 123_456, t[0], 190),
+        "masked_patch_embed": lambda t: ops.masked_patch_embed(*t[:6], 57),
+        "prototype_loss": lambda t: ops.prototype_loss(*t[:5], 0.1, 0.05),
+    }[case.name]
+    got = torch.compile(forward, fullgraph=True)(inputs)
+    got = got if isinstance(got, tuple) else (got,)
+    assert same(got, want[: len(got)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 38, 16, 768, 57), (3, 3, 7, 5, 13, 6), (2, 2, 3, 4, 8, 0)], ids=str)
+def test_masked_patch_embed_in_every_dtype(shape, dtype):
+    PatchProblem(*shape, dtype=dtype, device="cuda").check(ops.masked_patch_embed)
+
+
+def test_masked_patch_embed_under_autocast():
+    def autocast(fn):
+        def run(spec, *arguments):
+            # The oracle runs in float64, which autocast leaves alone.
+            with torch.autocast("cuda", torch.bfloat16, enabled=spec.dtype != torch.float64):
+                return fn(spec, *arguments)
+
+        return run
+
+    problem = PatchProblem(2, 5, 38, 16, 96, 57, device="cuda")
+    problem.check(autocast(ops.masked_patch_embed), plain=autocast(official))
+
+
+@pytest.mark.parametrize("bad", [-1, 6, 2**31, -(2**40)])
+def test_masked_patch_embed_marks_an_id_that_names_no_patch(bad):
+    problem = PatchProblem(2, 2, 3, 4, 8, 2, device="cuda")
+    problem.ids[1, 4] = bad
+    visible, masked = ops.masked_patch_embed(*problem.arguments, 2)
+    assert not visible.isnan().any()
+    assert masked.isnan().any(dim=2).nonzero().tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (-1, 2**63), (2**64 + 5, -(2**63))])
+@pytest.mark.parametrize("n_tokens", [1, 2, 190, 1250])
+def test_mask_shuffle_has_the_bits_of_the_cpu(seed, step, n_tokens):
+    index = torch.tensor([0, 1, -1, 2**62, -(2**63)])
+    want = reference.mask_shuffle(seed, step, index, n_tokens)
+    assert torch.equal(ops.mask_shuffle(seed, step, index.cuda(), n_tokens).cpu(), want)
