@@ -202,6 +202,8 @@ class _Watcher(Reporter):
 
     def record(self, record: Record) -> None:
         if "event" in record:
+            if self._bar and record["event"] == "resume":  # what was done before tells nothing about the speed
+                self._bar.reset(self._task, completed=record["step"])
             if text := _event(record):
                 self.say(text)
             return

@@ -49,7 +49,8 @@ def pretrain(
 ) -> Result:
     """Train a Matpac on `corpus` into the run folder `out`, or go on with the run that is there.
 
-    The same arguments give the same weights, bit for bit on one machine, however often the run was interrupted.
+    The same arguments give the same batches, and on one CPU the same weights bit for bit, however often the run was
+    interrupted; a GPU's attention may add up in another order each time.
 
     Args:
         corpus: what `prepare` wrote.
@@ -114,6 +115,7 @@ class _Run:
         state = folder.load(model, self.optimizer)
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()
+        self.collapsed = False
         self.saved: int | None = self.done if state else None
         self.began = time.perf_counter() - (state["seconds"] if state else 0.0)
         self.bad = BadSteps(config.log_every, config.max_bad_steps, device)
@@ -150,8 +152,7 @@ class _Run:
                 values |= self.rates(batch.plan.crop, (self.done - since) / seconds)
                 values["data_wait"] = (self.feed.waited - waited) / seconds
                 self.tell(values)
-                if warning := collapse(values, self.model.config.width):
-                    self.tell({"event": "warning", "step": self.done, "text": warning})
+                self.warn_of_collapse(values)
                 since, clock, waited = self.done, time.perf_counter(), self.feed.waited
             self.reporter.step(self.done)
             self.saver.check()
@@ -159,6 +160,7 @@ class _Run:
                 break
             if self.done % c.save_every == 0:
                 clock += self.save()
+        self.check_bad()
         self.save()
         self.saver.wait()
         finished = self.done == c.steps
@@ -204,6 +206,13 @@ class _Run:
                 f"stopped at step {self.done}: loss or gradient not finite for {self.config.max_bad_steps} steps "
                 f"in a row; their clips are listed in {self.folder.log}. Try a lower learning rate"
             )
+
+    def warn_of_collapse(self, values: Record) -> None:
+        """Once when it begins, not on every line while it lasts."""
+        text = collapse(values, self.model.config.width)
+        if text and not self.collapsed:
+            self.tell({"event": "warning", "step": self.done, "text": text})
+        self.collapsed = text is not None
 
     def fetch(self, measured: Step) -> Record:
         """The log's numbers of this step, in one transfer."""
@@ -261,6 +270,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is {device!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
     return found

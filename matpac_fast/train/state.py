@@ -259,7 +259,8 @@ def load_optimizer_tensors(
         parameter = parameters.get(name)
         if parameter is None or id(parameter) not in trained or tensor.shape not in ((), parameter.shape):
             raise CheckpointError(f"{source}: the optimiser's {full!r} {tuple(tensor.shape)} fits no trained parameter")
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        # A copy, or the moments would live in the mapped file.
+        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
     expected = len(trained) if tensors else 0
     if len(optimizer.state) != expected:
         raise CheckpointError(f"{source}: the optimiser has state for {len(optimizer.state)} of {expected} parameters")

@@ -402,6 +402,13 @@ def test_collapse_is_seen():
     assert "prototypes" in str(collapse({"spread_target": 1 / 16, "teacher_perplexity": 1.1}, 256))
 
 
+def test_a_collapse_is_warned_of_once_while_it_lasts(tmp_path, corpus, model_config, train_config, monkeypatch):
+    found = iter([None, "collapsing", "collapsing", None, "collapsing", None])
+    monkeypatch.setattr(loop, "collapse", lambda values, width: next(found))
+    pretrain(corpus, tmp_path / "run", model_config, train_config)
+    assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "warning"] == [4, 10]
+
+
 def test_loss_falls_on_tones(tmp_path, memory_corpus, model_config, train_config):
     """Learning, not only running: clips of steady tones are predictable from the patches around."""
     corpus = memory_corpus([8_000] * 16)
