@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ._progress import progress
+from ._quiet import quiet_libraries
 
 
 def main(
@@ -52,21 +54,25 @@ def main(
     from ..encoder import load_encoder
 
     loaded = load_encoder(encoder, None if device == "auto" else device, num_heads)
-    with progress("embedding", "files") as update:
-        report = embed_collection(
-            source,
-            out,
-            loaded,
-            temporal_support,
-            hop,
-            pool,
-            layers,
-            remainder,
-            batch_size,
-            workers,
-            files_per_shard,
-            update,
-        )
+    try:
+        with quiet_libraries(), progress("embedding", "files") as update:
+            report = embed_collection(
+                source,
+                out,
+                loaded,
+                temporal_support,
+                hop,
+                pool,
+                layers,
+                remainder,
+                batch_size,
+                workers,
+                files_per_shard,
+                update,
+            )
+    except KeyboardInterrupt:
+        print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)
+        raise
     done = f"{report.files - report.failed} files embedded in {out}"
     if report.files_before:
         done += f", {report.files_before} of them before"

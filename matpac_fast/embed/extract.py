@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..audio.ahead import in_order
 from ..audio.decode import decoder_versions, read_audio
-from ..encoder import Embeddings, Encoder
+from ..audio_encoder import AudioEncoder
 from ..errors import AudioError, ConfigError
 from .manifest import keep_settings, make_manifest
-from .writer import read_errors, shard_path, write_errors, write_shard
-
-# Files are embedded together until they hold this much audio, so that short ones fill batches and memory stays bounded.
-_GROUP_SECONDS = 300.0
+from .writer import Clip, Failure, read_errors, shard_path, write_errors, write_shard
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Report:
 def embed_collection(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    encoder: Encoder,
+    encoder: AudioEncoder,
     temporal_support: float | None = None,
     hop: float | None = None,
     pool: str = "mean",
@@ -63,7 +60,7 @@ def embed_collection(
     Args:
         source: a folder.
         out: a folder, made where it is missing; one that holds embeddings of other settings is refused.
-        encoder, temporal_support, hop, pool, layers, remainder, batch_size: as `Encoder.embed` takes them.
+        encoder, temporal_support, hop, pool, layers, remainder, batch_size: as `AudioEncoder.embed` takes them.
         workers: decoding threads; by default one a core.
         files_per_shard: files in one Parquet file.
         progress: called with (files done, files in all).
@@ -73,8 +70,10 @@ def embed_collection(
         ConfigError: an option that cannot be, or `out` holds other embeddings.
     """
     source, out = Path(source), Path(out)
-    if files_per_shard < 1:
-        raise ConfigError(f"files_per_shard is {files_per_shard}; expected at least 1")
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, value in (("files_per_shard", files_per_shard), ("workers", workers)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1")
     options: dict[str, Any] = dict(
         temporal_support=temporal_support, hop=hop, pool=pool, layers=layers, remainder=remainder
     )
@@ -91,97 +90,68 @@ def embed_collection(
     report = Report(files=len(manifest))
     errors = list(manifest.unusable)
     done = len(errors)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
+    missing = {i for i in range(len(manifest.shards)) if not shard_path(out, i).exists()}
+    files = (source / name for i in sorted(missing) for name in manifest.shards[i])
+    waves = in_order(((_size(file), partial(_read, file, encoder.sample_rate)) for file in files), workers)
+    try:
         for i, names in enumerate(manifest.shards):
-            path = shard_path(out, i)
-            if path.exists():
+            if i not in missing:
                 report.files_before += len(names)
-                done += len(names)
-                progress(done, report.files)
             else:
-                found: list[tuple[str, Embeddings]] = []
-                failed: list[tuple[str, str]] = []
-                waves = _decode(threads, source, names, encoder.sample_rate, report)
-                for group in _groups(waves, failed, _GROUP_SECONDS * encoder.sample_rate):
-                    clock = time.perf_counter()
-                    embedded = [
-                        encoder.embed(wave, encoder.sample_rate, batch_size=batch_size, **options) for _, wave in group
-                    ]
-                    found += [(name, one) for (name, _), one in zip(group, embedded, strict=True)]
-                    report.model_seconds += time.perf_counter() - clock
-                    report.audio_seconds += sum(len(wave) for _, wave in group) / encoder.sample_rate
-                    progress(done + len(found) + len(failed), report.files)
-                report.rows += _write(path, found, failed, settings, shape[1:])
-                done += len(names)
-                progress(done, report.files)
-            errors += read_errors(path)
+                mine = _Shard(names, waves, encoder.sample_rate, report)
+                clock, waited = time.perf_counter(), report.waited_seconds
+                for found in encoder.embed_many(mine.clips(), encoder.sample_rate, batch_size=batch_size, **options):
+                    mine.add(found.start.numpy(), found.end.numpy(), found.values.float().cpu().numpy())
+                    progress(done + len(mine.embedded) + len(mine.failed), report.files)
+                report.model_seconds += time.perf_counter() - clock - (report.waited_seconds - waited)
+                report.rows += write_shard(shard_path(out, i), mine.embedded, mine.failed, shape[1:], settings)
+            done += len(names)
+            progress(done, report.files)
+            errors += read_errors(shard_path(out, i))
+    finally:
+        waves.close()
     report.failed = len(errors)
     write_errors(out, errors)
     return report
 
 
-def _decode(
-    threads: ThreadPoolExecutor, source: Path, names: list[str], sample_rate: int, report: Report
-) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Each file's wave, or the reason why it has none, in order; a few files ahead of who asks."""
+class _Shard:
+    """The files of one shard on their way: decoded, taken by the encoder, embedded."""
 
-    def read(name: str) -> np.ndarray | str:
-        try:
-            return read_audio(source / name, sample_rate)
-        except AudioError as error:
-            return str(error).removeprefix(f"{source / name}: ")
+    def __init__(self, names: list[str], waves: Iterator[np.ndarray | str], sample_rate: int, report: Report):
+        self._names, self._waves, self._rate, self._report = names, waves, sample_rate, report
+        self._taken: list[str] = []
+        self.embedded: list[Clip] = []
+        self.failed: list[Failure] = []
 
-    ahead = deque()
-    rest = iter(names)
-    for name in rest:
-        ahead.append((name, threads.submit(read, name)))
-        if len(ahead) < 4 * (threads._max_workers):
-            continue
-        yield _next(ahead, report)
-    while ahead:
-        yield _next(ahead, report)
+    def clips(self) -> Iterator[np.ndarray]:
+        """The waves, as they come, of the files that could be read."""
+        for name in self._names:
+            clock = time.perf_counter()
+            wave = next(self._waves)
+            self._report.waited_seconds += time.perf_counter() - clock
+            if isinstance(wave, str):
+                self.failed.append((name, wave))
+            else:
+                self._report.audio_seconds += len(wave) / self._rate
+                self._taken.append(name)
+                yield wave
 
-
-def _next(ahead: deque, report: Report) -> tuple[str, np.ndarray | str]:
-    name, future = ahead.popleft()
-    clock = time.perf_counter()
-    result = future.result()
-    report.waited_seconds += time.perf_counter() - clock
-    return name, result
+    def add(self, start: np.ndarray, end: np.ndarray, values: np.ndarray) -> None:
+        """The embeddings of the next clip, which are in the order of `clips`."""
+        self.embedded.append((self._taken[len(self.embedded)], start, end, values))
 
 
-def _groups(
-    waves: Iterator[tuple[str, np.ndarray | str]], failed: list[tuple[str, str]], samples: float
-) -> Iterator[list[tuple[str, np.ndarray]]]:
-    """Gather files until they hold `samples`; those that have a reason instead of a wave go to `failed`."""
-    group: list[tuple[str, np.ndarray]] = []
-    held = 0
-    for name, wave in waves:
-        if isinstance(wave, str):
-            failed.append((name, wave))
-            continue
-        group.append((name, wave))
-        held += len(wave)
-        if held >= samples:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
+def _read(file: Path, sample_rate: int) -> np.ndarray | str:
+    """A file's wave, or the reason why it has none."""
+    try:
+        return read_audio(file, sample_rate)
+    except AudioError as error:
+        return str(error).removeprefix(f"{file}: ")
 
 
-def _write(
-    path: Path,
-    found: list[tuple[str, Embeddings]],
-    failed: list[tuple[str, str]],
-    settings: dict[str, Any],
-    shape: tuple[int, ...],
-) -> int:
-    names = [name for name, one in found for _ in range(len(one))]
-    empty = np.empty(0)
-    start = np.concatenate([empty, *(one.start.numpy() for _, one in found)])
-    end = np.concatenate([empty, *(one.end.numpy() for _, one in found)])
-    values = np.concatenate(
-        [np.empty((0, *shape), np.float32), *(one.values.float().cpu().numpy() for _, one in found)]
-    )
-    write_shard(path, names, start, end, values, settings, failed)
-    return len(names)
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0  # reading it will say why

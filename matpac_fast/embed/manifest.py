@@ -24,7 +24,7 @@ class Manifest:
 
     source: Path
     shards: list[list[str]]
-    unusable: list[tuple[str, str]]  # names that cannot be stored, escaped, and why
+    unusable: list[tuple[str, str]]  # folders that cannot be read and names that cannot be stored, escaped, and why
 
     def __len__(self) -> int:
         return sum(map(len, self.shards)) + len(self.unusable)
@@ -50,14 +50,18 @@ def make_manifest(source: Path, out: Path, files_per_shard: int, settle: Callabl
                 shards.append([])
             shards[row["shard"]].append(row["path"])
     listed = {name for shard in shards for name in shard}
-    found = [os.path.relpath(file, source) for file in find_audio(source)]
-    unusable = [
-        (os.fsencode(name).decode("utf-8", "backslashreplace"), "the name is not UTF-8: rename the file")
-        for name in found
-        if not _is_utf8(name)
-    ]
-    new = [name for name in found if name not in listed and _is_utf8(name)]
-    if not listed and not new:
+    unusable: list[tuple[str, str]] = []
+
+    def locked(folder: Path, error: OSError) -> None:
+        unusable.append((_escaped(os.path.relpath(folder, source)), f"folder cannot be read: {error.strerror}"))
+
+    new = []
+    for name in (os.path.relpath(file, source) for file in find_audio(source, locked)):
+        if not _is_utf8(name):
+            unusable.append((_escaped(name), "the name is not UTF-8: rename the file"))
+        elif name not in listed:
+            new.append(name)
+    if not listed and not new and not unusable:
         raise AudioError(f"{source}: no audio files in this folder or below")
     settle()
     if new:
@@ -67,6 +71,10 @@ def make_manifest(source: Path, out: Path, files_per_shard: int, settle: Callabl
         with atomic(path) as beside:
             pq.write_table(table, beside)
     return Manifest(source, shards, unusable)
+
+
+def _escaped(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _is_utf8(name: str) -> bool:

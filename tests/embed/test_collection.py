@@ -135,6 +135,7 @@ def test_nothing_is_written_for_what_cannot_be(collection, encoder, tmp_path):
         ({"temporal_support": -1.0}, "temporal_support is -1"),
         ({"pool": "max"}, "pool is 'max'"),
         ({"files_per_shard": 0}, "files_per_shard is 0"),
+        ({"workers": 0}, "workers is 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             embed_collection(collection, tmp_path / "out", encoder, **options)
@@ -168,6 +169,41 @@ def test_a_name_that_is_no_utf8_is_a_row_in_the_errors(encoder, tmp_path):
     assert (report.files, report.failed, report.rows) == (2, 1, 1)
     (error,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
     assert error == {"path": "\\xff.wav", "reason": "the name is not UTF-8: rename the file"}
+
+
+def test_a_folder_that_cannot_be_read_is_a_row_in_the_errors(collection, encoder, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def guarded(path):
+        if os.path.basename(path) == "sub":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)  # file modes do not stop root
+    report = embed_collection(collection, tmp_path, encoder)
+    assert (report.files, report.failed) == (7, 4)
+    errors = {row["path"]: row["reason"] for row in pq.read_table(tmp_path / "errors.parquet").to_pylist()}
+    assert errors["sub"] == "folder cannot be read: Permission denied"
+
+
+def test_files_share_batches(encoder, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(10):
+        soundfile.write(source / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, RATE), RATE)
+    batches = []
+    forward = encoder.forward_pieces
+    monkeypatch.setattr(encoder, "forward_pieces", lambda p, *rest: (batches.append(len(p)), forward(p, *rest))[1])
+    report = embed_collection(source, tmp_path / "out", encoder, 0.5, batch_size=16)
+    assert batches == [1, 16, 4]  # the first asks what an embedding looks like
+    assert (report.rows, report.audio_seconds) == (20, 10.0)
+    assert report.model_seconds > 0
+    assert [row["path"] for row in rows(tmp_path / "out")] == [f"{i // 2}.wav" for i in range(20)]
+
+
+def test_what_was_the_limit_is_said():
+    assert extract.Report(model_seconds=2.0, waited_seconds=1.0).limit == "the model"
+    assert extract.Report(model_seconds=1.0, waited_seconds=2.0).limit == "decoding"
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(collection, encoder, encoder_file, tmp_path):
