@@ -300,8 +300,9 @@ polyline, .bar { fill: none; stroke: currentColor; stroke-width: 2; stroke-linej
 .tiles span { color: var(--dim); font-size: 13.5px; }
 .scroll { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--dim); font-weight: 500; font-size: 13.5px; }
+th, td { padding: 8px 0 8px 16px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--dim); font-weight: 500; font-size: 13.5px; line-height: 1.3; white-space: normal;
+  vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; text-align: left; }
 .best { font-weight: 650; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; }

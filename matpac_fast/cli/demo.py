@@ -1,0 +1,129 @@
+"""`matpac-fast demo`: pre-train, embed and probe on the embedded audio, and write a report of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..audio.corpus import Corpus
+from ..config import MatpacConfig
+from ..encoder import load_encoder
+from ..errors import ConfigError
+from ..model import Matpac
+from ..samples import load_samples
+from ..train.config import TrainConfig, fit_to_run
+from ..train.logs import Reporter, read_log
+from ..train.loop import pick_device, pretrain
+from ..train.state import read_config
+from . import _demo_report as report
+from ._demo_study import CLIP_SECONDS, TRAINED, UNTRAINED, compare, verdicts
+from ._progress import progress
+from .pretrain import _frames
+
+
+def main(
+    out: Path = Path("demo"),
+    minutes: float = 2.0,
+    steps: int | None = None,
+    temporal_supports: tuple[float, ...] = (0.16, 0.8, 2.4),
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    crop_seconds: tuple[float, ...] = (0.64, 1.28, 2.4),
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Pre-train, embed and probe on the embedded audio, offline, and write a report.
+
+    Example: matpac-fast demo --out demo/
+
+    Pre-trains the preset tiny on 400 instrument notes and 64 mixtures, embeds other notes (other pitches, other
+    recordings) at several temporal supports, and asks a linear probe for their instrument family, against log-mel
+    statistics and against the same encoder before training. Writes report.html, results.json and run/, the trained
+    encoder. Run again on the same folder, it goes on with the run that is there.
+
+    Args:
+        out: folder for report and run.
+        minutes: how long to pre-train; some steps are timed to find how many fit.
+        steps: train so many steps instead; with the same steps the same machine finds the same accuracies.
+        temporal_supports: seconds of audio that one embedding sees; each divides 2.4 s.
+        batch_size: crops an optimiser step.
+        lr: peak learning rate.
+        crop_seconds: lengths of the crops; each step draws one.
+        seed: names the initial weights, the order, the crops and the masks.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    for ts in temporal_supports:
+        if ts <= 0 or abs(CLIP_SECONDS / ts - round(CLIP_SECONDS / ts)) > 1e-6:
+            raise ConfigError(f"--temporal-supports {ts:g}: expected seconds that divide {CLIP_SECONDS} s")
+    if not minutes > 0:
+        raise ConfigError(f"--minutes is {minutes:g}; expected a positive number")
+    target = pick_device(device)
+    notes, mixtures = load_samples("train"), load_samples("mixtures")
+    corpus = Corpus.from_arrays([*notes.waves, *mixtures.waves])
+    run = out / "run"
+    if stored := read_config(run):
+        train, model = TrainConfig.from_dict(stored["train"]), MatpacConfig.from_dict(stored["model"])
+        print(f"going on with the run in {run}: {train.steps} steps, with the options it was begun with", flush=True)
+    else:
+        crops = tuple(map(_frames, crop_seconds))
+        tiny = MatpacConfig.preset("tiny", n_frames=max(crops))
+        train = TrainConfig(steps=steps or 1, batch_size=batch_size, lr=lr, crop_frames=crops, seed=seed)
+        if steps is None:
+            print(f"timing a few steps on {target}", flush=True)
+            steps = max(1, round(60 * minutes / _seconds_a_step(corpus, tiny, train, target)))
+        train = dataclasses.replace(train, steps=steps, log_every=max(1, steps // 50))
+        model = fit_to_run(tiny, train)
+
+    with progress("pre-training", "steps") as update:
+        result = pretrain(corpus, run, model, train, target, reporter=_Steps(update, train.steps))
+    with tempfile.TemporaryDirectory() as folder:
+        Matpac(model).save(Path(folder, "untrained.safetensors"))
+        untrained = load_encoder(Path(folder, "untrained.safetensors"), target)
+    encoders = {UNTRAINED: untrained, TRAINED: load_encoder(result.folder, target)}
+    with progress("embedding and probing", "parts") as update:
+        rows = compare(encoders, notes, load_samples("test"), temporal_supports, update)
+    report.show(rows)
+    print("\n" + "\n".join(verdicts(rows)))
+    made = report.made_by(train, run, target)
+    report.write_results(out / "results.json", rows, made)
+    report.write_report(out / "report.html", rows, corpus, model, train, read_log(run / "log.jsonl"), made)
+    print(f"\nopen {out / 'report.html'}; next: matpac-fast embed AUDIO --encoder {run} --out embeddings/")
+    return 0
+
+
+def _seconds_a_step(corpus: Corpus, model: MatpacConfig, train: TrainConfig, device: torch.device) -> float:
+    """Mean over the crop lengths of what a real step takes: the median of three, after one that warms up."""
+    times = []
+    for crop in train.crop_frames or (model.n_frames,):
+        clock = _Clock()
+        trial = dataclasses.replace(train, steps=4, crop_frames=(crop,), log_every=100)
+        with tempfile.TemporaryDirectory() as folder:
+            pretrain(corpus, folder, fit_to_run(model, trial), trial, device, reporter=clock)
+        times.append(float(np.median(np.diff(clock.ticks))))
+    return sum(times) / len(times)
+
+
+class _Clock(Reporter):
+    """Notes when each step was done."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def step(self, step: int) -> None:
+        self.ticks.append(time.perf_counter())
+
+
+class _Steps(Reporter):
+    """Hands the steps to a progress bar."""
+
+    def __init__(self, update: Callable[[int, int], None], total: int):
+        self._update, self._total = update, total
+
+    def step(self, step: int) -> None:
+        self._update(step, self._total)

@@ -1,0 +1,154 @@
+"""The demo from end to end on a few notes, and the pieces of its study."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from matpac_fast import cli, samples
+from matpac_fast.cli import _demo_study as study
+from matpac_fast.cli import demo
+from matpac_fast.cli._demo_study import STATISTICS, TRAINED, UNTRAINED, Row
+from matpac_fast.encoder import load_encoder
+from matpac_fast.errors import ConfigError
+from matpac_fast.ops import log_mel
+from matpac_fast.samples import Samples
+from matpac_fast.study.probe import ProbeResult, bootstrap_interval
+
+OPTIONS = ["--crop-seconds", "0.16", "0.32", "--batch-size", "4", "--temporal-supports", "0.8", "2.4"]
+
+
+def few(split: str) -> Samples:
+    """Two notes of each family, or two mixtures."""
+    whole = samples.load_samples(split)  # pyright: ignore[reportArgumentType]
+    kept = [0, 1] if split == "mixtures" else [40 * family + i for family in range(10) for i in (0, 7)]
+    numbers = {} if split == "mixtures" else {k: getattr(whole, k)[kept] for k in ("program", "pitch", "velocity")}
+    return dataclasses.replace(whole, waves=[whole.waves[i] for i in kept], labels=whole.labels[kept], **numbers)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_samples", few)
+        assert cli.main(["demo", "--out", str(out), "--steps", "3", *OPTIONS]) == 0
+    return out
+
+
+def test_it_leaves_a_report_numbers_and_an_encoder(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == ["report.html", "results.json", "run"]
+    assert load_encoder(finished / "run", "cpu").embedding_dim == 960
+    found = json.loads((finished / "results.json").read_text())
+    assert [row["temporal_support"] for row in found["temporal_supports"]] == [0.8, 2.4]
+    page = (finished / "report.html").read_text()
+    for row in found["temporal_supports"]:
+        assert row["windows"] == round(2.4 / row["temporal_support"])
+        assert set(row["accuracy"]) == {TRAINED, UNTRAINED, STATISTICS}
+        for accuracy in row["accuracy"].values():
+            assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
+            assert f"{100 * accuracy['mean']:.1f} % (" in page
+        gain = row["accuracy"][TRAINED]["mean"] - row["accuracy"][UNTRAINED]["mean"]
+        assert row["gain"][UNTRAINED]["mean"] == pytest.approx(gain)
+        assert row["clip_ms"] > 0
+        assert row["window_ms"] > 0
+    assert found["made"]["torch"] == torch.__version__
+    assert page.count("<section>") == 5
+
+
+def test_training_moved_the_encoder(finished: Path) -> None:
+    # Three steps, the first at a rate of 0: the encoder is another one, but started from the preset's weights.
+    trained, untrained = load_encoder(finished / "run", "cpu"), load_encoder("untrained-tiny", "cpu")
+    moved = [
+        (a - b).abs().max().item()
+        for a, b in zip(trained.student.parameters(), untrained.student.parameters(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.02
+
+
+def test_a_second_run_goes_on_with_the_first(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = json.loads((finished / "results.json").read_text())
+    weights = (finished / "run" / "latest").read_text()
+    monkeypatch.setattr(demo, "load_samples", few)
+    assert cli.main(["demo", "--out", str(finished), "--temporal-supports", "2.4"]) == 0
+    printed = capsys.readouterr().out
+    assert "going on with the run" in printed
+    assert "\x1b" not in printed  # no terminal, no colours
+    after = json.loads((finished / "results.json").read_text())
+    assert (finished / "run" / "latest").read_text() == weights
+    assert after["temporal_supports"][0]["accuracy"] == before["temporal_supports"][1]["accuracy"]
+
+
+def test_minutes_become_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trained: list[int] = []
+
+    def stop(*arguments: object, **_: object) -> None:
+        trained.append(arguments[3].steps)  # pyright: ignore[reportAttributeAccessIssue]
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(demo, "_seconds_a_step", lambda *_: 0.5)
+    monkeypatch.setattr(demo, "pretrain", stop)
+    assert cli.main(["demo", "--out", str(tmp_path), "--minutes", "1.5"]) == cli.FAILED
+    assert cli.main(["demo", "--out", str(tmp_path), "--minutes", "0.001"]) == cli.FAILED
+    assert trained == [180, 1]
+
+
+def test_a_step_is_timed_by_training(tmp_path: Path) -> None:
+    corpus = demo.Corpus.from_arrays(few("train").waves)
+    tiny = demo.MatpacConfig.preset("tiny", n_frames=32, depth=1, predictor_depth=1)
+    train = demo.TrainConfig(steps=1, batch_size=2, crop_frames=(16, 32))
+    assert 1e-4 < demo._seconds_a_step(corpus, tiny, train, torch.device("cpu")) < 30
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--temporal-supports", "0.7"], "--temporal-supports 0.7: expected seconds that divide 2.4 s"),
+        (["--temporal-supports", "0"], "--temporal-supports 0: expected"),
+        (["--minutes", "0"], "--minutes is 0"),
+        (["--steps", "0"], "steps is 0; expected at least 1"),
+        (["--crop-seconds", "1.3"], "--crop-seconds 1.3: expected a multiple of 0.16 s"),
+        (["--crop-seconds", "9.6", "--steps", "1"], "no clip is as long as a crop"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    options: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), *options]) == cli.FAILED
+    error = capsys.readouterr().err
+    assert line in error
+    assert len(error.splitlines()) == 1
+
+
+def test_features_average_windows() -> None:
+    waves = torch.from_numpy(np.stack(few("test").waves[:3]))[:, :38_400]
+    halves = [waves[:, :19_200], waves[:, 19_200:]]
+    specs = [log_mel(half.contiguous()) for half in halves]
+    expected = sum(torch.cat([spec.mean(2), spec.var(2, correction=0).sqrt()], 1) for spec in specs) / 2
+    assert torch.allclose(study.statistics(waves, 1.2), expected, atol=1e-5)
+    encoder = load_encoder("untrained-tiny", "cpu")
+    expected = sum(encoder.embed(half, 16_000).values[:, 0] for half in halves) / 2
+    assert torch.allclose(study.embed(encoder, waves, 1.2), expected, atol=1e-5)
+
+
+def test_verdicts_claim_only_what_the_test_can_tell() -> None:
+    def probe(right: int) -> ProbeResult:
+        correct = torch.arange(400) < right
+        return ProbeResult(bootstrap_interval(correct), correct, 1.0)
+
+    def row(trained: int) -> Row:
+        return Row(0.8, 3, 1.0, 1.0, {STATISTICS: probe(100), UNTRAINED: probe(150), TRAINED: probe(trained)})
+
+    better, same, worse = study.verdicts([row(250), row(151), row(50)])
+    assert "+25.0 points" in better
+    assert "chance" not in better
+    assert "+0.2 points" in same
+    assert same.count("within chance") == 1  # against the statistics it gains
+    assert "-25.0 points" in worse
+    assert "chance" not in worse
