@@ -39,10 +39,10 @@ matpac::PatchGatherArgs patch_gather_args(Address spec, int itemsize, int64_t ba
 
 // Positional arguments in the order of PrototypeLossArgs.
 matpac::PrototypeLossArgs prototype_loss_args(Address student, Address teacher, Address center, int dtype, int64_t rows,
-                                              int64_t k, double student_temp, double teacher_temp, Address loss,
-                                              Address stats, Address delta, int delta_dtype, Address column_sum) {
-  return {pointer(student), pointer(teacher), pointer(center), matpac::DType(dtype), rows, k, student_temp,
-          teacher_temp, pointer(loss), pointer(stats), pointer(delta), matpac::DType(delta_dtype),
+                                              int64_t k, Address scales, Address loss, Address stats, Address delta,
+                                              int delta_dtype, Address column_sum) {
+  return {pointer(student), pointer(teacher), pointer(center), matpac::DType(dtype), rows, k,
+          pointer<double>(scales), pointer(loss), pointer(stats), pointer(delta), matpac::DType(delta_dtype),
           pointer<double>(column_sum)};
 }
 

@@ -71,7 +71,7 @@ struct PrototypeLossArgs {
   const void* center;   // (k,)
   DType dtype;          // float32 or float64
   int64_t rows, k;
-  double student_temp, teacher_temp;
+  const double* scales;  // (2,) log2(e) / temperature of student and teacher; in memory, so that no step waits for it
   void* loss;           // (rows,)
   void* stats;          // (rows, 4): maximum of the student's logits, 1 / sum of exponentials, the teacher's two
   void* delta;          // (rows, k) of `delta_dtype`; may be `student` itself where the dtype is the same

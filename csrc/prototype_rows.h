@@ -26,13 +26,12 @@ struct Rows {
   void* delta;
   DType delta_dtype;
   int64_t rows, k;
-  T scale_s, scale_t, inv_temp_s;  // scales: log2(e) / temperature
-  bool aligned;                    // every row starts at a multiple of kVector values
+  const double* scales;
+  bool aligned;  // every row starts at a multiple of kVector values
 };
 
 template <typename T>
 Rows<T> rows_of(const PrototypeLossArgs& a, void* columns) {
-  constexpr double log2e = 1.4426950408889634074;
   return {static_cast<const T*>(a.student),
           static_cast<const T*>(a.teacher),
           static_cast<const T*>(a.center),
@@ -43,9 +42,7 @@ Rows<T> rows_of(const PrototypeLossArgs& a, void* columns) {
           a.delta_dtype,
           a.rows,
           a.k,
-          T(log2e / a.student_temp),
-          T(log2e / a.teacher_temp),
-          T(1 / a.student_temp),
+          a.scales,
           a.k % kVector == 0};
 }
 
@@ -156,7 +153,7 @@ MATPAC_HD void finish_row(const Rows<T>& a, int64_t row, T max_s, T max_t, const
   stats[1] = T(1) / sums[0];
   stats[2] = max_t;
   stats[3] = T(1) / sums[1];
-  a.loss[row] = natural_log(sums[0]) - sums[2] / sums[1] * a.inv_temp_s;
+  a.loss[row] = natural_log(sums[0]) - sums[2] / sums[1] * T(a.scales[0] * M_LN2);
 }
 
 // Forward for k <= kPerThread * Block::threads: one read of the logits, which then stay in registers. A block takes
@@ -164,6 +161,7 @@ MATPAC_HD void finish_row(const Rows<T>& a, int64_t row, T max_s, T max_t, const
 template <typename T, class Block>
 MATPAC_HD void forward_in_registers(Block& block, const Rows<T>& a) {
   using Me = RowState<T>;
+  const T scale_s = T(a.scales[0]), scale_t = T(a.scales[1]);
   block.each([&](Me& me) {
     for (int i = 0; i < kPerThread; ++i) me.column[i] = T(0);
   });
@@ -189,8 +187,8 @@ MATPAC_HD void forward_in_registers(Block& block, const Rows<T>& a) {
         for (int i = 0; i < kVector; ++i) {
           T &s = me.student[v * kVector + i], &t = me.teacher[v * kVector + i];
           const T below = s - me.max_s;
-          s = power_of_two(below * a.scale_s);
-          t = power_of_two((t - me.max_t) * a.scale_t);
+          s = power_of_two(below * scale_s);
+          t = power_of_two((t - me.max_t) * scale_t);
           sum_s += s;
           sum_t += t;
           // Past the row `below` is -inf and the weight 0: their product would be NaN.
@@ -228,6 +226,7 @@ MATPAC_HD void forward_in_registers(Block& block, const Rows<T>& a) {
 template <typename T, class Block>
 MATPAC_HD void forward_in_passes(Block& block, const Rows<T>& a) {
   using Me = PassState<T>;
+  const T scale_s = T(a.scales[0]), scale_t = T(a.scales[1]);
   constexpr int64_t stride = int64_t(Block::threads) * kVector;
   for (int64_t row = block.index(); row < a.rows; row += block.count()) {
     block.each([&](Me& me) {
@@ -253,8 +252,8 @@ MATPAC_HD void forward_in_passes(Block& block, const Rows<T>& a) {
         load_logits(a, row, first, student, teacher);
         for (int i = 0; i < kVector; ++i) {
           const T below = student[i] - me.max_s;
-          const T weight = power_of_two((teacher[i] - me.max_t) * a.scale_t);
-          sum_s += power_of_two(below * a.scale_s);
+          const T weight = power_of_two((teacher[i] - me.max_t) * scale_t);
+          sum_s += power_of_two(below * scale_s);
           sum_t += weight;
           dot += first + i < a.k ? weight * below : T(0);
         }
@@ -274,9 +273,9 @@ MATPAC_HD void forward_in_passes(Block& block, const Rows<T>& a) {
         load_logits(a, row, first, student, teacher);
         if (column && row != block.index()) load(column, first, a.k, a.aligned, T(0), sum);
         for (int i = 0; i < kVector; ++i) {
-          const T p = power_of_two((teacher[i] - me.max_t) * a.scale_t) * inv_t;
+          const T p = power_of_two((teacher[i] - me.max_t) * scale_t) * inv_t;
           sum[i] += p;
-          student[i] = power_of_two((student[i] - me.max_s) * a.scale_s) * inv_s - p;
+          student[i] = power_of_two((student[i] - me.max_s) * scale_s) * inv_s - p;
         }
         if (column) store(column, first, a.k, a.aligned, sum);
         if (a.delta) store_delta(a, row, first, student);
@@ -290,13 +289,14 @@ template <typename T, class Block>
 MATPAC_HD void delta_row(Block& block, const Rows<T>& a) {
   const int64_t row = block.index();
   const T* stats = a.stats + 4 * row;
+  const T scale_s = T(a.scales[0]), scale_t = T(a.scales[1]);
   block.each([&](State<T>& me) {
     for (int64_t first = column_of(0, Block::threads, me.id); first < a.k; first += Block::threads * kVector) {
       T student[kVector], teacher[kVector];
       load_logits(a, row, first, student, teacher);
-      for (int i = 0; i < kVector; ++i) teacher[i] = power_of_two((teacher[i] - stats[2]) * a.scale_t) * stats[3];
+      for (int i = 0; i < kVector; ++i) teacher[i] = power_of_two((teacher[i] - stats[2]) * scale_t) * stats[3];
       for (int i = 0; i < kVector; ++i)
-        student[i] = power_of_two((student[i] - stats[0]) * a.scale_s) * stats[1] - teacher[i];
+        student[i] = power_of_two((student[i] - stats[0]) * scale_s) * stats[1] - teacher[i];
       store_delta(a, row, first, student);
     }
   });

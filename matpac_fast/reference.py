@@ -13,13 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import ConfigError
+
 
 @dataclass(frozen=True)
 class LogMelConfig:
     """The log-mel of MATPAC: 25 ms windows every 10 ms, 80 Slaney mels of 50-8000 Hz, natural log, normalised.
 
-    Lengths in samples, frequencies in Hz. `mean` and `std` are those of AudioSet's log-mels (2502.12031 and the
-    official configuration); `log_offset` is float32's epsilon, added before the logarithm.
+    The defaults are MATPAC's; the fields reach the front ends of other encoders too (`PASST_LOG_MEL`, `BEATS_LOG_MEL`).
+
+    Args:
+        sample_rate: in Hz.
+        n_fft, win_length, hop: in samples; a window shorter than `n_fft` is padded with zeros, on both sides, or
+            after it where `framing` is "kaldi".
+        n_mels, f_min, f_max: how many filters, and their range in Hz.
+        log_offset: added before the logarithm; float32's epsilon.
+        mean, std: the result is (ln(mel + log_offset) - mean) / std; those of AudioSet (2502.12031, official code).
+        bank: "slaney" (Slaney's scale, filters of unit area, as librosa), "htk" (HTK's scale, filters of unit height,
+            as torchaudio's default) or "kaldi" (HTK's scale, triangles straight in mel, not in Hz, as Kaldi).
+        window: "hann" (periodic), "hann_symmetric", or "povey" (Kaldi's: a symmetric Hann to the power 0.85).
+        framing: "valid" (no padding; the last incomplete window is dropped), "center" (frame t is centred on sample
+            t * hop, the ends mirrored) or "kaldi" (as valid, and each frame loses its mean and is pre-emphasised on
+            its own).
+        preemphasis: a in x[n] - a x[n - 1]; outside "kaldi" on the whole wave, which loses its first sample.
+        gain: the wave's factor.
+        log_floor: mels below it count as it.
+
+    Raises:
+        ConfigError: values that cannot be.
     """
 
     sample_rate: int = 16_000
@@ -32,58 +53,173 @@ class LogMelConfig:
     log_offset: float = 1.1920928955078125e-07
     mean: float = -7.056
     std: float = 4.193
+    bank: str = "slaney"
+    window: str = "hann"
+    framing: str = "valid"
+    preemphasis: float = 0.0
+    gain: float = 1.0
+    log_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("bank", BANKS), ("window", WINDOWS), ("framing", FRAMINGS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"log-mel: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if not 1 <= self.win_length <= self.n_fft or self.hop < 1 or self.n_mels < 1 or self.std == 0:
+            raise ConfigError(
+                f"log-mel: expected 1 <= win_length <= n_fft, hop and n_mels from 1, std not 0; got {self}"
+            )
+        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
+            raise ConfigError(
+                f"log-mel: f_min {self.f_min:g} and f_max {self.f_max:g} Hz; expected 0 <= f_min < f_max <= "
+                f"{self.sample_rate / 2:g}, half the sample rate"
+            )
+
+    @property
+    def _lost(self) -> int:
+        return 1 if self.preemphasis and self.framing != "kaldi" else 0
+
+    @property
+    def _span(self) -> int:
+        return self.win_length if self.framing == "kaldi" else self.n_fft
 
     def n_frames(self, n_samples: int) -> int:
-        """Frames of a wave of `n_samples`: no padding, so the last incomplete window is dropped."""
-        return 0 if n_samples < self.n_fft else 1 + (n_samples - self.n_fft) // self.hop
+        """Frames of a wave of `n_samples`; 0 where it is too short for one."""
+        if n_samples < self.n_samples(1):
+            return 0
+        if self.framing == "center":
+            return 1 + (n_samples - self._lost) // self.hop
+        return 1 + (n_samples - self._lost - self._span) // self.hop
 
     def n_samples(self, n_frames: int) -> int:
-        """The shortest wave that has `n_frames` frames."""
-        return self.n_fft + (n_frames - 1) * self.hop
+        """The shortest wave that has `n_frames` frames (mirrored ends need more than half a window)."""
+        if self.framing == "center":
+            return max((n_frames - 1) * self.hop, self.n_fft // 2 + 1) + self._lost
+        return self._span + (n_frames - 1) * self.hop + self._lost
 
 
-def hz_to_mel(hz: Tensor) -> Tensor:
-    """Slaney's mel scale: linear below 1000 Hz (200/3 Hz a mel), then 27 steps of 6.4 ** (1 / 27)."""
+def hz_to_mel(hz: Tensor, scale: str = "slaney") -> Tensor:
+    """Slaney's mel scale: linear below 1000 Hz (200/3 Hz a mel), then 27 steps of 6.4 ** (1 / 27); or "htk"."""
+    if scale == "htk":
+        return 1127.0 * torch.log1p(hz / 700.0)
     return torch.where(
         hz < 1000.0, hz * 3.0 / 200.0, 15.0 + torch.log(hz.clamp(min=1e-9) / 1000.0) * 27.0 / math.log(6.4)
     )
 
 
-def mel_to_hz(mel: Tensor) -> Tensor:
+def mel_to_hz(mel: Tensor, scale: str = "slaney") -> Tensor:
     """Inverse of `hz_to_mel`."""
+    if scale == "htk":
+        return 700.0 * torch.expm1(mel / 1127.0)
     return torch.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * torch.exp((mel - 15.0) * math.log(6.4) / 27.0))
 
 
-def mel_bank(config: LogMelConfig) -> Tensor:
-    """Triangular mel filters of unit area (Slaney), (n_mels, n_fft // 2 + 1) float64 on the CPU."""
-    bins = torch.linspace(0, config.sample_rate // 2, config.n_fft // 2 + 1, dtype=torch.float64)  # Hz
-    low, high = hz_to_mel(torch.tensor([config.f_min, config.f_max], dtype=torch.float64))
-    edges = mel_to_hz(torch.linspace(low, high, config.n_mels + 2, dtype=torch.float64))  # Hz
-    slopes = edges[:, None] - bins[None, :]  # (n_mels + 2, bins)
+def _triangles(edges: Tensor, at: Tensor) -> Tensor:
+    """Filters of unit height: row i rises from edges[i] to edges[i + 1] and falls to edges[i + 2]; (n_mels, bins)."""
+    distance = at[None, :] - edges[:, None]
     width = edges.diff()[:, None]
-    rising = -slopes[:-2] / width[:-1]
-    falling = slopes[2:] / width[1:]
-    triangles = torch.minimum(rising, falling).clamp(min=0.0)
-    return triangles * (2.0 / (edges[2:] - edges[:-2]))[:, None]
+    return torch.minimum(distance[:-2] / width[:-1], -distance[2:] / width[1:]).clamp(min=0.0)
 
 
-def window_and_bank(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    window = torch.hann_window(config.win_length, periodic=True, dtype=torch.float64)
-    left = (config.n_fft - config.win_length) // 2
-    window = F.pad(window, (left, config.n_fft - config.win_length - left))
-    return window.to(device, dtype), mel_bank(config).to(device, dtype)
+def _edges(config: LogMelConfig, scale: str) -> Tensor:
+    """Where the filters begin, peak and end, in mel: (n_mels + 2,)."""
+    low, high = hz_to_mel(torch.tensor([config.f_min, config.f_max], dtype=torch.float64), scale)
+    return torch.linspace(low, high, config.n_mels + 2, dtype=torch.float64)
+
+
+def _slaney(config: LogMelConfig, bins: Tensor) -> Tensor:
+    edges = mel_to_hz(_edges(config, "slaney"))
+    return _triangles(edges, bins) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
+
+
+def _htk(config: LogMelConfig, bins: Tensor) -> Tensor:
+    return _triangles(mel_to_hz(_edges(config, "htk"), "htk"), bins)
+
+
+def _kaldi(config: LogMelConfig, bins: Tensor) -> Tensor:
+    bank = _triangles(_edges(config, "htk"), hz_to_mel(bins, "htk"))
+    return F.pad(bank[:, :-1], (0, 1))  # Kaldi leaves the Nyquist bin out
+
+
+BANKS = {"slaney": _slaney, "htk": _htk, "kaldi": _kaldi}
+WINDOWS = {
+    "hann": lambda n: torch.hann_window(n, periodic=True, dtype=torch.float64),
+    "hann_symmetric": lambda n: torch.hann_window(n, periodic=False, dtype=torch.float64),
+    "povey": lambda n: torch.hann_window(n, periodic=False, dtype=torch.float64) ** 0.85,
+}
+FRAMINGS = ("valid", "center", "kaldi")
+
+# PaSST (2110.05069, hear21passt): 32 kHz, without the augmentation of its filters' range.
+PASST_LOG_MEL = LogMelConfig(
+    sample_rate=32_000,
+    n_fft=1024,
+    win_length=800,
+    hop=320,
+    n_mels=128,
+    f_min=0.0,
+    f_max=15_000.0,
+    log_offset=1e-5,
+    mean=-4.5,
+    std=5.0,
+    bank="kaldi",
+    window="hann_symmetric",
+    framing="center",
+    preemphasis=0.97,
+)
+# BEATs (2212.09058): Kaldi's filter bank on 16-bit amplitudes.
+BEATS_LOG_MEL = LogMelConfig(
+    n_fft=512,
+    n_mels=128,
+    f_min=20.0,
+    log_offset=0.0,
+    mean=15.41663,
+    std=2 * 6.55582,
+    bank="kaldi",
+    window="povey",
+    framing="kaldi",
+    preemphasis=0.97,
+    gain=2.0**15,
+    log_floor=1.1920928955078125e-07,
+)
+
+
+def mel_bank(config: LogMelConfig) -> Tensor:
+    """The mel filters `config.bank`, (n_mels, n_fft // 2 + 1) float64 on the CPU."""
+    bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * (config.sample_rate / config.n_fft)  # Hz
+    return BANKS[config.bank](config, bins)
+
+
+def mel_window(config: LogMelConfig) -> Tensor:
+    """The window `config.window`, padded to (n_fft,), float64 on the CPU."""
+    room = config.n_fft - config.win_length
+    left = 0 if config.framing == "kaldi" else room // 2
+    return F.pad(WINDOWS[config.window](config.win_length), (left, room - left))
+
+
+def _frames(wave: Tensor, config: LogMelConfig) -> Tensor:
+    """(B, S) -> (B, T, n_fft), before the window."""
+    a = config.preemphasis
+    if config.framing == "kaldi":
+        frames = wave.unfold(-1, config.win_length, config.hop)
+        frames = frames - frames.mean(dim=-1, keepdim=True)
+        frames = frames - a * torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+        return F.pad(frames, (0, config.n_fft - config.win_length))
+    if a:
+        wave = wave[:, 1:] - a * wave[:, :-1]
+    if config.framing == "center":
+        wave = F.pad(wave, (config.n_fft // 2, config.n_fft // 2), mode="reflect")
+    return wave.unfold(-1, config.n_fft, config.hop)
 
 
 def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig()) -> Tensor:
     """(B, S) wave -> (B, n_mels, T) normalised log-mel. int16 counts 32768 as 1.0 and computes in float32."""
     if wave.dtype == torch.int16:
         wave = wave.to(torch.float32) / 32768.0
-    window, bank = window_and_bank(config, wave.dtype, wave.device)
-    frames = wave.unfold(-1, config.n_fft, config.hop) * window  # (B, T, n_fft)
-    spectrum = torch.fft.rfft(frames)  # (B, T, bins)
+    window = mel_window(config).to(wave.device, wave.dtype)
+    bank = mel_bank(config).to(wave.device, wave.dtype)
+    spectrum = torch.fft.rfft(_frames(wave * config.gain, config) * window)  # (B, T, bins)
     power = spectrum.real.square() + spectrum.imag.square()
     mel = bank @ power.transpose(-1, -2)  # (B, n_mels, T)
-    return (torch.log(mel + config.log_offset) - config.mean) / config.std
+    return (torch.log(mel.clamp(min=config.log_floor) + config.log_offset) - config.mean) / config.std
 
 
 def patches(spec: Tensor, size: int) -> Tensor:
@@ -121,13 +257,13 @@ def prototype_loss(
     teacher: Tensor,
     teacher_weight: Tensor,
     center: Tensor,
-    student_temp: float,
-    teacher_temp: float,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
     mean_of: str = "probabilities",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of softmax(student logits / temp) against softmax((teacher logits - center) / temp).
 
-    Shapes: features (N, d), prototype matrices (K, d), center (K,). Returns loss (N,) and the column mean (K,) of the
+    Shapes: features (N, d), prototype matrices (K, d), center (K,), temperatures (). Returns loss (N,) and the column mean (K,) of the
     teacher's probabilities (the official centre) or of its logits (DINO's). Only the student's side has gradients.
     16-bit features and prototypes are multiplied in float32: their logits would be too coarse for these temperatures.
     """

@@ -27,15 +27,13 @@ MATPAC_DECLARE(void prototype_loss_deltas(const PrototypeLossArgs& args, int64_t
 namespace matpac::MATPAC_ISA {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634074;
-
 template <typename T>
 struct Rows {
   const T *student, *teacher, *center;
   T *stats, *loss, *delta;
   int64_t k;
   T scale_s, scale_t;  // log2(e) / temperature: softmax in powers of two
-  double student_temp;
+  double inv_temp_s;
 
   explicit Rows(const PrototypeLossArgs& a)
       : student(static_cast<const T*>(a.student)),
@@ -45,9 +43,9 @@ struct Rows {
         loss(static_cast<T*>(a.loss)),
         delta(static_cast<T*>(a.delta)),
         k(a.k),
-        scale_s(T(kLog2e / a.student_temp)),
-        scale_t(T(kLog2e / a.teacher_temp)),
-        student_temp(a.student_temp) {}
+        scale_s(T(a.scales[0])),
+        scale_t(T(a.scales[1])),
+        inv_temp_s(a.scales[0] * M_LN2) {}
 };
 
 // One row: loss and statistics. `weights` (k,) receives exp of the teacher's; softmax(teacher) is added to `column`
@@ -108,7 +106,7 @@ void forward_row(const Rows<T>& a, int64_t row, T* weights, T* column) {
   }
 
   const T inv_s = T(1 / sum_s), inv_t = T(1 / sum_t);
-  a.loss[row] = T(std::log(sum_s) - dot / (sum_t * a.student_temp));
+  a.loss[row] = T(std::log(sum_s) - dot / sum_t * a.inv_temp_s);
   T* stats = a.stats + 4 * row;
   stats[0] = max_s, stats[1] = inv_s, stats[2] = max_t, stats[3] = inv_t;
 

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) prototype_loss_registers_kernel(cons
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPassThreads) prototype_loss_passes_kernel(const Rows<T> rows) {
+__global__ void __launch_bounds__(kPassThreads, 1) prototype_loss_passes_kernel(const Rows<T> rows) {
   DeviceBlock<PassState<T>, kPassThreads> block;
   forward_in_passes(block, rows);
 }

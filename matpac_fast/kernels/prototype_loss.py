@@ -6,7 +6,6 @@ teacher's probabilities and the difference of the two softmaxes compute their ti
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -56,9 +55,11 @@ def _logits_tile(
 
 @triton.jit
 def prototype_loss_fwd_kernel(
-    student, student_weight, teacher, teacher_weight, center, loss, stats, n, k, d, scale_s, scale_t, inv_temp_s,
+    student, student_weight, teacher, teacher_weight, center, loss, stats, scales, n, k, d,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    scale_s = tl.load(scales).to(tl.float32)
+    scale_t = tl.load(scales + 1).to(tl.float32)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     in_rows = row < n
     lowest = float("-inf")
@@ -91,7 +92,7 @@ def prototype_loss_fwd_kernel(
         sum_t = sum_t * fade + tl.sum(t, axis=1)
         max_s = new_s
         max_t = new_t
-    tl.store(loss + row, tl.log(sum_s) - dot / sum_t * inv_temp_s, mask=in_rows)
+    tl.store(loss + row, tl.log(sum_s) - dot / sum_t * (scale_s * 0.6931471805599453), mask=in_rows)
     at = stats + row.to(tl.int64) * 4
     tl.store(at, max_s, mask=in_rows)
     tl.store(at + 1, 1.0 / sum_s, mask=in_rows)
@@ -101,10 +102,11 @@ def prototype_loss_fwd_kernel(
 
 @triton.jit
 def prototype_loss_columns_kernel(
-    teacher, teacher_weight, center, stats, sums, n, k, d, scale_t, split_rows,
+    teacher, teacher_weight, center, stats, sums, scales, n, k, d, split_rows,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums[split] (K,) = the teacher's probabilities added over the rows of the split."""
+    scale_t = tl.load(scales + 1).to(tl.float32)
     column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK]
     inside = column < k
     c = tl.load(center + column, mask=inside, other=0.0)
@@ -126,9 +128,11 @@ def prototype_loss_columns_kernel(
 
 @triton.jit
 def prototype_loss_delta_kernel(
-    student, student_weight, teacher, teacher_weight, center, stats, delta, n, k, d, scale_s, scale_t,
+    student, student_weight, teacher, teacher_weight, center, stats, delta, scales, n, k, d,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    scale_s = tl.load(scales).to(tl.float32)
+    scale_t = tl.load(scales + 1).to(tl.float32)
     # Rows vary fastest: the programs that read the same prototypes run at the same time.
     row_blocks = tl.cdiv(n, BLOCK_M)
     row = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
@@ -156,29 +160,28 @@ def forward(
     teacher: Tensor,
     teacher_weight: Tensor,
     center: Tensor,
-    temps: tuple[float, float],
+    scales: Tensor,
     loss: Tensor,
     stats: Tensor,
     column_sum: Tensor | None,
 ) -> None:
     """Fill loss (N,) and stats (N, 4), float32; add the teacher's probabilities to column_sum (K,), float64, if any.
 
-    Both factors of a side have one dtype: float32, bfloat16 or float16; all are contiguous. center (K,) float32.
+    Both factors of a side have one dtype: float32, bfloat16 or float16; all are contiguous. center (K,)
+    float32, scales (2,) float64: log2(e) / temperature of student and teacher.
     """
     (n, d), k = student.shape, center.shape[0]
-    scale_s, scale_t = (math.log2(math.e) / temp for temp in temps)
     options = _options(max(student.element_size(), teacher.element_size()), capability_of(student))
     grid = (triton.cdiv(n, options["BLOCK_M"]),)
     prototype_loss_fwd_kernel[grid](
-        student, student_weight, teacher, teacher_weight, center, loss, stats, n, k, d,
-        scale_s, scale_t, 1 / temps[0], **options,
+        student, student_weight, teacher, teacher_weight, center, loss, stats, scales, n, k, d, **options,
     )  # fmt: skip
     if column_sum is None:
         return
     sums = stats.new_empty((triton.cdiv(n, SPLIT_ROWS), k))
     grid = (triton.cdiv(k, options["BLOCK_K"]), sums.shape[0])
     prototype_loss_columns_kernel[grid](
-        teacher, teacher_weight, center, stats, sums, n, k, d, scale_t, SPLIT_ROWS, **options
+        teacher, teacher_weight, center, stats, sums, scales, n, k, d, SPLIT_ROWS, **options
     )
     column_sum += sums.sum(0, dtype=torch.float64)
 
@@ -189,18 +192,16 @@ def delta(
     teacher: Tensor,
     teacher_weight: Tensor,
     center: Tensor,
-    temps: tuple[float, float],
+    scales: Tensor,
     stats: Tensor,
     out: Tensor,
 ) -> None:
     """Fill out (N, K) with softmax(student) - softmax(teacher) from the forward's statistics; `out` may be 16-bit."""
     (n, d), k = student.shape, center.shape[0]
-    scale_s, scale_t = (math.log2(math.e) / temp for temp in temps)
     options = _options(max(student.element_size(), teacher.element_size()), capability_of(student))
     grid = (triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(k, options["BLOCK_K"]),)
     prototype_loss_delta_kernel[grid](
-        student, student_weight, teacher, teacher_weight, center, stats, out, n, k, d,
-        scale_s, scale_t, **options,
+        student, student_weight, teacher, teacher_weight, center, stats, out, scales, n, k, d, **options,
     )  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def _aot() -> list[Launch]:
         )
         signature |= dict.fromkeys(("center", "loss", "stats", "sums"), "*fp32")
         signature |= dict.fromkeys(("n", "k", "d", "split_rows"), "i32")
-        signature |= dict.fromkeys(("scale_s", "scale_t", "inv_temp_s"), "fp32")
+        signature["scales"] = "*fp64"
         by_options: dict[tuple[tuple[str, Any], ...], list[int]] = {}
         for capability in CAPABILITIES:
             by_options.setdefault(tuple(_options(itemsize, capability).items()), []).append(capability)

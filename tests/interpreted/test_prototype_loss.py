@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from matpac_fast import ops, reference, use_backend
 from matpac_fast.kernels import prototype_loss as kernels
-
-op_module = importlib.import_module("matpac_fast.ops.prototype_loss")
+from matpac_fast.ops import _prototype_launchers
 
 TEMPS = (0.1, 0.04)
+SCALES = math.log2(math.e) / torch.tensor(TEMPS, dtype=torch.float64)
 SHAPES = [  # (N, K, d): within one tile, across tiles, multiples of nothing, one of each
     (130, 140, 40),
     (65, 133, 100),
@@ -39,8 +39,8 @@ def run_kernels(inputs: tuple[Tensor, ...], delta_dtype: torch.dtype) -> tuple[T
     nan = float("nan")
     loss, stats = torch.full((n,), nan), torch.full((n, 4), nan)
     delta, column_sum = torch.full((n, k), nan, dtype=delta_dtype), torch.zeros(k, dtype=torch.float64)
-    kernels.forward(*inputs, TEMPS, loss, stats, column_sum)
-    kernels.delta(*inputs, TEMPS, stats, delta)
+    kernels.forward(*inputs, SCALES, loss, stats, column_sum)
+    kernels.delta(*inputs, SCALES, stats, delta)
     return loss, column_sum / n, delta
 
 
@@ -73,7 +73,7 @@ def test_kernels_match_the_reference(shape, dtype, scale, monkeypatch):
 
 @pytest.mark.parametrize("mean_of", ["probabilities", "logits"])
 def test_op_and_its_gradients(mean_of, monkeypatch):
-    monkeypatch.setattr(op_module, "_CHUNK_BYTES", {"cpu": 1})  # chunks of 64 rows
+    monkeypatch.setattr(_prototype_launchers, "_CHUNK_BYTES", {"cpu": 1})  # chunks of 64 rows
     inputs = sides(70, 33, 20, torch.float32)
     upstream = torch.randn(70, generator=torch.Generator().manual_seed(0))
     results = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from matpac_fast import _C, ops, reference, use_backend
+from matpac_fast.ops import _prototype_launchers
 
 # ops.prototype_loss is the function; this is the module it lives in.
 op_module = importlib.import_module("matpac_fast.ops.prototype_loss")
@@ -52,12 +55,16 @@ class Problem:
         return self.student, self.student_weight, self.teacher, self.teacher_weight, self.center
 
     def run(
-        self, loss_of: Callable[..., tuple[Tensor, Tensor]], mean_of: str = "probabilities", dtype: Any = None
+        self,
+        loss_of: Callable[..., tuple[Tensor, Tensor]],
+        mean_of: str = "probabilities",
+        dtype: torch.dtype | None = None,
+        temps: tuple[Any, Any] = TEMPS,
     ) -> dict[str, Tensor]:
         """Loss, mean and both gradients, computed in `dtype` if given."""
         student, student_weight, *rest = (t.detach().to(dtype or t.dtype) for t in self.sides)
         student.requires_grad_(), student_weight.requires_grad_()
-        loss, mean = loss_of(student, student_weight, *rest, *TEMPS, mean_of)
+        loss, mean = loss_of(student, student_weight, *rest, *temps, mean_of)
         grads = torch.autograd.grad(loss, (student, student_weight), self.upstream.to(loss.dtype))
         return {"loss": loss.detach(), "mean": mean, "student": grads[0], "student_weight": grads[1]}
 
@@ -90,7 +97,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def recompute(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a large N x K: nothing kept for the backward pass, and several chunks of rows."""
     monkeypatch.setattr(op_module, "_KEEP_BYTES", 0)
-    monkeypatch.setattr(op_module, "_CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(_prototype_launchers, "_CHUNK_BYTES", {"cpu": 1})
 
 
 @pytest.fixture
@@ -160,24 +167,41 @@ def test_opcheck(keep):
     plain = [t.clone() for t in problem.sides]
     permuted = [t.T.contiguous().T.requires_grad_(i < 2) if t.ndim == 2 else t for i, t in enumerate(plain)]
     op = torch.ops.matpac_fast.prototype_loss.default
+    temps = torch.tensor(TEMPS, dtype=torch.float64)
     for sides in (plain, permuted):
-        opcheck(op, (*sides, *TEMPS, "probabilities", keep, "cpp"))
-        opcheck(op, (*sides, *TEMPS, "logits", keep, "cpp"))
-    _, _, stats, delta = op(*(t.detach() for t in permuted), *TEMPS, "logits", keep, "cpp")
+        opcheck(op, (*sides, temps, "probabilities", keep, "cpp"))
+        opcheck(op, (*sides, temps, "logits", keep, "cpp"))
+    _, _, stats, delta = op(*(t.detach() for t in permuted), temps, "logits", keep, "cpp")
     backward = torch.ops.matpac_fast.prototype_loss_backward.default
+    student, weight, *rest = (t.detach() for t in permuted)
     for wanted in ((True, True), (True, False), (False, True)):
-        args = (problem.upstream.float(), *(t.detach() for t in permuted), stats, delta, *TEMPS, *wanted, "cpp")
-        opcheck(backward, args)
+        teacher = (None, None, None) if keep else rest
+        opcheck(backward, (problem.upstream.float(), student, weight, *teacher, stats, delta, temps, *wanted, "cpp"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_compiles_into_one_graph_for_any_number_of_rows(backend):
+def test_compiles_into_one_graph_for_any_rows_and_temperature(backend):
+    torch._dynamo.reset()  # it remembers what varied before
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
     with use_backend(backend):
-        compiled = torch.compile(ops.prototype_loss, fullgraph=True, dynamic=True, backend="aot_eager")
-        for n in (9, 14):
+        compiled = torch.compile(ops.prototype_loss, fullgraph=True, dynamic=True, backend=count)
+        for n, temp in ((9, 0.04), (14, 0.0401), (13, 0.05), (8, 0.07)):
             problem = Problem(n, 12, 4)
-            expected, out = problem.run(ops.prototype_loss), problem.run(compiled)
+            expected, out = problem.run(ops.prototype_loss, temps=(0.1, temp)), problem.run(compiled, temps=(0.1, temp))
             assert_close(out, {name: value.double() for name, value in expected.items()}, expected)
+    assert len(graphs) == 1
+
+
+def test_temperatures_may_be_tensors():
+    problem = Problem(6, 9, 4)
+    expected = problem.run(ops.prototype_loss)
+    out = problem.run(ops.prototype_loss, temps=tuple(torch.tensor(temp, dtype=torch.float64) for temp in TEMPS))
+    assert all(torch.equal(out[name], expected[name]) for name in out)
 
 
 def test_inputs_stay_and_bits_repeat(recompute):
@@ -198,12 +222,13 @@ def rows(student: Tensor, teacher: Tensor, center: Tensor, temps: tuple[float, f
     loss, stats = student.new_full((n,), nan), student.new_full((n, 4), nan)
     delta, again = student.new_full((n, k), nan), student.new_full((n, k), nan)
     column_sum = torch.zeros(k, dtype=torch.float64)
+    scales = math.log2(math.e) / torch.tensor(temps, dtype=torch.float64)
     code = 1 if student.dtype == torch.float64 else 0
 
     def args(loss: int, delta: Tensor, column_sum: int) -> Any:
         pointers = (student.data_ptr(), teacher.data_ptr(), center.data_ptr())
         return _C.PrototypeLossArgs(
-            *pointers, code, n, k, *temps, loss, stats.data_ptr(), delta.data_ptr(), code, column_sum
+            *pointers, code, n, k, scales.data_ptr(), loss, stats.data_ptr(), delta.data_ptr(), code, column_sum
         )
 
     forward, backward = args(loss.data_ptr(), delta, column_sum.data_ptr()), args(0, again, 0)
@@ -303,6 +328,24 @@ def test_only_the_student_learns(backend):
     assert [t.grad is not None for t in sides] == [True, True, False, False, False]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+def test_teacher_and_centre_may_move_before_backward(backend, keep, monkeypatch):
+    """As in the official step, where the forward pass updates them."""
+    if not keep:
+        monkeypatch.setattr(op_module, "_KEEP_BYTES", 0)
+    problem = Problem(6, 9, 4)
+    with use_backend(backend):
+        expected = problem.run(ops.prototype_loss)
+        student = problem.student.clone().requires_grad_()
+        rest = [t.clone() for t in problem.sides[1:]]
+        loss, _ = ops.prototype_loss(student, *rest, *TEMPS)
+        for teacher_side in rest[1:]:
+            teacher_side.zero_()
+        (grad,) = torch.autograd.grad(loss, student, problem.upstream.float())
+    assert torch.equal(grad, expected["student"])
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_gradient_without_the_other(which):
     problem = Problem(6, 9, 4)
@@ -358,7 +401,7 @@ def bad(**changes: Any) -> dict[str, Any]:
         (bad(student_temp=0.0), ValueError, "student_temp is 0.0; expected a positive number"),
         (bad(teacher_temp=float("nan")), ValueError, "teacher_temp is nan; expected a positive number"),
         (bad(teacher_temp=float("inf")), ValueError, "teacher_temp is inf"),
-        (bad(teacher_temp=torch.tensor(0.04)), TypeError, r"teacher_temp is a tensor.*teacher_temp.item\(\)"),
+        (bad(teacher_temp=torch.ones(1)), ValueError, r"teacher_temp is \(1,\) float32.*expected 0 dimensions"),
         (bad(mean_of="centre"), ValueError, "mean_of is 'centre'; expected one of probabilities, logits"),
     ],
 )
