@@ -23,9 +23,22 @@ matpac::LogMelArgs log_mel_args(Address wave, int wave_dtype, int64_t batch, int
                                 int64_t frames, Address out, int out_dtype, Address window, Address bands,
                                 Address weights, Address inverse_sums, int n_mels, double log_offset, double mean,
                                 double std) {
-  return {pointer(wave), matpac::DType(wave_dtype), batch, stride, hop, frames, pointer(out),
-          matpac::DType(out_dtype), pointer<double>(window), pointer<std::int32_t>(bands), pointer(weights),
-          pointer(inverse_sums), n_mels, log_offset, mean, std};
+  return {pointer(wave),
+          matpac::DType(wave_dtype),
+          batch,
+          stride,
+          hop,
+          frames,
+          pointer(out),
+          matpac::DType(out_dtype),
+          pointer<double>(window),
+          pointer<std::int32_t>(bands),
+          pointer(weights),
+          pointer(inverse_sums),
+          n_mels,
+          log_offset,
+          mean,
+          std};
 }
 
 // Positional arguments in the order of PatchGatherArgs.
@@ -33,16 +46,28 @@ matpac::PatchGatherArgs patch_gather_args(Address spec, int itemsize, int64_t ba
                                           int64_t freq_stride, int64_t grid_freq, int64_t grid_time, int64_t patch,
                                           Address ids, int64_t ids_stride, int64_t count, Address patches,
                                           Address table, int64_t width, Address tokens) {
-  return {pointer(spec), itemsize, batch, batch_stride, freq_stride, grid_freq, grid_time, patch,
-          pointer<std::int64_t>(ids), ids_stride, count, pointer(patches), pointer(table), width, pointer(tokens)};
+  return {pointer(spec),  itemsize,    batch,
+          batch_stride,   freq_stride, grid_freq,
+          grid_time,      patch,       pointer<std::int64_t>(ids),
+          ids_stride,     count,       pointer(patches),
+          pointer(table), width,       pointer(tokens)};
 }
 
 // Positional arguments in the order of PrototypeLossArgs.
 matpac::PrototypeLossArgs prototype_loss_args(Address student, Address teacher, Address center, int dtype, int64_t rows,
                                               int64_t k, Address scales, Address loss, Address stats, Address delta,
                                               int delta_dtype, Address column_sum) {
-  return {pointer(student), pointer(teacher), pointer(center), matpac::DType(dtype), rows, k,
-          pointer<double>(scales), pointer(loss), pointer(stats), pointer(delta), matpac::DType(delta_dtype),
+  return {pointer(student),
+          pointer(teacher),
+          pointer(center),
+          matpac::DType(dtype),
+          rows,
+          k,
+          pointer<double>(scales),
+          pointer(loss),
+          pointer(stats),
+          pointer(delta),
+          matpac::DType(delta_dtype),
           pointer<double>(column_sum)};
 }
 
@@ -60,8 +85,9 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("CUDA_ARCHS") = "";
 #endif
-  m.def("cuda_versions", [] { return std::make_pair(matpac::cuda_driver_version(), matpac::cuda_runtime_version()); },
-        "(driver, runtime) as 1000 * major + 10 * minor, 0 where there is none");
+  m.def(
+      "cuda_versions", [] { return std::make_pair(matpac::cuda_driver_version(), matpac::cuda_runtime_version()); },
+      "(driver, runtime) as 1000 * major + 10 * minor, 0 where there is none");
   m.def("cpu_isa", &matpac::cpu_isa, "The instruction set of the CPU kernels: portable, avx2 or avx512.");
   m.def("set_cpu_isa", &matpac::set_cpu_isa, py::arg("name"), "Use a lower instruction set; for tests and benchmarks.");
 
@@ -69,12 +95,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("log_mel_cpu", &matpac::log_mel_cpu, py::arg("args"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
 
-  m.def("mask_shuffle_cpu",
-        [](int64_t base, Address index, int64_t batch, int64_t n_tokens, Address out, int threads) {
-          matpac::mask_shuffle_cpu(base, pointer<std::int64_t>(index), batch, n_tokens, pointer<std::int64_t>(out),
-                                   threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "mask_shuffle_cpu",
+      [](int64_t base, Address index, int64_t batch, int64_t n_tokens, Address out, int threads) {
+        matpac::mask_shuffle_cpu(base, pointer<std::int64_t>(index), batch, n_tokens, pointer<std::int64_t>(out),
+                                 threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 
   py::class_<matpac::PatchGatherArgs>(m, "PatchGatherArgs").def(py::init(&patch_gather_args));
   m.def("patch_gather_cpu", &matpac::patch_gather_cpu, py::arg("args"), py::arg("threads"),
@@ -85,10 +112,9 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("prototype_loss_delta_cpu", &matpac::prototype_loss_delta_cpu, py::arg("args"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("prototype_loss_forward_emulated",
-        [](const matpac::PrototypeLossArgs& args, Address columns, int blocks) {
-          matpac::prototype_loss_forward_emulated(args, pointer(columns), blocks);
-        });
+  m.def("prototype_loss_forward_emulated", [](const matpac::PrototypeLossArgs& args, Address columns, int blocks) {
+    matpac::prototype_loss_forward_emulated(args, pointer(columns), blocks);
+  });
   m.def("prototype_loss_delta_emulated", &matpac::prototype_loss_delta_emulated);
 #ifdef MATPAC_FAST_WITH_CUDA
   m.def("prototype_loss_forward_cuda",
