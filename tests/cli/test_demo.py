@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from matpac_fast.study.probe import ProbeResult, bootstrap_interval
 OPTIONS = ["--crop-seconds", "0.16", "0.32", "--batch-size", "4", "--temporal-supports", "0.8", "2.4"]
 
 
+@functools.cache
 def few(split: str) -> Samples:
     """Two notes of each family, or two mixtures."""
     whole = samples.load_samples(split)  # pyright: ignore[reportArgumentType]
@@ -70,19 +73,33 @@ def test_training_moved_the_encoder(finished: Path) -> None:
     assert 0 < max(moved) < 0.02
 
 
+def row(trained: int) -> Row:
+    """A row whose baselines have 100 and 150 of 400 notes right."""
+
+    def probe(right: int) -> ProbeResult:
+        correct = torch.arange(400) < right
+        return ProbeResult(bootstrap_interval(correct), correct, 1.0)
+
+    return Row(0.8, 3, 1.0, 1.0, {STATISTICS: probe(100), UNTRAINED: probe(150), TRAINED: probe(trained)})
+
+
 def test_a_second_run_goes_on_with_the_first(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = json.loads((finished / "results.json").read_text())
-    weights = (finished / "run" / "latest").read_text()
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    asked = {}
     monkeypatch.setattr(demo, "load_samples", few)
-    assert cli.main(["demo", "--out", str(finished), "--temporal-supports", "2.4"]) == 0
+    monkeypatch.setattr(demo, "compare", lambda encoders, *_: asked.update(encoders) or [row(250)])
+    assert cli.main(["demo", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "going on with the run" in printed
+    assert "62.5 % (" in printed
     assert "\x1b" not in printed  # no terminal, no colours
-    after = json.loads((finished / "results.json").read_text())
-    assert (finished / "run" / "latest").read_text() == weights
-    assert after["temporal_supports"][0]["accuracy"] == before["temporal_supports"][1]["accuracy"]
+    assert "62.5 % (" in (out / "report.html").read_text()
+    assert asked[TRAINED].id == load_encoder(finished / "run", "cpu").id
+    # The options it was begun with: the encoder before training is that of the run.
+    assert asked[UNTRAINED].native_seconds == asked[TRAINED].native_seconds == 0.32
 
 
 def test_minutes_become_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -92,6 +109,7 @@ def test_minutes_become_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         trained.append(arguments[3].steps)  # pyright: ignore[reportAttributeAccessIssue]
         raise ConfigError("far enough")
 
+    monkeypatch.setattr(demo, "load_samples", few)
     monkeypatch.setattr(demo, "_seconds_a_step", lambda *_: 0.5)
     monkeypatch.setattr(demo, "pretrain", stop)
     assert cli.main(["demo", "--out", str(tmp_path), "--minutes", "1.5"]) == cli.FAILED
@@ -118,8 +136,13 @@ def test_a_step_is_timed_by_training(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_one_line(
-    options: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(demo, "load_samples", few)
     assert cli.main(["demo", "--out", str(tmp_path / "out"), *options]) == cli.FAILED
     error = capsys.readouterr().err
     assert line in error
@@ -138,13 +161,6 @@ def test_features_average_windows() -> None:
 
 
 def test_verdicts_claim_only_what_the_test_can_tell() -> None:
-    def probe(right: int) -> ProbeResult:
-        correct = torch.arange(400) < right
-        return ProbeResult(bootstrap_interval(correct), correct, 1.0)
-
-    def row(trained: int) -> Row:
-        return Row(0.8, 3, 1.0, 1.0, {STATISTICS: probe(100), UNTRAINED: probe(150), TRAINED: probe(trained)})
-
     better, same, worse = study.verdicts([row(250), row(151), row(50)])
     assert "+25.0 points" in better
     assert "chance" not in better
