@@ -35,7 +35,7 @@ class Exportable(nn.Module):
             raise ConfigError(f"export: the encoder is in {encoder.dtype}; load it in float32")
         config = encoder.log_mel_config
         self.encoder, self.config = encoder, config
-        window, bank = reference.window_and_bank(config, torch.float64, torch.device("cpu"))
+        window, bank = reference.mel_window(config) * config.gain, reference.mel_bank(config)
         used = bank.any(0).nonzero()[:, 0]  # the bins that some filter sees
         angle = 2 * torch.pi / config.n_fft * (torch.arange(config.n_fft)[:, None] * used % config.n_fft).double()
         dft = torch.cat([angle.cos(), angle.sin()], dim=1) * window[:, None]
