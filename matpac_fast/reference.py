@@ -263,9 +263,10 @@ def prototype_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of softmax(student logits / temp) against softmax((teacher logits - center) / temp).
 
-    Shapes: features (N, d), prototype matrices (K, d), center (K,), temperatures (). Returns loss (N,) and the column mean (K,) of the
-    teacher's probabilities (the official centre) or of its logits (DINO's). Only the student's side has gradients.
-    16-bit features and prototypes are multiplied in float32: their logits would be too coarse for these temperatures.
+    Shapes: features (N, d), prototype matrices (K, d), center (K,); the temperatures are numbers or tensors (). Returns
+    loss (N,) and the column mean (K,) of the teacher's probabilities (the official centre) or of its logits (DINO's).
+    Only the student's side has gradients. 16-bit inputs are multiplied in float32: their logits would be too coarse for
+    these temperatures.
     """
     work = functools.reduce(
         torch.promote_types, (t.dtype for t in (student, student_weight, teacher, teacher_weight)), torch.float32
