@@ -43,8 +43,8 @@ void log_mel_cpu(const LogMelArgs& args, int threads);
 void mask_shuffle_cpu(int64_t base, const int64_t* index, int64_t batch, int64_t n_tokens, int64_t* out, int threads);
 
 // The memory movement of masked_patch_embed for `count` patches of every sample: row 1 + j of a sample gets patch
-// ids[j] in `patches` and row 1 + ids[j] of `table` in `tokens`. Row 0, the CLS token, gets zeros and the table's row 0,
-// so that tokens + patches @ weight is the result without a gap between samples.
+// ids[j] in `patches` and row 1 + ids[j] of `table` in `tokens`. Row 0, the CLS token, gets zeros and the table's row
+// 0, so that tokens + patches @ weight is the result without a gap between samples.
 struct PatchGatherArgs {
   const void* spec;  // (batch, F, T) of `itemsize` bytes an element, frames next to each other
   int itemsize;
@@ -72,11 +72,11 @@ struct PrototypeLossArgs {
   DType dtype;          // float32 or float64
   int64_t rows, k;
   const double* scales;  // (2,) log2(e) / temperature of student and teacher; in memory, so that no step waits for it
-  void* loss;           // (rows,)
-  void* stats;          // (rows, 4): maximum of the student's logits, 1 / sum of exponentials, the teacher's two
-  void* delta;          // (rows, k) of `delta_dtype`; may be `student` itself where the dtype is the same
-  DType delta_dtype;    // `dtype`; CUDA: also bfloat16 or float16
-  double* column_sum;   // (k,)
+  void* loss;            // (rows,)
+  void* stats;           // (rows, 4): maximum of the student's logits, 1 / sum of exponentials, the teacher's two
+  void* delta;           // (rows, k) of `delta_dtype`; may be `student` itself where the dtype is the same
+  DType delta_dtype;     // `dtype`; CUDA: also bfloat16 or float16
+  double* column_sum;    // (k,)
 };
 void prototype_loss_forward_cpu(const PrototypeLossArgs& args, int threads);
 void prototype_loss_delta_cpu(const PrototypeLossArgs& args, int threads);
