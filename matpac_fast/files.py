@@ -27,11 +27,11 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.fchmod(handle, 0o644)
     os.close(handle)
     beside = Path(name)
     try:
         yield beside
+        os.chmod(beside, 0o644)  # mkstemp, and safetensors, leave a file that its owner alone can read
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
