@@ -19,8 +19,6 @@ _MIN_ROWS = 64
 # Blocks of the CUDA kernel; each sums the probabilities of its rows, and the shape alone must decide of which.
 _BLOCKS = 512
 _BLOCKS_BYTES = 2**26
-# torch >= 2.8 multiplies 16-bit matrices into a float32 result.
-_MM_INTO_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
@@ -35,7 +33,16 @@ def mm(a: Tensor, b: Tensor, work: torch.dtype, out: Tensor | None = None) -> Te
 
 def delta_dtype(student: Tensor, weight: Tensor, work: torch.dtype) -> torch.dtype:
     """What the gradients' products multiply: `work`, or on a GPU the 16 bits of both its factors."""
-    return student.dtype if _MM_INTO_FLOAT32 and student.is_cuda and student.dtype == weight.dtype else work
+    return student.dtype if _both_16_bit(student, weight, work) and _multiplies_16_bits(student) else work
+
+
+def _both_16_bit(a: Tensor, b: Tensor, work: torch.dtype) -> bool:
+    return a.dtype == b.dtype and a.dtype.itemsize == 2 and work == torch.float32
+
+
+def _multiplies_16_bits(tensor: Tensor) -> bool:
+    """Whether torch multiplies 16-bit matrices into a float32 result: on a GPU, from torch 2.8 on."""
+    return tensor.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
 
 
 class Sides:
@@ -57,8 +64,7 @@ class Sides:
 
     def _factors(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """16 bits stay 16 bits where the product comes out in `work` nevertheless."""
-        in_16_bits = features.dtype == weight.dtype and features.dtype.itemsize == 2
-        if in_16_bits and (self.launcher == "triton" or (_MM_INTO_FLOAT32 and features.is_cuda)):
+        if _both_16_bit(features, weight, self.work) and (self.launcher == "triton" or _multiplies_16_bits(features)):
             return features, weight
         return features.to(self.work), weight.to(self.work)
 

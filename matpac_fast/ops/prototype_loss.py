@@ -123,7 +123,7 @@ def _backward(
     for rows in [slice(0, student.shape[0])] if rest is None else rest.chunks:
         part = delta if rest is None else rest.delta(rows, stats[rows], delta.dtype)
         if for_student:
-            grad_student[rows] = mm(part, weight, work) * factor[rows]
+            grad_student[rows] = mm(part, weight, work).mul_(factor[rows])
         if for_weight:
             sums += mm(part.T, features[rows], work)
     return grad_student, (sums * largest).to(student_weight.dtype)

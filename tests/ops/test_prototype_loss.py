@@ -5,81 +5,26 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from prototype_problem import SHAPES, TEMPS, Problem, assert_close
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from matpac_fast import _C, ops, reference, use_backend
+from matpac_fast import ops, reference, use_backend
 from matpac_fast.ops import _prototype_launchers
 
+_C = pytest.importorskip("matpac_fast._C", reason="needs the native extension: pip install . with a C++17 compiler")
 # ops.prototype_loss is the function; this is the module it lives in.
 op_module = importlib.import_module("matpac_fast.ops.prototype_loss")
 opcheck = torch.library.opcheck
 
-TEMPS = (0.1, 0.04)
-SHAPES = [  # (N, K, d): the model's ratio, multiples of nothing, one of each, more rows than one chunk
-    (133, 2048, 256),
-    (37, 19, 5),
-    (17, 31, 3),
-    (1, 100, 7),
-    (3, 1, 4),
-    (201, 257, 16),
-]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ISAS = ["portable", "avx2", "avx512"]
-
-
-class Problem:
-    """Unit features and prototypes, a centre and an upstream gradient; `scale` multiplies both sides' logits."""
-
-    def __init__(self, n: int, k: int, d: int, dtype: torch.dtype = torch.float32, scale: float = 1.0):
-        generator = torch.Generator().manual_seed(n * k + d)
-
-        def unit(rows: int) -> Tensor:
-            return F.normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64), dim=1)
-
-        self.student, self.teacher = (unit(n) * scale).to(dtype), (unit(n) * scale).to(dtype)
-        self.student_weight, self.teacher_weight = unit(k).to(dtype), unit(k).to(dtype)
-        work = torch.promote_types(dtype, torch.float32)
-        self.center = 0.1 * torch.randn(k, generator=generator, dtype=torch.float64).to(work)
-        self.upstream = torch.randn(n, generator=generator, dtype=torch.float64)
-
-    @property
-    def sides(self) -> tuple[Tensor, ...]:
-        return self.student, self.student_weight, self.teacher, self.teacher_weight, self.center
-
-    def run(
-        self,
-        loss_of: Callable[..., tuple[Tensor, Tensor]],
-        mean_of: str = "probabilities",
-        dtype: torch.dtype | None = None,
-        temps: tuple[Any, Any] = TEMPS,
-    ) -> dict[str, Tensor]:
-        """Loss, mean and both gradients, computed in `dtype` if given."""
-        student, student_weight, *rest = (t.detach().to(dtype or t.dtype) for t in self.sides)
-        student.requires_grad_(), student_weight.requires_grad_()
-        loss, mean = loss_of(student, student_weight, *rest, *temps, mean_of)
-        grads = torch.autograd.grad(loss, (student, student_weight), self.upstream.to(loss.dtype))
-        return {"loss": loss.detach(), "mean": mean, "student": grads[0], "student_weight": grads[1]}
-
-
-def assert_close(out: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
-    """No more than twice the error of the reference in the same dtype, and a few roundings of the largest value."""
-    for name, value in out.items():
-        work = plain[name].dtype
-        assert value.dtype == work, name
-        error = (value.double() - exact[name]).abs().max()
-        own = (plain[name].double() - exact[name]).abs().max()
-        # In float64 the reference is the oracle; a logit's rounding counts 1 / 0.04 times in the exponent.
-        roundings = 64 if work == torch.float64 else 4
-        few = roundings * torch.finfo(work).eps * exact[name].abs().max()
-        assert error <= 2 * own + few, f"{name}: {error:.3g}, the reference {own:.3g}"
 
 
 @pytest.fixture(params=ISAS)
@@ -168,9 +113,8 @@ def test_opcheck(keep):
     permuted = [t.T.contiguous().T.requires_grad_(i < 2) if t.ndim == 2 else t for i, t in enumerate(plain)]
     op = torch.ops.matpac_fast.prototype_loss.default
     temps = torch.tensor(TEMPS, dtype=torch.float64)
-    for sides in (plain, permuted):
-        opcheck(op, (*sides, temps, "probabilities", keep, "cpp"))
-        opcheck(op, (*sides, temps, "logits", keep, "cpp"))
+    opcheck(op, (*plain, temps, "probabilities", keep, "cpp"))
+    opcheck(op, (*permuted, temps, "logits", keep, "cpp"))
     _, _, stats, delta = op(*(t.detach() for t in permuted), temps, "logits", keep, "cpp")
     backward = torch.ops.matpac_fast.prototype_loss_backward.default
     student, weight, *rest = (t.detach() for t in permuted)
@@ -308,12 +252,14 @@ def test_autocast_does_not_reach_inside(backend, recompute):
         assert torch.equal(out[name], expected[name]), name
 
 
-def test_mixed_dtypes_compute_in_the_wider():
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64], ids=str)
+def test_mixed_dtypes_compute_in_the_widest(other, recompute):
     problem = Problem(30, 40, 8)
-    problem.student, problem.teacher = problem.student.bfloat16(), problem.teacher.bfloat16()
+    problem.student, problem.teacher = problem.student.bfloat16(), problem.teacher.to(other)
     exact = problem.run(reference.prototype_loss, dtype=torch.float64)
     out, plain = problem.run(ops.prototype_loss), problem.run(reference.prototype_loss)
     assert (out["student"].dtype, out["student_weight"].dtype) == (torch.bfloat16, torch.float32)
+    assert out["loss"].dtype == torch.promote_types(other, torch.float32)
     assert_close(out, exact, plain)
 
 
