@@ -186,7 +186,10 @@ def _forced_launcher(op: str, device: torch.device, dtype: torch.dtype | None, t
 
 @functools.cache
 def _warn_slow(op: str, reasons: str) -> None:
-    warnings.warn(f"matpac_fast.ops.{op} runs on the PyTorch reference on this GPU ({reasons})", stacklevel=3)
+    warnings.warn(
+        f"matpac_fast.ops.{op} runs on the PyTorch reference on this GPU ({reasons or 'it has no GPU kernel yet'})",
+        stacklevel=3,
+    )
 
 
 class use_backend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Worker processes find the functions they are sent under tests.*; last, so that the installed package comes first.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Triton decides at import whether it interprets, so these run in a pytest process of their own
 # (tests/test_interpreted.py starts it).
