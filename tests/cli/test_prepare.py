@@ -82,7 +82,14 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_no_half_file(source, tmp_path):
         os.link(source / "0.wav", source / f"more-{i}.wav")
     out = tmp_path / "corpus"
     command = [sys.executable, "-m", "matpac_fast.cli", "prepare", str(source), str(out), "--shard-seconds", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as CI may run in, hands an ignored SIGINT down to its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while process.poll() is None and not list(out.glob("parts/*.parquet")):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
