@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -75,35 +73,6 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys, mo
     assert line in said.err
     assert len(said.err.strip().splitlines()) == 1
     assert said.out == ""
-
-
-def test_ctrl_c_says_how_to_go_on_and_leaves_no_half_file(source, tmp_path):
-    for i in range(1500):  # enough that the signal arrives before the end
-        os.link(source / "0.wav", source / f"more-{i}.wav")
-    out = tmp_path / "corpus"
-    command = [sys.executable, "-m", "matpac_fast.cli", "prepare", str(source), str(out), "--shard-seconds", "2"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job, as CI may run in, hands an ignored SIGINT down to its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while process.poll() is None and not list(out.glob("parts/*.parquet")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate()
-    assert process.returncode == cli.INTERRUPTED, errors
-    assert errors.splitlines() == [
-        "the shards that are finished are kept; the same command goes on from there",
-        "matpac-fast prepare: interrupted",
-    ]
-    assert not said
-    assert 0 < len(Corpus(out)) < 1503
-    assert not list(out.rglob("*.tmp"))
-    assert cli.main(["prepare", str(source), str(out), "--shard-seconds", "2"]) == 0
-    assert len(Corpus(out)) == 1503
 
 
 def test_libraries_are_quiet_and_python_is_not():
