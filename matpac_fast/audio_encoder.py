@@ -64,6 +64,10 @@ class AudioEncoder(nn.Module):
         """
         raise NotImplementedError
 
+    def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
+        """`forward_pieces` for one batch of pieces of several shapes, one tensor a shape."""
+        return [self.forward_pieces(pieces, pool, layers) for pieces in groups]
+
     @property
     def device(self) -> torch.device:
         return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
@@ -146,7 +150,6 @@ class AudioEncoder(nn.Module):
                 return found[0]
             return Embeddings(torch.stack([f.values for f in found]), found[0].start, found[0].end)
 
-    @torch.no_grad()
     def embed_many(
         self,
         clips: Iterable[Clip],
@@ -163,7 +166,7 @@ class AudioEncoder(nn.Module):
         A clip's embeddings may come up to 128 clips after it was taken, since its windows wait to fill a batch.
         """
         windowing = self._windowing(temporal_support, hop, pool, layers, remainder)
-        yield from extract(self, self._clips(clips, sample_rate), windowing, batch_size)
+        return torch.no_grad()(extract)(self, self._clips(clips, sample_rate), windowing, batch_size)
 
     def embed_windows(self, waves: Tensor, pool: str = "mean", layers: str = "last", batch_size: int = 16) -> Tensor:
         """Embed windows of one length, each on its own: (N, S) float32 at the encoder's rate and on its device.

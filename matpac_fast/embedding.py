@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Network(Protocol):
     def check_wave(self, wave: Tensor | np.ndarray, what: str) -> Tensor: ...
     def columns(self, n_samples: int) -> list[int]: ...
     def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]: ...
-    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor: ...
+    def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]: ...
 
 
 def extract(network: Network, clips: Iterable[Tensor], windowing: Windowing, batch_size: int) -> Iterator[Embeddings]:
@@ -166,12 +166,15 @@ class _Clip:
         return seconds[:, 0], seconds[:, 1]
 
 
+_Job: TypeAlias = "tuple[Tensor, _Clip, int]"  # a piece, whose it is, and its number there
+
+
 class _Batches:
     """Pieces of one shape wait here for each other until they fill a batch, whichever clips they come from."""
 
     def __init__(self, network: Network, windowing: Windowing, batch_size: int):
         self._network, self._windowing, self._batch_size = network, windowing, batch_size
-        self._waiting: dict[torch.Size, list[tuple[Tensor, _Clip, int]]] = {}
+        self._waiting: dict[torch.Size, list[_Job]] = {}
 
     def add(self, piece: Tensor, clip: _Clip, index: int) -> None:
         # A small piece of a long clip must not keep all of it alive while it waits.
@@ -180,43 +183,58 @@ class _Batches:
         jobs = self._waiting.setdefault(piece.shape, [])
         jobs.append((piece, clip, index))
         if len(jobs) >= self._batch_size:
-            self._run(self._waiting.pop(piece.shape))
+            self._run([self._waiting.pop(piece.shape)])
 
     def flush(self, clip: _Clip | None = None) -> None:
-        """Send off what waits: all of it, or the batches in which `clip` has a part."""
-        for shape, jobs in list(self._waiting.items()):
-            if clip is None or any(owner is clip for _, owner, _ in jobs):
-                self._run(self._waiting.pop(shape))
+        """Send off what waits, shapes together: all of it, or the shapes of which `clip` has a piece."""
+        shapes = [
+            shape for shape, jobs in self._waiting.items() if clip is None or any(owner is clip for _, owner, _ in jobs)
+        ]
+        self._run([self._waiting.pop(shape) for shape in shapes])
 
-    def _run(self, jobs: list[tuple[Tensor, _Clip, int]]) -> None:
-        while jobs:
-            batch = jobs[: self._batch_size]
-            results = self._forward([piece for piece, _, _ in batch])
+    def _run(self, waiting: list[list[_Job]]) -> None:
+        while waiting:
+            room, groups = self._batch_size, []
+            while waiting and room:
+                jobs = waiting.pop(0)
+                groups.append(jobs[:room])
+                if jobs[room:]:
+                    waiting.insert(0, jobs[room:])
+                room -= len(groups[-1])
+            results = self._forward(groups)
             if results is None:
-                self._batch_size = len(batch) // 2
+                tried = sum(map(len, groups))
+                self._batch_size = tried // 2
                 warnings.warn(
-                    f"out of memory with {len(batch)} windows a batch; going on with {self._batch_size}", stacklevel=2
+                    f"out of memory with {tried} windows a batch; going on with {self._batch_size}", stacklevel=2
                 )
+                waiting = groups + waiting
                 continue
-            begin = 0
-            for i in range(1, len(batch) + 1):  # runs of pieces that follow each other in one clip
-                clip, index = batch[begin][1:]
-                if i == len(batch) or batch[i][1] is not clip or batch[i][2] != index + i - begin:
-                    clip.receive(index, results[begin:i])
-                    begin = i
-            jobs = jobs[len(batch) :]
+            for jobs, found in zip(groups, results, strict=True):
+                _deliver(jobs, found)
 
-    def _forward(self, pieces: list[Tensor]) -> Tensor | None:
+    def _forward(self, groups: list[list[_Job]]) -> list[Tensor] | None:
         """The network's results, or None where more than one piece at a time does not fit into memory."""
         try:
-            return self._network.forward_pieces(torch.stack(pieces), self._windowing.pool, self._windowing.layers)
+            pieces = [torch.stack([piece for piece, _, _ in jobs]) for jobs in groups]
+            return self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
         except RuntimeError as error:
-            if len(pieces) == 1 or not _out_of_memory(error):
+            if sum(map(len, groups)) == 1 or not _out_of_memory(error):
                 raise
         # Only here, with the error and the tensors that it held gone, is there something to give back.
-        if pieces[0].is_cuda:
+        if groups[0][0][0].is_cuda:
             torch.cuda.empty_cache()
         return None
+
+
+def _deliver(jobs: list[_Job], results: Tensor) -> None:
+    """Hand each clip its results, pieces that follow each other in one go."""
+    begin = 0
+    for i in range(1, len(jobs) + 1):
+        _, clip, index = jobs[begin]
+        if i == len(jobs) or jobs[i][1] is not clip or jobs[i][2] != index + i - begin:
+            clip.receive(index, results[begin:i])
+            begin = i
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import importlib.metadata
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from .embedding import Embeddings
 from .errors import CheckpointError, ConfigError
 from .model import Matpac
 from .nn.frontend import Frontend
-from .nn.vit import Transformer
+from .nn.vit import Attention, Block, Transformer
 from .reference import LogMelConfig
 
 __all__ = ["Embeddings", "Encoder", "list_encoders", "load_encoder"]
@@ -45,8 +44,7 @@ class Encoder(AudioEncoder):
 
     Args:
         n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio: sizes, as in `MatpacConfig`.
-        front_end: what differs from MATPAC's log-mel: `mean` and `std`, and `center`, whether the first frame's middle
-            is the first sample (the wave is mirrored at both ends).
+        front_end: what differs from MATPAC's log-mel: `mean`, `std` and `framing` of `LogMelConfig`.
     """
 
     def __init__(
@@ -63,18 +61,19 @@ class Encoder(AudioEncoder):
         super().__init__()
         sizes = (n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio)
         self.sizes = self.settings = dict(zip(_SIZES, sizes, strict=True)) | front_end
-        self.center = bool(front_end.pop("center", False))
         self.log_mel_config = LogMelConfig(n_mels=n_mels, **front_end)
+        self.centered = self.log_mel_config.framing == "center"  # the ends of a window are mirrored
         self.n_frames, self.patch_size, self.width, self.depth = n_frames, patch_size, width, depth
         self.freq = n_mels // patch_size
         self.frontend = Frontend(width, patch_size, self.freq, n_frames // patch_size)
         self.student = Transformer(width, depth, num_heads, mlp_ratio)
         self.dtype = torch.float32
+        self._compiled: Callable[..., list[Tensor]] | None = None
 
         self.sample_rate, self.embedding_dim, self.n_layers = self.log_mel_config.sample_rate, self.freq * width, depth
         self.min_samples = self.log_mel_config.n_fft
         self.frame_samples = patch_size * self.log_mel_config.hop
-        if not self.center:
+        if not self.centered:
             self.native_window = (self.log_mel_config.n_samples(n_frames), n_frames * self.log_mel_config.hop)
         self.requires_grad_(False).eval()
 
@@ -90,15 +89,10 @@ class Encoder(AudioEncoder):
 
     def log_mel(self, waves: Tensor) -> Tensor:
         """(N, S) -> (N, n_mels, T) normalised log-mel; what is shorter than a frame is padded with zeros at the end."""
-        config = self.log_mel_config
-        waves = F.pad(waves, (0, max(0, config.n_fft - waves.shape[-1])))
-        if self.center:
-            waves = F.pad(waves, (config.n_fft // 2, config.n_fft // 2), mode="reflect")
-        return ops.log_mel(waves, config)
+        return ops.log_mel(F.pad(waves, (0, max(0, self.min_samples - waves.shape[-1]))), self.log_mel_config)
 
     def columns(self, n_samples: int) -> list[int]:
-        n_samples = max(n_samples, self.min_samples) + (self.log_mel_config.n_fft if self.center else 0)
-        columns = -(-self.log_mel_config.n_frames(n_samples) // self.patch_size)
+        columns = -(-self.log_mel_config.n_frames(max(n_samples, self.min_samples)) // self.patch_size)
         whole, rest = divmod(columns, self.n_frames // self.patch_size)
         return [self.n_frames // self.patch_size] * whole + [rest] * (rest > 0)
 
@@ -107,7 +101,7 @@ class Encoder(AudioEncoder):
         config = self.log_mel_config
         starts, ends = spans.T
         whole = (ends - starts >= config.n_fft) | (ends >= len(clip))
-        if not self.center and (starts % config.hop == 0).all() and whole.all():
+        if not self.centered and (starts % config.hop == 0).all() and whole.all():
             # Every frame of a window is a frame of the clip, so all of them are computed once.
             needed = max(int(ends.max()), int(starts.max()) + config.n_fft)
             spec = self.log_mel(F.pad(clip, (0, max(0, needed - len(clip))))[None])[0]
@@ -125,21 +119,35 @@ class Encoder(AudioEncoder):
         return F.pad(spec, (0, -spec.shape[-1] % self.patch_size)).split(self.n_frames, dim=-1)
 
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
-        autocast = contextlib.nullcontext()
-        if self.dtype != torch.float32:
-            autocast = torch.autocast(self.device.type, self.dtype)
-        with autocast:
-            return self._forward(pieces, pool, layers)
+        return self.forward_groups([pieces], pool, layers)[0]
 
-    def _forward(self, spec: Tensor, pool: str, layers: str) -> Tensor:
-        """Each layer is summed as it is made, so that the frames of all are never held together."""
-        found = []
-        for i, tokens in enumerate(self.student.layers(self.frontend(spec))):
+    def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self._compiled is not None:  # a graph for each shape, not for each company that shapes may have
+                return [self._compiled([pieces], pool, layers)[0] for pieces in groups]
+            return self._forward(groups, pool, layers)
+
+    def _forward(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
+        """All tokens go through the linear layers together, so that each weight is read once whatever the lengths."""
+        tokens = [self.frontend(spec) for spec in groups]
+        shapes = [(len(t), t.shape[1]) for t in tokens]
+        sizes = [n * length for n, length in shapes]
+        x = torch.cat([t.flatten(0, 1) for t in tokens])  # (N, D)
+        found: list[list[Tensor]] = [[] for _ in groups]
+        for i, block in enumerate(cast("list[Block]", list(self.student.blocks))):
+            x = x + _attention(block.attn, block.norm1(x), shapes)
+            x = x + block.mlp(block.norm2(x))
             if layers == "all" or i == self.depth - 1:
-                n, _, d = tokens.shape
-                grid = tokens[:, 1:].float().reshape(n, self.freq, -1, d)  # (N, freq, T, D)
-                found.append(grid.sum(2).flatten(1) if pool == "mean" else grid.transpose(1, 2).flatten(2))
-        return torch.stack(found, dim=1)
+                # Each layer is pooled as it is made: the frames of all are never held together.
+                out = self.student.norm(x) if i == self.depth - 1 else x
+                for part, shape, mine in zip(out.split(sizes), shapes, found, strict=True):
+                    mine.append(self._pool(part.unflatten(0, shape), pool))
+        return [torch.stack(mine, dim=1) for mine in found]
+
+    def _pool(self, tokens: Tensor, pool: str) -> Tensor:
+        """(N, 1 + freq * T, D) -> frames (N, T, E), or their sum (N, E)."""
+        grid = tokens[:, 1:].float().unflatten(1, (self.freq, -1))  # (N, freq, T, D)
+        return grid.sum(2).flatten(1) if pool == "mean" else grid.transpose(1, 2).flatten(2)
 
     def prepare(self, dtype: torch.dtype = torch.float32, compile: bool = False) -> Encoder:
         """Compute in `dtype` from here on, through torch.compile if asked; see `load_encoder`."""
@@ -150,7 +158,7 @@ class Encoder(AudioEncoder):
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
         if compile:
-            self._forward = torch.compile(self._forward)
+            self._compiled = torch.compile(self._forward)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -158,6 +166,15 @@ class Encoder(AudioEncoder):
         if self.dtype != torch.float32:
             raise ConfigError(f"save: the weights are rounded to {self.dtype}; load the encoder in float32 to save it")
         checkpoint.save(path, self.state_dict(), {"kind": "encoder", "sizes": self.sizes, "id": self.id})
+
+
+def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    """`Attention.forward` for sequences of several lengths one after the other, shapes (sequences, tokens): (N, D)."""
+    out = []
+    for part, (n, length) in zip(attention.qkv(x).split([n * length for n, length in shapes]), shapes, strict=True):
+        q, k, v = part.reshape(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (n, H, T, D/H)
+        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
+    return attention.proj(torch.cat(out))
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
@@ -252,7 +269,7 @@ def _read(name: str, num_heads: int | None) -> tuple[dict[str, Tensor], dict[str
             f"{name}: not a MATPAC or M2D checkpoint; its first names are {', '.join(list(state)[:3])}"
         )
     sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
-    kept = (*_SIZES, "mean", "std", "center")
+    kept = (*_SIZES, "mean", "std", "framing")
     return state, {size: sizes[size] for size in kept if size in sizes}, None
 
 

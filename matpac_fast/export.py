@@ -82,7 +82,7 @@ class Exportable(nn.Module):
     def log_mel(self, waves: Tensor) -> Tensor:
         """(B, S) -> (B, T, n_mels)."""
         config = self.config
-        if self.encoder.center:
+        if self.encoder.centered:
             waves = F.pad(waves, (config.n_fft // 2, config.n_fft // 2), mode="reflect")
         n_frames = _opaque((waves.shape[1] - config.n_fft) // config.hop + 1)
         first = torch.arange(n_frames, device=waves.device)[:, None] * config.hop

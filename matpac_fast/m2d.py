@@ -52,4 +52,4 @@ def from_m2d(state: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], 
     }
     sizes = checkpoint.read_sizes(ours)
     mean, std = (float(x) for x in state.get("norm_stats", _STATS))
-    return ours, sizes | {"mean": mean, "std": std, "center": True}
+    return ours, sizes | {"mean": mean, "std": std, "framing": "center"}

@@ -111,11 +111,11 @@ def test_a_list_is_each_clip_alone(encoder, folder):
 
 
 class Counting(Encoder):
-    """Keeps the shapes that its network was given."""
+    """Keeps the shapes, (pieces, frames), of each batch that its network was given."""
 
-    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
-        self.__dict__.setdefault("shapes", []).append(tuple(pieces.shape))
-        return super().forward_pieces(pieces, pool, layers)
+    def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
+        self.__dict__.setdefault("batches", []).append([(len(g), g.shape[-1]) for g in groups])
+        return super().forward_groups(groups, pool, layers)
 
 
 def counting() -> Counting:
@@ -126,7 +126,11 @@ def test_windows_of_all_clips_share_batches():
     encoder = counting()
     # 3 whole windows of 0.32 s and a remainder of 0.16 s each
     encoder.embed([noise(int(1.12 * SECOND), seed=i) for i in range(8)], SECOND, temporal_support=0.32, batch_size=12)
-    assert encoder.shapes == [(12, 80, 32), (12, 80, 32), (8, 80, 16)]
+    assert encoder.batches == [[(12, 32)], [(12, 32)], [(8, 16)]]
+    # What fills no batch of its own goes together.
+    encoder.batches.clear()
+    encoder.embed([noise(n, seed=n) for n in (8_000, 9_000, 4_000, 8_000)], SECOND, batch_size=3)
+    assert encoder.batches == [[(2, 48), (1, 64)], [(1, 32)]]
 
 
 def test_a_rare_length_does_not_hold_up_the_others(monkeypatch):
@@ -143,7 +147,7 @@ def test_a_rare_length_does_not_hold_up_the_others(monkeypatch):
     next(found)
     assert len(taken) <= 5
     assert len(list(found)) == 11
-    assert encoder.shapes[:3] == [(2, 80, 32), (1, 80, 16), (2, 80, 32)]
+    assert encoder.batches[:3] == [[(2, 32)], [(1, 16)], [(2, 32)]]
 
 
 @pytest.mark.parametrize("sizes", [dict(temporal_support=0.5, hop=0.25), dict(temporal_support=2.0), {}])
@@ -172,10 +176,10 @@ class Small(Counting):
         super().__init__(n_frames=64, width=32, depth=1, num_heads=2)
         self.error = error
 
-    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
-        if len(pieces) > 2:
+    def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
+        if sum(map(len, groups)) > 2:
             raise self.error
-        return super().forward_pieces(pieces, pool, layers)
+        return super().forward_groups(groups, pool, layers)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +192,11 @@ class Small(Counting):
 def test_out_of_memory_halves_the_batch_and_goes_on(error):
     encoder = Small(error)
     wave = noise(4 * SECOND)
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="out of memory") as warned:
         got = encoder.embed(wave, SECOND, temporal_support=0.32, batch_size=8)
     said = [f"out of memory with {n} windows a batch; going on with {n // 2}" for n in (8, 4)]
     assert [str(warning.message) for warning in warned] == said
-    assert {shape[0] for shape in encoder.shapes} <= {1, 2}
+    assert all(sum(n for n, _ in groups) <= 2 for groups in encoder.batches)
     want = encoder.embed(wave, SECOND, temporal_support=0.32, batch_size=1)
     torch.testing.assert_close(got.values, want.values, rtol=0, atol=1e-5)
     assert len(got) == 13
@@ -203,7 +207,7 @@ def test_other_errors_are_not_taken_for_memory():
         Small(RuntimeError("mat1 and mat2 shapes cannot be multiplied")).embed(noise(SECOND), SECOND, 0.2)
 
     class None_(Small):
-        def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
             raise self.error
 
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="going on with [12]"):

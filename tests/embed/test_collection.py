@@ -192,8 +192,10 @@ def test_files_share_batches(encoder, tmp_path, monkeypatch):
     for i in range(10):
         soundfile.write(source / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, RATE), RATE)
     batches = []
-    forward = encoder.forward_pieces
-    monkeypatch.setattr(encoder, "forward_pieces", lambda p, *rest: (batches.append(len(p)), forward(p, *rest))[1])
+    forward = encoder.forward_groups
+    monkeypatch.setattr(
+        encoder, "forward_groups", lambda g, *rest: (batches.append(sum(map(len, g))), forward(g, *rest))[1]
+    )
     report = embed_collection(source, tmp_path / "out", encoder, 0.5, batch_size=16)
     assert batches == [1, 16, 4]  # the first asks what an embedding looks like
     assert (report.rows, report.audio_seconds) == (20, 10.0)

@@ -1,0 +1,175 @@
+"""What `load_encoder` reads besides MATPAC's own files: M2D, other packages' encoders; ids, precision, compilation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matpac_fast import AudioEncoder, checkpoint, get_matpac, list_encoders, load_encoder, reference
+from matpac_fast.encoder import Encoder
+from matpac_fast.errors import CheckpointError, ConfigError
+
+SECOND = 16_000
+
+
+def make(**front_end: object) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(n_frames=64, width=64, depth=2, num_heads=1, **front_end)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / 10
+
+
+def m2d_state(encoder: Encoder) -> dict[str, Tensor]:
+    """Weights under the names that M2D's files have, with parts that are no encoder's."""
+    state = {
+        name.removeprefix("frontend.").removeprefix("student."): tensor for name, tensor in encoder.state_dict().items()
+    }
+    state |= {"mask_token": torch.zeros(1, 1, 64), "decoder_blocks.0.norm1.weight": torch.ones(32)}
+    return state | {"target_blocks.0.norm1.weight": torch.ones(64)}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.ar.runtime.backbone."])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("stats", [None, (-6.5, 3.9)])
+def test_m2d_encoders_load_by_content(tmp_path, prefix, nested, stats):
+    source = make()
+    state = {prefix + name: tensor for name, tensor in m2d_state(source).items()}
+    state |= {"module.head.mlp.mlp.0.weight": torch.zeros(527, 64)} if prefix else {}
+    state |= {"norm_stats": torch.tensor(stats)} if stats else {}
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": state, "epoch": 300} if nested else state, path)
+    encoder = load_encoder(path, "cpu")
+
+    # What the official M2D computes: centred frames, its own statistics, whole patches, the mean over time.
+    wave = noise(2, 9_000)
+    mean, std = stats or (-7.1, 4.2)
+    config = reference.LogMelConfig(mean=mean, std=std)
+    spec = reference.log_mel(F.pad(wave, (200, 200), mode="reflect"), config)
+    assert spec.shape[-1] == 9_000 // 160 + 1
+    tokens = source.student(source.frontend(F.pad(spec, (0, -spec.shape[-1] % 16))))[:, 1:]
+    want = tokens.unflatten(1, (5, -1)).transpose(1, 2).flatten(2).mean(1)
+    torch.testing.assert_close(encoder.embed(wave, SECOND).values[:, 0], want, rtol=0, atol=1e-5)
+    emb, layers = get_matpac(path, device="cpu")(wave)
+    torch.testing.assert_close(emb, want, rtol=0, atol=1e-5)
+    assert layers.shape == (2, 2, 320)
+
+    # Frames at a window's edge are mirrored, so windows have log-mels of their own.
+    cut = encoder.embed(wave[0], SECOND, temporal_support=0.2)
+    alone = [encoder.embed(part, SECOND).values for part in wave[0].split(3_200)]
+    torch.testing.assert_close(cut.values, torch.cat(alone), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="give temporal_support"):
+        encoder.stream(SECOND)
+
+    encoder.save(tmp_path / "ours.safetensors")
+    again = load_encoder(tmp_path / "ours.safetensors", "cpu")
+    assert again.id == encoder.id != source.id
+    assert torch.equal(again.embed(wave, SECOND).values, encoder.embed(wave, SECOND).values)
+
+
+def test_m2d_that_cannot_be_read_is_refused(tmp_path):
+    state = m2d_state(make())
+    torch.save({**state, "patch_embed.proj.weight": torch.zeros(64, 1, 16, 4)}, tmp_path / "narrow.pth")
+    with pytest.raises(CheckpointError, match="patches of 16 x 4; only square ones"):
+        load_encoder(tmp_path / "narrow.pth")
+    folder = tmp_path / "m2d_vit_base-80x608p16x16p32k-240413"
+    folder.mkdir()
+    torch.save(state, folder / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match="M2D at 32 kHz, by the name of its folder"):
+        load_encoder(folder / "checkpoint.pth")
+
+
+def test_an_altered_file_is_told_by_its_id(tmp_path):
+    encoder = make()
+    encoder.save(tmp_path / "e.safetensors")
+    state, metadata = checkpoint.load(tmp_path / "e.safetensors")
+    assert metadata["id"] == encoder.id
+    state["student.norm.weight"][0] += 1e-6
+    checkpoint.save(tmp_path / "e.safetensors", state, metadata)
+    with pytest.raises(CheckpointError, match=f"altered or damaged: .*{encoder.id[:12]}"):
+        load_encoder(tmp_path / "e.safetensors")
+
+
+class Constant(AudioEncoder):
+    name, embedding_dim, settings = "constant", 3, {"kind": "constant"}
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        return pieces.new_ones(len(pieces), 1, 3)
+
+
+def load_constant(argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncoder:
+    encoder = Constant()
+    encoder.name = f"constant of {argument or 'nothing'} on {device} in {dtype}"
+    return encoder
+
+
+def test_other_packages_register_encoders(monkeypatch, tmp_path):
+    group = "matpac_fast.encoders"
+    entries = [
+        importlib.metadata.EntryPoint("constant", f"{__name__}:load_constant", group),
+        importlib.metadata.EntryPoint("broken", "a_package_that_is_not_there:load", group),
+        importlib.metadata.EntryPoint("liar", "builtins:dict", group),
+    ]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+    monkeypatch.setattr(importlib.metadata.EntryPoint, "load", _load)
+    assert list_encoders()[-3:] == ["broken", "constant", "liar"]
+    assert list_encoders("c*") == ["constant"]
+    encoder = load_encoder("constant:/w/weights.pt", "cpu", dtype="bfloat16")
+    assert encoder.name == "constant of /w/weights.pt on cpu in torch.bfloat16"
+    assert encoder.embed(noise(8), SECOND).values.tolist() == [[1.0, 1.0, 1.0]]
+    with pytest.raises(ConfigError, match="is a Constant; expected a MATPAC encoder"):
+        get_matpac("constant")
+    with pytest.raises(CheckpointError, match="encoder 'broken': a_package_that_is_not_there:load does not load"):
+        load_encoder("broken")
+    # A file comes before a name.
+    monkeypatch.chdir(tmp_path)
+    make().save("constant")
+    assert isinstance(load_encoder("constant", "cpu"), Encoder)
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> object:
+    if entry.name == "constant":
+        return load_constant  # this module may be known under another name
+    return importlib.import_module(entry.module)
+
+
+def test_bfloat16_is_near_and_cannot_be_saved(tmp_path):
+    encoder = make()
+    encoder.save(tmp_path / "e.safetensors")
+    wave = noise(3, 20_000)
+    want = encoder.embed(wave, SECOND, layers="all").values
+    low = load_encoder(tmp_path / "e.safetensors", "cpu", dtype="bfloat16")
+    got = low.embed(wave, SECOND, layers="all").values
+    assert got.dtype == torch.float32
+    error = (got - want).abs().max() / want.std()
+    assert 1e-4 < error < 0.1
+    assert low.student.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert low.student.norm.weight.dtype == torch.float32
+    assert low.id != encoder.id
+    with pytest.raises(ConfigError, match=r"rounded to torch\.bfloat16; load the encoder in float32"):
+        low.save(tmp_path / "low.safetensors")
+    with pytest.raises(ConfigError, match="dtype is 'float16'; expected 'float32' or 'bfloat16'"):
+        load_encoder(tmp_path / "e.safetensors", dtype="float16")
+
+
+def test_compiled_encoders_give_the_same(monkeypatch, tmp_path):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: whole(f, backend="eager", fullgraph=True))
+    encoder = make()
+    encoder.save(tmp_path / "e.safetensors")
+    compiled = load_encoder(tmp_path / "e.safetensors", "cpu", compile=True)
+    for clips, options in ((noise(3, 20_000), {}), (noise(1, 9_000), {"pool": "none", "layers": "all"})):
+        want = encoder.embed(clips, SECOND, **options).values
+        torch.testing.assert_close(compiled.embed(clips, SECOND, **options).values, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="paths of POSIX")
+def test_unknown_names_say_where_files_are():
+    with pytest.raises(CheckpointError, match=r"nothing is downloaded, .* from https://github.com/aurianworld/matpac"):
+        load_encoder("matpac_10_2048.pt")
