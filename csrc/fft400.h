@@ -40,10 +40,10 @@ constexpr int kRowPoints = 25;
 // Sample a of row b.
 constexpr MATPAC_FFT int sample_of(int b, int a) { return (16 * a + 25 * b) % kSize; }
 
-// A row's output, column by column: where the conjugate of an output comes more cheaply, that is the column.
+// A row's outputs, column by column: 0, 5, 10, 1, 6, 11, 16, 21, 2, 7, 12, 17, 22 (16, 21, 17 and 22 stand for their
+// conjugates 9, 4, 8 and 3).
 constexpr MATPAC_FFT int residue_of(int column) {
-  constexpr int residues[kColumns] = {0, 5, 10, 1, 6, 11, 16, 21, 2, 7, 12, 17, 22};
-  return residues[column];
+  return column < 3 ? 5 * column : column < 8 ? 5 * column - 14 : 5 * column - 38;
 }
 
 // The bin whose power a column's 16-point DFT has at j, by the Chinese remainder theorem.
@@ -58,8 +58,8 @@ MATPAC_FFT typename N::Value constant(double value) {
   return N::set(typename N::Scalar(value));
 }
 
-// 5-point DFTs. Sums go by (1 + sqrt(5)) / 2 ..., differences by the golden ratio, with a factor sin(2 pi / 5 * 2) left
-// out: kSine5.
+// 5-point DFTs. The cosines are -1/4 +- sqrt(5)/4; the ratio of the sines is golden, and their common factor kSine5 is
+// left out until it can join a product that is due anyway.
 constexpr double kRoot5 = 0.55901699437494742410;   // sqrt(5) / 4
 constexpr double kGolden = 1.61803398874989484820;  // sin(2 pi / 5) / sin(4 pi / 5)
 constexpr double kSine5 = 0.58778525229247312917;   // sin(4 pi / 5)

@@ -30,13 +30,17 @@ struct LogMelArgs {
   void* out;  // (batch, n_mels, frames) contiguous; float64 for a float64 wave, else float32 (on CUDA also bfloat16)
   DType out_dtype;
   const double* window;      // (400,)
-  const int32_t* bands;      // (n_mels, 2): the first bin of a mel and how many
-  const void* weights;       // theirs, one after the other; float64 for a float64 wave, else float32
+  const int32_t* bands;      // (n_mels, 3): the first bin of a mel, how many, where its weights begin
+  const void* weights;       // all mels', one after the other; float64 for a float64 wave, else float32
   const void* inverse_sums;  // (n_mels,) 1 / the sum of a mel's weights, of the same type
   int n_mels;
   double log_offset, mean, std;
 };
 void log_mel_cpu(const LogMelArgs& args, int threads);
+// On CUDA: not for float64; one float32 transform for every frame.
+void log_mel_cuda(const LogMelArgs& args, int device, void* stream);
+// The CUDA kernel run block by block on the host, its threads in one order or the other, for tests.
+void log_mel_emulated(const LogMelArgs& args, int blocks, bool backwards);
 
 // Random permutations: row i of `out` (batch, n_tokens) orders the tokens by keys that are a function of
 // (base, index[i]), where base is splitmix64(splitmix64(seed) ^ step).

@@ -26,7 +26,7 @@ BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
 # op -> device type -> launchers in order of preference.
 LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "log_mel": {"cpu": ("cpp",), "cuda": ()},
+    "log_mel": {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
     "mask_shuffle": {"cpu": ("cpp",), "cuda": ("triton",)},
     "masked_patch_embed": {"cpu": ("cpp",), "cuda": ("triton",)},
     "prototype_loss": {"cpu": ("cpp",), "cuda": ("cuda", "triton")},

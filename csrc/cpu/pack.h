@@ -88,6 +88,7 @@ template <typename T>
 struct Exp2;
 template <>
 struct Exp2<float> {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int mantissa = 23;
   static constexpr int degree = 7;            // of Taylor's polynomial: off by less than 6e-9 for |x| <= 1/2
   static constexpr float round = 0x1.8p23f;   // adding it leaves the nearest integer in the low bits
@@ -95,6 +96,7 @@ struct Exp2<float> {
 };
 template <>
 struct Exp2<double> {
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int mantissa = 52;
   static constexpr int degree = 13;  // 5e-18
   static constexpr double round = 0x1.8p52;
@@ -122,7 +124,8 @@ MATPAC_INLINE Pack<T> exp2(const Pack<T>& x) {
 #pragma GCC unroll 16
     for (int n = E::degree - 2; n >= 0; --n) value = value * f + T(kTaylor.term[n]);
     // The integer part goes into the exponent: the shift drops everything of `round` but that integer.
-    const Bits<T> scaled = (Bits<T>)value + ((Bits<T>)shifted << E::mantissa);
+    using Bits = typename E::Bits;  // unsigned: what overflows is meant to be lost
+    const Bits scaled = (Bits)value + ((Bits)shifted << E::mantissa);
     out.part[i] = x.part[i] < E::smallest ? Vector<T>{} : (Vector<T>)scaled;
   }
   return out;

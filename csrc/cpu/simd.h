@@ -94,6 +94,13 @@ struct Lanes {
   static MATPAC_INLINE Value fma(Value a, Value b, Value c) { return MATPAC_ISA::fma(a, b, c); }
   static MATPAC_INLINE Value fnma(Value a, Value b, Value c) { return MATPAC_ISA::fma(-a, b, c); }
   static MATPAC_INLINE Value fms(Value a, Value b, Value c) { return MATPAC_ISA::fma(a, b, -c); }
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)), for normal float32 numbers
+  static MATPAC_INLINE void split(Value x, Value& e, Value& m) {
+    const Bits<T> bits = reinterpret_cast<Bits<T>>(x);
+    const Bits<T> exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
+    e = __builtin_convertvector(exponent, Value);
+    m = reinterpret_cast<Value>(bits - (exponent << 23));
+  }
 };
 
 // Four floats, whatever the instruction set.

@@ -62,7 +62,9 @@ def test_kernels_match_the_reference(shape, dtype, scale, monkeypatch):
     plain, plain_mean = reference.prototype_loss(*inputs, *TEMPS)
     few = 4 * torch.finfo(torch.float32).eps
     assert (loss - exact).abs().max() <= 2 * (plain - exact).abs().max() + few * exact.abs().max()
-    assert (mean - exact_mean).abs().max() <= 2 * (plain_mean - exact_mean).abs().max() + few * exact_mean.max()
+    # A logit is rounded by its size, which for large ones is a share of the probability; how much depends on the order.
+    share = torch.finfo(torch.float32).eps * ((teacher @ teacher_weight.T).abs().max() / TEMPS[1]) + few
+    assert (mean - exact_mean).abs().max() <= 2 * (plain_mean - exact_mean).abs().max() + share * exact_mean.max()
     logit = torch.cat([student @ student_weight.T / TEMPS[0], teacher @ teacher_weight.T / TEMPS[1]]).abs().max()
     rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
     assert (delta.double() - exact_delta).abs().max() <= few * (1 + logit) + rounding

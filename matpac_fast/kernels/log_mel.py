@@ -1,0 +1,279 @@
+"""log_mel in Triton: the 400-point DFT as matrix products on the tensor cores, mel and logarithm in the same kernel.
+
+With y the windowed frame, cos(2 pi n k / 400) is the same at n and 400 - n, and up to (-1)^k at n and 200 - n; the sine
+is opposite at n and 400 - n, and up to -(-1)^k at n and 200 - n. So y folds twice, to sums over n = 0 ... 100, which
+differ for even and odd k:
+
+    real part       sum_n ((y[n] + y[400 - n]) +- (y[200 - n] + y[200 + n])) cos(2 pi n k / 400)
+    imaginary part  sum_n ((y[n] - y[400 - n]) -+ (y[200 - n] - y[200 + n])) sin(2 pi n k / 400)    (its sign is lost)
+
+four products of (frames, 101) by (101, 101) in place of two of (frames, 400) by (400, 201).
+
+The products are float16 with float32 sums, at near float32's precision: both factors are split into two float16 terms,
+of which three products count (the fourth is below 2^-22). A power of two a frame, so that its largest sample fills
+float16's range, keeps quiet frames as exact as loud ones. The mel product takes two bfloat16 terms, for the range.
+"""
+
+# Triton wraps what is passed as a constexpr, and a launch takes options of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..reference import LogMelConfig
+from ._aot import Launch
+
+# Frames of a program, sums of a step, bins at a time: the largest tiles that spill on no architecture; 128 frames or 64
+# bins do on sm_80. The DFTs' 101 sums and 101 bins are padded to 112 and 128.
+BLOCK_F, BLOCK_N, BLOCK_K, NUM_WARPS, NUM_STAGES = 64, 16, 32, 8, 2
+SUMS = tl.constexpr(112)
+BINS = tl.constexpr(128)
+
+
+# Triton's interpreter truncates to bfloat16 where GPUs round, and would multiply its bits as integers; there float32
+# holds the terms and their products, exactly.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _split(x, dtype: tl.constexpr):
+    """Two terms of `dtype` that sum to x."""
+    high = _round(x, dtype)
+    return high, _round(x - high.to(tl.float32), dtype)
+
+
+@triton.jit
+def _dot(high, low, table, size, acc):
+    """acc + (high + low) @ (table + its rest, which lies `size` further on)."""
+    exact = tl.load(table)
+    rest = tl.load(table + size)
+    if INTERPRETED:
+        high, low = high.to(tl.float32), low.to(tl.float32)
+        exact, rest = exact.to(tl.float32), rest.to(tl.float32)
+    acc = tl.dot(low, exact, acc)
+    acc = tl.dot(high, rest, acc)
+    return tl.dot(high, exact, acc)
+
+
+@triton.jit
+def _powers(
+    wave,
+    start,
+    valid,
+    window,
+    dft,
+    scale,
+    odd: tl.constexpr,
+    i,
+    BLOCK_F: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Squared magnitudes of the bins 2 i + odd, times scale^2: (BLOCK_F, BLOCK_K)."""
+    real = tl.zeros([BLOCK_F, BLOCK_K], dtype=tl.float32)
+    imag = tl.zeros([BLOCK_F, BLOCK_K], dtype=tl.float32)
+    size = SUMS * BINS
+    for first in range(0, SUMS, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)  # [BN]
+        inner = valid[:, None] & (n <= 100)[None, :]
+        # At n = 0 there is no y[400], and y[200] counts once.
+        paired = inner & (n > 0)[None, :]
+        y0 = (
+            tl.load(wave + start[:, None] + n[None, :], inner, 0).to(tl.float32)
+            * tl.load(window + n, n <= 100, 0)[None, :]
+        )
+        y1 = tl.load(wave + start[:, None] + (200 - n)[None, :], inner, 0).to(tl.float32)
+        y1 *= tl.load(window + 200 - n, n <= 100, 0)[None, :]
+        y2 = tl.load(wave + start[:, None] + (200 + n)[None, :], paired, 0).to(tl.float32)
+        y2 *= tl.load(window + 200 + n, n <= 100, 0)[None, :]
+        y3 = tl.load(wave + start[:, None] + (400 - n)[None, :], paired, 0).to(tl.float32)
+        y3 *= tl.load(window + 400 - n, (n <= 100) & (n > 0), 0)[None, :]
+        if odd:
+            even_part, odd_part = (y0 + y3) - (y1 + y2), (y0 - y3) + (y1 - y2)
+        else:
+            even_part, odd_part = (y0 + y3) + (y1 + y2), (y0 - y3) - (y1 - y2)
+        table = dft + odd * 4 * size + n[:, None] * BINS + i[None, :]  # [BN, BK]
+        high, low = _split(even_part * scale[:, None], tl.float16)
+        real = _dot(high, low, table, size, real)
+        high, low = _split(odd_part * scale[:, None], tl.float16)
+        imag = _dot(high, low, table + 2 * size, size, imag)
+    return real * real + imag * imag
+
+
+@triton.jit
+def _mel(acc, high, low, bank, i, first: tl.constexpr, MELS: tl.constexpr, padded):
+    """acc + (powers of some bins) @ their bank, for MELS mels from `first` on."""
+    table = bank + i[:, None] * padded + first + tl.arange(0, MELS)[None, :]  # [BK, MELS]
+    return _dot(high, low, table, BINS * padded, acc)
+
+
+@triton.jit
+def _store(out, mel, m, t, n_mels, frames, log_offset, mean, inverse_std):
+    y = (tl.log(mel + log_offset) - mean) * inverse_std  # [BF, MELS]
+    mask = (t < frames)[:, None] & (m < n_mels)[None, :]
+    tl.store(out + m.to(tl.int64)[None, :] * frames + t[:, None], y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def log_mel_fwd_kernel(
+    wave,
+    out,
+    window,
+    dft,
+    bank,
+    stride,
+    hop,
+    frames,
+    n_mels,
+    tiles,
+    peak,
+    log_offset,
+    mean,
+    inverse_std,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    clip = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles * BLOCK_F
+    t = tile + tl.arange(0, BLOCK_F)  # [BF]
+    valid = t < frames
+    wave += clip * stride + tile.to(tl.int64) * hop
+    start = tl.arange(0, BLOCK_F) * hop  # [BF], from the tile's first sample
+
+    # The scale: 4 |y| < 2^15 after the two folds.
+    top = tl.zeros([BLOCK_F], dtype=tl.float32)
+    for first in range(0, 400, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        x = tl.load(wave + start[:, None] + n[None, :], valid[:, None], 0).to(tl.float32)
+        top = tl.maximum(top, tl.max(tl.abs(x), axis=1))
+    exponent = tl.maximum(((top * peak).to(tl.int32, bitcast=True) >> 23) & 255, 13)  # top * peak < 2^(exponent - 126)
+    scale = ((266 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(139 - exponent)
+    unscale = ((exponent - 12) << 23).to(tl.float32, bitcast=True)[:, None]
+
+    wide = tl.zeros([BLOCK_F, WIDE], dtype=tl.float32)
+    narrow = tl.zeros([BLOCK_F, NARROW], dtype=tl.float32)
+    for odd in tl.static_range(2):
+        for first in tl.static_range(0, BINS, BLOCK_K):
+            i = first + tl.arange(0, BLOCK_K)
+            powers = _powers(wave, start, valid, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
+            high, low = _split(powers * unscale * unscale, tl.bfloat16)
+            rows = bank + odd * 2 * BINS * (WIDE + NARROW)
+            wide = _mel(wide, high, low, rows, i, 0, WIDE, WIDE + NARROW)
+            narrow = _mel(narrow, high, low, rows, i, WIDE, NARROW, WIDE + NARROW)
+    out += clip * n_mels * frames
+    _store(out, wide, tl.arange(0, WIDE), t, n_mels, frames, log_offset, mean, inverse_std)
+    _store(out, narrow, WIDE + tl.arange(0, NARROW), t, n_mels, frames, log_offset, mean, inverse_std)
+
+
+MAX_MELS = 128  # what the sums of a program have room for
+
+
+def _mels_of(n_mels: int) -> tuple[int, int]:
+    """A wide and a narrow power of two from 16 that hold `n_mels` together: 80 = 64 + 16."""
+    wide = max(16, 1 << ((n_mels - 1).bit_length() - 1)) if n_mels > 1 else 16
+    narrow = max(16, triton.next_power_of_2(max(1, n_mels - wide)))
+    return wide, narrow
+
+
+def _two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(2, ...): x rounded to `dtype`, and the rest."""
+    high = x.to(dtype)
+    return torch.stack([high, (x - high.to(x.dtype)).to(dtype)])
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(config: LogMelConfig, device: torch.device, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Window (400,), DFTs (parity, real and imaginary, term, SUMS, BINS), bank (parity, term, BINS, mels), peak."""
+    window = reference.mel_window(config) * config.gain * scale
+    n = torch.arange(SUMS.value, dtype=torch.float64)[:, None]
+    once = torch.where(n < 100, 1.0, torch.where(n == 100, 0.5, 0.0))  # n = 100 is folded onto itself
+    bank = reference.mel_bank(config)  # (n_mels, 201)
+    dfts, banks = [], []
+    for odd in range(2):
+        k = torch.arange(odd, 2 * BINS.value, 2)[None, :]
+        angle = n * k % 400 * (2 * math.pi / 400)
+        exists = once * (k <= 200)
+        dfts += [_two_terms(angle.cos() * exists, torch.float16), _two_terms(angle.sin() * exists, torch.float16)]
+        padded = torch.zeros(BINS.value, sum(_mels_of(config.n_mels)), dtype=torch.float64)
+        padded[: 101 - odd, : config.n_mels] = bank[:, odd::2].T
+        banks.append(_two_terms(padded, torch.bfloat16))
+    return (
+        window.to(device, torch.float32),
+        torch.stack(dfts).contiguous().to(device),
+        torch.stack(banks).contiguous().to(device),
+        float(window.abs().max()),
+    )
+
+
+def log_mel(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
+    """(B, S) float32 or int16, samples next to each other -> (B, n_mels, T) float32 or bfloat16."""
+    batch, frames = wave.shape[0], config.n_frames(wave.shape[1])
+    out = wave.new_empty((batch, config.n_mels, frames), dtype=dtype)
+    scale = 1 / 32768 if wave.dtype == torch.int16 else 1.0
+    window, dft, bank, peak = _tables(config, wave.device, scale)
+    tiles = triton.cdiv(frames, BLOCK_F)
+    wide, narrow = _mels_of(config.n_mels)
+    if batch:
+        log_mel_fwd_kernel[(batch * tiles,)](
+            wave,
+            out,
+            window,
+            dft,
+            bank,
+            wave.stride(0),
+            config.hop,
+            frames,
+            config.n_mels,
+            tiles,
+            peak,
+            config.log_offset,
+            config.mean,
+            1 / config.std,
+            wide,
+            narrow,
+            BLOCK_F,
+            BLOCK_N,
+            BLOCK_K,
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
+    return out
+
+
+_POINTERS = {"window": "*fp32", "dft": "*fp16", "bank": "*bf16"}
+_INTEGERS = dict.fromkeys(("stride", "hop", "frames", "n_mels", "tiles"), "i32")
+_FLOATS = dict.fromkeys(("peak", "log_offset", "mean", "inverse_std"), "fp32")
+_CONSTANTS = {"WIDE": 64, "NARROW": 16, "BLOCK_F": BLOCK_F, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
+
+AOT = [
+    Launch(
+        f"log_mel_fwd {wave} to {out}",
+        log_mel_fwd_kernel,
+        {"wave": f"*{wave}", "out": f"*{out}", **_POINTERS, **_INTEGERS, **_FLOATS},
+        _CONSTANTS,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+        divisible=("stride", "hop", "n_mels"),
+    )
+    for wave, out in (("fp32", "fp32"), ("i16", "bf16"))
+]
