@@ -14,7 +14,7 @@ from ..backend import device_guard
 _NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3, torch.float16: 5}
 # Logits come in chunks of rows of this many bytes: on the CPU a share of the cache, since they are read again at once;
 # on a GPU enough to fill it with one matrix product. But never fewer rows than make a product worth its while.
-_CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**26}
+_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**26}
 _MIN_ROWS = 64
 # Blocks of the CUDA kernel; each sums the probabilities of its rows, and the shape alone must decide of which.
 _BLOCKS = 512

@@ -142,51 +142,23 @@ def _backward_cpp(
     return total
 
 
-def _launch_triton(
-    spec: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos: Tensor,
-    cls: Tensor,
-    ids_shuffle: Tensor,
-    n_visible: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import masked_patch_embed as kernels
+def _launch_triton(spec: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels.masked_patch_embed import masked_patch_embed as launch
 
     with device_guard(spec):
-        return kernels.masked_patch_embed(
-            spec,
-            weight.contiguous(),
-            bias.contiguous(),
-            pos.contiguous(),
-            cls.contiguous(),
-            ids_shuffle,
-            n_visible,
-            dtype,
-        )
+        return launch(spec, *args)
 
 
-def _backward_triton(
-    grad: Tensor, spec: Tensor, ids_shuffle: Tensor, n_visible: int, patch: int, dtype: torch.dtype
-) -> Tensor:
-    from ..kernels import masked_patch_embed as kernels
+def _backward_triton(grad: Tensor, *args: Any) -> Tensor:
+    from ..kernels.masked_patch_embed import masked_patch_embed_backward as launch
 
-    with device_guard(spec):
-        return kernels.masked_patch_embed_backward(grad, spec, ids_shuffle, n_visible, patch, dtype)
+    with device_guard(grad):
+        return launch(grad, *args)
 
 
-def _launch_reference(
-    spec: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos: Tensor,
-    cls: Tensor,
-    ids_shuffle: Tensor,
-    n_visible: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return reference.masked_patch_embed(spec.to(dtype), weight.to(dtype), bias, pos, cls, ids_shuffle, n_visible)
+def _launch_reference(spec: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, dtype = args
+    return reference.masked_patch_embed(spec.to(dtype), weight.to(dtype), *rest)
 
 
 def _backward_reference(
@@ -213,20 +185,13 @@ def _impl(
 ) -> tuple[Tensor, Tensor]:
     if spec.stride(2) != 1:
         spec = spec.contiguous()
+    weight, bias, pos, cls, ids_shuffle = (t.contiguous() for t in (weight, bias, pos, cls, ids_shuffle))
     launch = _LAUNCHERS[choose(_OP, spec.device, dtype)]
-    return launch(spec, weight, bias, pos, cls, ids_shuffle.contiguous(), n_visible, dtype)
+    return launch(spec, weight, bias, pos, cls, ids_shuffle, n_visible, dtype)
 
 
-def _fake(
-    spec: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    pos: Tensor,
-    cls: Tensor,
-    ids_shuffle: Tensor,
-    n_visible: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _fake(spec: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *_, ids_shuffle, n_visible, dtype = args
     (b, n), d = ids_shuffle.shape, weight.shape[0]
     out_dtype = torch.promote_types(dtype, weight.dtype)
     return (

@@ -39,7 +39,7 @@ def fit_logistic(features: Tensor, labels: Tensor, n_classes: int, l2: float, st
 
     features (N, D) float64, labels (N,) int64 -> (n_classes, D + 1), the bias last. scikit-learn's LogisticRegression
     minimises the same with C = 1 / (N * l2). `start` is a guess of that shape. Newton's method to a gradient of 1e-8,
-    its linear systems solved by preconditioned conjugate gradients: a tenth of the operations of L-BFGS.
+    its linear systems solved by preconditioned conjugate gradients.
     """
     inputs = F.pad(features, (0, 1), value=1.0)  # (N, D + 1)
     n = len(inputs)

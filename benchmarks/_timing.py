@@ -1,0 +1,173 @@
+"""What the op benchmarks share: cases, a clock that waits for the GPU, the machine's own limits, memory, the table."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matpac_fast import backend, use_backend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute one op at one size.
+
+    Attributes:
+        op, size, variant: for the table. A variant is a launcher ("cpp", "cuda", "triton"), "reference",
+            "compiled reference" or a peer.
+        make: builds the inputs on DEVICE and returns the call to time.
+        bytes: the least that must be read and written, every tensor once.
+        flops: the least arithmetic, 0 where only bytes count.
+        dtype: of the arithmetic, which sets the floor of `flops`.
+    """
+
+    op: str
+    size: str
+    variant: str
+    make: Callable[[], Callable[[], Any]]
+    bytes: int
+    flops: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def floor(self) -> float:
+        """Seconds that this machine needs at least, by its measured bandwidth and matrix rate."""
+        return max(self.bytes / bandwidth(), self.flops / matrix_rate(self.dtype) if self.flops else 0.0)
+
+
+def variants(
+    op: str, size: str, make: Callable[[Callable[..., Any]], Callable[[], Any]], fast: Any, plain: Any, **work: Any
+) -> list[Case]:
+    """The reference, torch.compile of it, and every launcher of `op` that runs here.
+
+    `make(function)` builds the inputs and returns the call; `fast` is the op, `plain` its reference.
+    """
+
+    def compiled() -> Callable[[], Any]:
+        torch._dynamo.reset()
+        return make(torch.compile(plain))
+
+    cases = [
+        Case(op, size, "reference", lambda: make(plain), **work),
+        Case(op, size, "compiled reference", compiled, **work),
+    ]
+    for launcher in backend.LAUNCHERS[op][DEVICE.type]:
+        if backend.unavailable(launcher) is None:
+            cases.append(Case(op, size, launcher, lambda: make(fast), **work))
+    return cases
+
+
+def clock() -> float:
+    """Seconds, once the GPU has done all it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _best(call: Callable[[], Any], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return min(times)
+
+
+@functools.cache
+def bandwidth() -> float:
+    """Bytes a second of a large copy, read and written."""
+    source = torch.ones(2**28 if DEVICE.type == "cuda" else 2**26, dtype=torch.float32, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), 10)
+
+
+@functools.cache
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product."""
+    n = 8192 if DEVICE.type == "cuda" else 1536
+    a = torch.randn(n, n, device=DEVICE).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * n**3 / _best(lambda: torch.mm(a, a, out=out), 10)
+
+
+def peak_extra_mib(call: Callable[[], Any]) -> float | None:
+    """MiB above what was there before the call, its outputs included; None where the system does not tell."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else the call may reuse pages that malloc had kept
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = _status_kib("VmRSS")
+        call()
+        return max(0, _status_kib("VmHWM") - before) / 2**10
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def run(benchmark: Any, case: Case) -> None:
+    """Time `case` with pytest-benchmark and leave all that the table needs in its `extra_info`."""
+    launchers = backend.LAUNCHERS[case.op][DEVICE.type]
+    with use_backend(case.variant if case.variant in launchers else "auto"):
+        call = case.make()
+        start = clock()
+        call()
+        first = clock() - start
+        call()
+        peak = peak_extra_mib(call)
+        benchmark(call)
+    benchmark.extra_info.update(
+        op=case.op,
+        size=case.size,
+        variant=case.variant,
+        device=DEVICE.type,
+        first_call_ms=1e3 * first,
+        floor_ms=1e3 * case.floor(),
+        bytes=case.bytes,
+        flops=case.flops,
+        peak_extra_mib=peak,
+    )
+
+
+def table(results: list[tuple[dict[str, Any], float, float]]) -> list[str]:
+    """Lines of the whole table from (extra_info, median, fastest) of each benchmark, seconds."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    lines = [
+        f"{name}: copy {bandwidth() / 1e9:.0f} GB/s, float32 product {matrix_rate(torch.float32) / 1e9:.0f} GFLOP/s",
+        f"{'op':<20} {'size':<35} {'variant':<20} {'ms':>9} {'fastest':>9} {'rate':>14} {'of floor':>8} "
+        f"{'x reference':>11} {'extra MiB':>9}",
+    ]
+    references = {(i["op"], i["size"]): median for i, median, _ in results if i["variant"] == "reference"}
+    for info, median, fastest in results:
+        work, unit = (info["flops"], "GFLOP/s") if info["flops"] else (info["bytes"], "GB/s")
+        peak = "" if info["peak_extra_mib"] is None else f"{info['peak_extra_mib']:.1f}"
+        against = references.get((info["op"], info["size"]))
+        speedup = "" if against is None else f"{against / median:.2f}"
+        rate = f"{work / median / 1e9:.1f} {unit}"
+        lines.append(
+            f"{info['op']:<20} {info['size']:<35} {info['variant']:<20} {1e3 * median:>9.3f} {1e3 * fastest:>9.3f} "
+            f"{rate:>14} {info['floor_ms'] / 1e3 / median:>8.0%} {speedup:>11} {peak:>9}"
+        )
+    lines.append("first call, what it compiles included:")
+    for info, _, _ in results:
+        lines.append(f"{info['op']:<20} {info['size']:<35} {info['variant']:<20} {info['first_call_ms']:>9.1f}")
+    return lines

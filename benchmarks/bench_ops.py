@@ -1,0 +1,155 @@
+"""The op table: every launcher that runs here against the reference, torch.compile of it, and the official chain.
+
+pytest benchmarks/bench_ops.py --benchmark-only --benchmark-quiet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _timing import DEVICE, Case, clock, run, variants
+from torch import Tensor
+
+from matpac_fast import ops, reference
+from matpac_fast.reference import LogMelConfig
+
+GPU = DEVICE.type == "cuda"
+Op = Callable[..., Any]
+
+
+def log_mel_cases() -> list[Case]:
+    config, samples, cases = LogMelConfig(), 160_000, []
+    for clips in (256, 2048) if GPU else (1, 32):
+
+        def make(function: Op, clips: int = clips) -> Callable[[], Any]:
+            wave = 0.1 * torch.randn(clips, samples, device=DEVICE)
+            return lambda: function(wave)
+
+        size = 4 * clips * (samples + config.n_mels * config.n_frames(samples))
+        cases += variants("log_mel", f"{clips} x 10 s", make, ops.log_mel, reference.log_mel, bytes=size)
+    return cases
+
+
+def mask_shuffle_cases() -> list[Case]:
+    def make(function: Op) -> Callable[[], Any]:
+        index = torch.arange(256, device=DEVICE)
+        return lambda: function(7, 1234, index, 190)
+
+    return variants(
+        "mask_shuffle", "256 x 190", make, ops.mask_shuffle, reference.mask_shuffle, bytes=8 * 256 * (190 + 1)
+    )
+
+
+def official_patch_embed(
+    spec: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor, ids_shuffle: Tensor, n_visible: int
+) -> tuple[Tensor, Tensor]:
+    """The official model's own steps, once for each encoder."""
+    tokens = F.conv2d(spec[:, None], weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2) + pos[:, 1:]
+    parts = []
+    for ids in (ids_shuffle[:, :n_visible], ids_shuffle[:, n_visible:]):
+        part = tokens.gather(1, ids[:, :, None].repeat(1, 1, tokens.shape[-1]))
+        parts.append(torch.cat(((cls + pos[:, :1]).expand(spec.shape[0], -1, -1), part), dim=1))
+    return parts[0], parts[1].detach()
+
+
+def gathered_patch_embed(
+    spec: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor, ids_shuffle: Tensor, n_visible: int
+) -> tuple[Tensor, Tensor]:
+    """The rival of the fused kernel: gather the patches and positions, then torch's own product."""
+    patches = reference.patches(spec, weight.shape[-1])
+    table = (bias + pos[0, 1:])[ids_shuffle]  # (B, N, D)
+    rows = patches.gather(1, ids_shuffle[:, :, None].expand(-1, -1, patches.shape[-1])).flatten(0, 1)
+    tokens = (table.flatten(0, 1) + rows @ weight.flatten(1).T).view_as(table)
+    head = (cls + pos[:, :1]).expand(spec.shape[0], -1, -1)
+    return torch.cat([head, tokens[:, :n_visible]], 1), torch.cat([head, tokens[:, n_visible:]], 1).detach()
+
+
+def masked_patch_embed_cases() -> list[Case]:
+    """ViT-B on 608 frames: 57 of 190 patches visible. On a GPU under bfloat16 autocast, as the model runs there."""
+    n, width, area, n_visible, cases = 190, 768, 256, 57, []
+    dtype = torch.bfloat16 if GPU else torch.float32
+    for batch in (256,) if GPU else (8, 64):
+        spec_bytes, out_bytes = 4 * batch * 80 * 608, 4 * batch * (n + 2) * width
+        visible_bytes = 4 * batch * (1 + n_visible) * width
+        for backward in (False, True):
+
+            def make(function: Op, batch: int = batch, backward: bool = backward) -> Callable[[], Any]:
+                generator = torch.Generator().manual_seed(0)
+
+                def randn(*shape: int) -> Tensor:
+                    return torch.randn(*shape, generator=generator).to(DEVICE)
+
+                spec, pos, upstream = randn(batch, 80, 608), randn(1, 1 + n, width), randn(batch, 1 + n_visible, width)
+                weight, bias, cls = randn(width, 1, 16, 16) / 16, randn(width), randn(1, 1, width)
+                parameters = [t.requires_grad_(backward) for t in (weight, bias, cls)]
+                ids = ops.mask_shuffle(0, 0, torch.arange(batch, device=DEVICE), n)
+
+                def call() -> Any:
+                    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+                        visible, masked = function(spec, weight, bias, pos, cls, ids, n_visible)
+                    return torch.autograd.grad(visible, parameters, upstream) if backward else (visible, masked)
+
+                return call
+
+            flops = 2 * batch * n * area * width
+            work = {"bytes": spec_bytes + out_bytes, "flops": flops, "dtype": dtype}
+            if backward:
+                # Only the visible patches are read again, and their gradient once.
+                work["bytes"] += spec_bytes * n_visible // n + visible_bytes
+                work["flops"] += 2 * batch * n_visible * area * width
+            size = f"{batch} x 190 x 768, {'forward + backward' if backward else 'forward'}"
+            op = "masked_patch_embed"
+            cases += variants(op, size, make, ops.masked_patch_embed, reference.masked_patch_embed, **work)
+            for name, rival in (("official chain", official_patch_embed), ("gather + product", gathered_patch_embed)):
+                cases.append(Case(op, size, name, lambda make=make, rival=rival: make(rival), **work))
+    return cases
+
+
+def prototype_loss_cases() -> list[Case]:
+    """Forward and backward from features, 256 wide. On a GPU features and prototypes are bfloat16."""
+    d, cases = 256, []
+    dtype = torch.bfloat16 if GPU else torch.float32
+    for n, k in ((34_048, 2048), (34_048, 65_536)) if GPU else ((2128, 2048),):
+
+        def make(function: Op, n: int = n, k: int = k) -> Callable[[], Any]:
+            generator = torch.Generator().manual_seed(0)
+
+            def unit(rows: int) -> Tensor:
+                return F.normalize(torch.randn(rows, d, generator=generator), dim=1).to(DEVICE, dtype)
+
+            sides = [unit(rows) for rows in (n, k, n, k)]
+            leaves = [t.requires_grad_() for t in sides[:2]]
+            center, upstream = torch.zeros(k, device=DEVICE), torch.full((n,), 1 / n, device=DEVICE)
+
+            def call() -> Any:
+                loss, _ = function(*sides, center, 0.1, 0.04)
+                return torch.autograd.grad(loss, leaves, upstream)
+
+            return call
+
+        # Two products forwards, the student's two gradients backwards.
+        work = {"bytes": dtype.itemsize * 3 * (n + k) * d, "flops": 4 * 2 * n * k * d, "dtype": dtype}
+        found = variants(
+            "prototype_loss",
+            f"{n} x {k}, forward + backward",
+            make,
+            ops.prototype_loss,
+            reference.prototype_loss,
+            **work,
+        )
+        # The reference keeps several N x K matrices in float32: 9 GB each at the larger size.
+        cases += found if k < 10_000 else [case for case in found if "reference" not in case.variant]
+    return cases
+
+
+CASES = log_mel_cases() + mask_shuffle_cases() + masked_patch_embed_cases() + prototype_loss_cases()
+
+
+@pytest.mark.benchmark(timer=clock, max_time=1.0, min_rounds=5, warmup=False)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.size}-{case.variant}")
+def test_op(benchmark: Any, case: Case) -> None:
+    run(benchmark, case)
