@@ -141,7 +141,12 @@ def heads_by_rule(width: int, given: int | None, per_head: int = 64) -> int:
 
 def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Strict load: missing, unexpected or misshapen entries raise one CheckpointError that lists them."""
-    own = module.state_dict()
+    check_fits(module.state_dict(), state, source)
+    module.load_state_dict(state)
+
+
+def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise what `load_into` raises where `state` does not have the names and shapes of `own`."""
     problems = []
     if missing := [name for name in own if name not in state]:
         problems.append(f"{len(missing)} missing: {_some(missing)}")
@@ -155,7 +160,6 @@ def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str)
         problems.append(f"{len(misshapen)} of another shape: {_some(misshapen)}")
     if problems:
         raise CheckpointError(f"{source} does not fit this model; {'; '.join(problems)}")
-    module.load_state_dict(state)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -16,6 +16,7 @@ from .nn.ema import ema_update, linear_anneal
 from .nn.frontend import Frontend
 from .nn.heads import ClassificationHead
 from .nn.predictor import Predictor
+from .nn.statistics import Sums, summarise, token_sums
 from .nn.vit import Transformer, init_weights
 
 
@@ -25,7 +26,12 @@ class MatpacOutput(NamedTuple):
     loss: Tensor
     loss_pred: Tensor
     loss_cls: Tensor
-    statistics: dict[str, Tensor] | None
+    sums: Sums | None
+
+    @property
+    def statistics(self) -> dict[str, Tensor] | None:
+        """What the official code logs, where it was asked for (see nn/statistics.py)."""
+        return None if self.sums is None else summarise(self.sums)
 
 
 class Matpac(nn.Module):
@@ -62,14 +68,14 @@ class Matpac(nn.Module):
         self.register_buffer("center", torch.zeros(c.prototypes))
         # Sum of the teacher's column means since the last update, and their number: the centre of one optimiser step,
         # also where its gradient was accumulated over several batches.
-        self.register_buffer("_center_sum", torch.zeros(c.prototypes), persistent=False)
-        self.register_buffer("_center_count", torch.zeros(()), persistent=False)
+        self.register_buffer("center_sum", torch.zeros(c.prototypes), persistent=False)
+        self.register_buffer("center_count", torch.zeros(()), persistent=False)
         self.teacher.requires_grad_(False)
         self.teacher_head.requires_grad_(False)
 
     center: Tensor
-    _center_sum: Tensor
-    _center_count: Tensor
+    center_sum: Tensor
+    center_count: Tensor
 
     def _init_weights(self) -> None:
         self.student.apply(init_weights)
@@ -101,7 +107,7 @@ class Matpac(nn.Module):
                 the mask is `ops.mask_shuffle(config.seed, step, index, N)`.
             step: the optimiser step, from 0: it sets the temperatures.
             index: (B,) int64, the crop's number within the global batch; 0..B-1 by default.
-            statistics: also compute what a log wants to know; otherwise None.
+            statistics: also sum up what a log wants to know; otherwise None.
 
         In training mode the teacher's mean is kept for the next `update_teachers`.
         """
@@ -149,14 +155,12 @@ class Matpac(nn.Module):
         )
         if self.training:
             with torch.no_grad():
-                self._center_sum += teacher_mean
-                self._center_count += 1
+                self.center_sum += teacher_mean
+                self.center_count += 1
 
         loss = (1 - c.classification_weight) * loss_pred.mean() + c.classification_weight * loss_cls.mean()
-        found = None
-        if statistics:
-            found = self._statistics(prediction, target, features, teacher_features, step)
-        return MatpacOutput(loss, loss_pred, loss_cls, found)
+        sums = self._sums(prediction, target, features, teacher_features, step) if statistics else None
+        return MatpacOutput(loss, loss_pred, loss_cls, sums)
 
     @torch.no_grad()
     def update_teachers(self, step: int, skip: Tensor | None = None) -> None:
@@ -166,9 +170,9 @@ class Matpac(nn.Module):
         is true the step counts for nothing: teachers and centre stay as they are.
         """
         c = self.config
-        mean = self._center_sum / self._center_count
-        self._center_sum.zero_()
-        self._center_count.zero_()
+        mean = self.center_sum / self.center_count
+        self.center_sum.zero_()
+        self.center_count.zero_()
         if skip is not None and skip.device.type == "cpu":  # reading it costs nothing there
             if skip:
                 return
@@ -200,32 +204,11 @@ class Matpac(nn.Module):
         return linear_anneal(c.head_ema_start, c.head_ema_end, step, c.max_steps)
 
     @torch.no_grad()
-    def _statistics(
-        self, prediction: Tensor, target: Tensor, features: Tensor, teacher_features: Tensor, step: int
-    ) -> dict[str, Tensor]:
-        """What the official code logs, unscaled: spreads near 0, or a perplexity near 1, mean collapse."""
-        c = self.config
-        logits = features.float() @ self.head.last_layer.matrix().float().T / c.student_temp
+    def _sums(self, prediction: Tensor, target: Tensor, features: Tensor, teacher_features: Tensor, step: int) -> Sums:
+        logits = features.float() @ self.head.last_layer.matrix().float().T / self.config.student_temp
         teacher_logits = teacher_features.float() @ self.teacher_head.last_layer.matrix().float().T
-        student_p = logits.softmax(-1)
         teacher_p = ((teacher_logits - self.center) / self.teacher_temperature(step)).softmax(-1)
-        mean = teacher_p.mean(0)
-        chosen, guessed = teacher_p.argmax(-1), student_p.argmax(-1)
-        unit = torch.nn.functional.normalize
-        found = {
-            "spread_target": _spread(unit(target.float(), dim=-1)),
-            "spread_student_p": _spread(student_p),
-            "spread_teacher_p": _spread(teacher_p),
-            "teacher_perplexity": torch.exp(-(mean * torch.log(mean + 1e-7)).sum()),
-            "prototypes_used": torch.zeros_like(mean).index_fill_(0, chosen, 1.0).sum(),
-            "agreement": (chosen == guessed).float().mean(),
-            "index_spread_teacher": _spread(chosen[:, None].float()),
-            "index_spread_student": _spread(guessed[:, None].float()),
-        }
-        heads = prediction.float()[:, None] if prediction.ndim == 2 else prediction.float()
-        for i, head in enumerate(unit(heads, dim=-1).unbind(1)):
-            found["spread_prediction" + (f"_{i}" if c.mcl_heads else "")] = _spread(head)
-        return found
+        return token_sums(prediction, target, logits.softmax(-1), teacher_p)
 
     @classmethod
     def from_official(
@@ -277,8 +260,3 @@ class Matpac(nn.Module):
     def official_state_dict(self) -> dict[str, Any]:
         """The state under the official names, teachers nested in `_ema` and `_cls_head_ema`, as fairseq saves it."""
         return checkpoint.to_official_names(self.state_dict())
-
-
-def _spread(rows: Tensor) -> Tensor:
-    """Mean over columns of the standard deviation over rows (official `compute_var`)."""
-    return torch.sqrt(rows.var(dim=0) + 1e-6).mean()

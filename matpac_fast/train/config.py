@@ -22,11 +22,13 @@ Precision = Literal["auto", "float32", "bf16"]
 class TrainConfig:
     """The optimiser, the batches and the bookkeeping of one run; the defaults are the official recipe on one device.
 
+    Nothing here says on how many processes: the batches are the same on any number.
+
     Args:
         steps: optimiser steps.
-        batch_size: crops an optimiser step (official: 2048, as 8 GPUs x 256).
-        grad_accumulation: pieces that a batch is computed in, one after the other: less memory, the same step. Teachers
-            and centre move once a step.
+        batch_size: crops an optimiser step, over all processes (official: 2048, as 8 GPUs x 256).
+        grad_accumulation: pieces that a process computes its part of a batch in, one after the other: less memory, the
+            same step. Teachers and centre move once a step.
         lr: peak learning rate.
         warmup: steps from 0 to the peak; None takes the official share of the run, 1/15.
         stretch_decays: stretch the decays of averages and MCL temperature to the run (see `fit_to_run`); False keeps
@@ -43,7 +45,11 @@ class TrainConfig:
         save_every: steps between two checkpoints.
         keep_last: newest checkpoints that stay on disk.
         keep_every: checkpoints of steps that this divides stay too; None: none of them.
+        probe_every: steps between two calls of the probe that `pretrain` is given; None: save_every.
         max_bad_steps: stop after this many steps in a row whose loss or gradient was not finite.
+        compile: run the transformer blocks through torch.compile; nothing changes but rounding and speed.
+        shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), for models
+            that do not fit on one GPU; by default each holds all of them (DDP).
 
     Raises:
         ConfigError: a value that cannot be.
@@ -67,7 +73,10 @@ class TrainConfig:
     save_every: int = 500
     keep_last: int = 3
     keep_every: int | None = None
+    probe_every: int | None = None
     max_bad_steps: int = 10
+    compile: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -94,6 +103,8 @@ class TrainConfig:
             raise ConfigError(f"betas is {self.betas}; expected two numbers from 0 to below 1")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise ConfigError(f"warmup is {self.warmup}; expected 0 to {self.steps}, the steps of the run")
+        if self.probe_every is not None and self.probe_every < 1:
+            raise ConfigError(f"probe_every is {self.probe_every}; expected at least 1")
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
             raise ConfigError(f"keep_every is {self.keep_every}; expected a multiple of save_every, {self.save_every}")
         if self.crop_frames is not None and not self.crop_frames:

@@ -24,6 +24,35 @@ class Reporter:
     def record(self, record: Record) -> None:
         """A line of the log: a measurement (it has "loss") or an event (it has "event")."""
 
+    def saved(self, folder: Path, step: int) -> None:
+        """The checkpoint of `step` is on the disk in the run folder; called in a thread beside the training."""
+
+    def close(self) -> None:
+        """The run has ended, however it did."""
+
+
+class Reporters(Reporter):
+    """Several reporters as one, told in order."""
+
+    def __init__(self, *reporters: Reporter):
+        self._reporters = reporters
+
+    def step(self, step: int) -> None:
+        for reporter in self._reporters:
+            reporter.step(step)
+
+    def record(self, record: Record) -> None:
+        for reporter in self._reporters:
+            reporter.record(record)
+
+    def saved(self, folder: Path, step: int) -> None:
+        for reporter in self._reporters:
+            reporter.saved(folder, step)
+
+    def close(self) -> None:
+        for reporter in self._reporters:
+            reporter.close()
+
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""

@@ -1,23 +1,28 @@
-"""The training loop, on the CPU or one GPU."""
+"""The training loop, on the CPU, one GPU or many."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from .. import ops
 from ..audio.corpus import Corpus
 from ..config import MatpacConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..model import Matpac
+from ..nn.statistics import effective_rank
 from ..reference import LogMelConfig
+from .compiled import blocks, compile_blocks
 from .config import TrainConfig, resolve_precision
+from .distributed import Ranks, Votes, distribute, join, pick_device, whole
 from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .logs import Log, Record, Reporter, versions
@@ -26,6 +31,11 @@ from .schedule import learning_rate
 from .state import RunFolder, Saver, Snapshot, describe, differences, load_weights, read_config
 from .step import Step, make_optimizer, train_step
 from .watch import BadSteps, TrainingError, collapse
+
+__all__ = ["Probe", "Result", "pick_device", "pretrain"]
+
+# Judges the encoders while they are trained: (their weights, whole and by name, the model) -> numbers for the log.
+Probe = Callable[[Mapping[str, Tensor], MatpacConfig], Record]
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,16 @@ def pretrain(
     init: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
+    probe: Probe | None = None,
 ) -> Result:
     """Train a Matpac on `corpus` into the run folder `out`, or go on with the run that is there.
 
     The same arguments give the same batches, and on one CPU the same weights bit for bit, however often the run was
     interrupted; a GPU's attention may add up in another order each time.
+
+    Started by torchrun, or where torch.distributed has been initialised, all processes train one model and share each
+    batch; they may be more or fewer than those that began the run. Rank 0 alone touches `out`; every rank needs the
+    same corpus.
 
     Args:
         corpus: what `prepare` wrote.
@@ -59,41 +74,81 @@ def pretrain(
         config: the training.
         device: "auto" is the GPU where there is one, else the CPU.
         init: weights that a new run starts from: a run folder, a file of ours, or an official training checkpoint.
-        reporter: hears of every step and every line of the log.
-        stop: asked after every step; True saves and returns.
+        reporter: on rank 0 hears of every step and every line of the log.
+        stop: asked after every step; True on any rank saves and returns on all, a step later where they are several.
+        probe: called on rank 0 every `config.probe_every` steps, while the others wait; its numbers go into the log.
 
     Raises:
-        ConfigError: `out` holds another run (the message lists what differs), or no clip is long enough.
+        ConfigError: `out` holds another run (the message lists what differs), no clip is long enough, or the ranks do
+            not divide the batch.
         CheckpointError: a checkpoint is damaged or cannot be written.
         TrainingError: too many steps in a row were not finite, or a batch does not fit into memory.
+        PeerError: another rank has failed; its reason.
     """
-    reporter = reporter or Reporter()
-    device = pick_device(device)
-    mel = LogMelConfig()
-    if corpus.sample_rate != mel.sample_rate:
-        raise ConfigError(f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz: prepare it again")
-    crops = [mel.n_samples(n) for n in config.crop_frames or (model_config.n_frames,)]
-    sampler = Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short)
-    model = Matpac(model_config)
-    folder = RunFolder(out)
-    with folder.locked():
-        stored = read_config(folder.path)
-        if config.precision == "auto":
-            chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
-            config = dataclasses.replace(config, precision=chosen)
-        asked = describe(model_config, config, corpus, init)
-        if stored and (different := differences(stored, asked)):
-            raise ConfigError(f"{folder.path} holds another run: {'; '.join(different)}; give a new folder to --out")
-        if init is not None and folder.latest() is None:
-            load_weights(model, init)
-        if stored is None:
-            folder.write_config(asked)
-        model.to(device).train()
-        run = _Run(folder, model, config, corpus, sampler, device, reporter)
+    with join(device) as ranks, contextlib.ExitStack() as stack:
+        mel = LogMelConfig()
+        if corpus.sample_rate != mel.sample_rate:
+            raise ConfigError(
+                f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz: prepare it again"
+            )
+        crops = [mel.n_samples(n) for n in config.crop_frames or (model_config.n_frames,)]
+        if config.batch_size % (ranks.world * config.grad_accumulation):
+            raise ConfigError(
+                f"batch_size is {config.batch_size}, which {ranks.world} processes times a grad_accumulation of "
+                f"{config.grad_accumulation} do not divide"
+            )
+        sampler = Sampler(
+            corpus.frames, crops, config.batch_size, config.seed, config.pad_short, ranks.rank, ranks.world
+        )
+        if ranks.world > 1 and len(set(ranks.gather(corpus.fingerprint))) > 1:
+            raise ConfigError("the processes do not have the same corpus: copy or prepare it again")
+        model = Matpac(model_config)
+        folder = ranks.from_first(lambda: RunFolder(out))
+        ranks.from_first(lambda: stack.enter_context(folder.locked()))
+        config, initialised = ranks.from_first(lambda: _begin(folder, model, config, corpus, init, ranks.device))
+        model.to(ranks.device).train()
+        if initialised:
+            ranks.hand_out(model.state_dict() if ranks.first else None, model.state_dict())
+        if config.compile:
+            compile_blocks(model)
+        forward = distribute(model, blocks(model), ranks, config.shard)
+        reporter = (reporter or Reporter()) if ranks.first else Reporter()
+        run = _Run(folder, model, forward, config, corpus, sampler, ranks, reporter, probe)
         try:
             return run.go(stop)
+        except Exception as error:
+            failure = ranks.failure(error)
+            run.tell_failure(failure)
+            if failure is error:
+                raise
+            raise failure from error
         finally:
             run.close()
+
+
+def _begin(
+    folder: RunFolder,
+    model: Matpac,
+    config: TrainConfig,
+    corpus: Corpus,
+    init: str | os.PathLike[str] | None,
+    device: torch.device,
+) -> tuple[TrainConfig, bool]:
+    """Check the folder against what is asked, and write down a new run; the configuration with its precision chosen,
+    and whether `init` was loaded into the model."""
+    stored = read_config(folder.path)
+    if config.precision == "auto":
+        chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
+        config = dataclasses.replace(config, precision=chosen)
+    asked = describe(model.config, config, corpus, init)
+    if stored and (different := differences(stored, asked)):
+        raise ConfigError(f"{folder.path} holds another run: {'; '.join(different)}; give a new folder to --out")
+    initialised = init is not None and folder.latest() is None
+    if init is not None and initialised:
+        load_weights(model, init)
+    if stored is None:
+        folder.write_config(asked)
+    return config, initialised
 
 
 class _Run:
@@ -103,31 +158,42 @@ class _Run:
         self,
         folder: RunFolder,
         model: Matpac,
+        forward: nn.Module,
         config: TrainConfig,
         corpus: Corpus,
         sampler: Sampler,
-        device: torch.device,
+        ranks: Ranks,
         reporter: Reporter,
+        probe: Probe | None,
     ):
-        self.folder, self.model, self.config, self.corpus = folder, model, config, corpus
-        self.sampler, self.device, self.reporter = sampler, device, reporter
+        self.folder, self.model, self.forward, self.config, self.corpus = folder, model, forward, config, corpus
+        self.sampler, self.ranks, self.device, self.reporter = sampler, ranks, ranks.device, reporter
+        self.probe, self.probe_every = probe, config.probe_every or config.save_every
+        # Every rank must know whether there is one, for FSDP hands out whole weights to all or none.
+        self.probed = ranks.from_first(lambda: probe is not None)
         self.optimizer = make_optimizer(model, config)
-        state = folder.load(model, self.optimizer)
+        state = folder.load(model, self.optimizer, ranks)
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()
+        self.untold: list[str] = []
         self.collapsed = False
         self.saved: int | None = self.done if state else None
         self.began = time.perf_counter() - (state["seconds"] if state else 0.0)
-        self.bad = BadSteps(config.log_every, config.max_bad_steps, device)
-        self.peak = peak_flops(device, config.precision)
-        self.log = Log(folder.log, keep_until=self.done)
-        self.saver = Saver(folder, config.keep_last, config.keep_every)
-        self.feed = Feed(corpus, sampler, device, self.done, config.steps)
+        self.bad = BadSteps(config.log_every, config.max_bad_steps, self.device)
+        self.peak = peak_flops(self.device, config.precision)
+        self.log = Log(folder.log, keep_until=self.done) if ranks.first else None
+        self.saver = Saver(
+            folder, config.keep_last, config.keep_every, saved=lambda step: reporter.saved(folder.path, step)
+        )
+        self.votes = Votes(ranks, 2)
+        self.feed = Feed(corpus, sampler, self.device, self.done, config.steps)
 
     def close(self) -> None:
         self.feed.close()
         self.saver.close()
-        self.log.close()
+        if self.log:
+            self.log.close()
+        self.reporter.close()
 
     def go(self, stop: Callable[[], bool]) -> Result:
         c = self.config
@@ -136,10 +202,8 @@ class _Run:
         self.tell(self.header())
         since, clock, waited = self.done, time.perf_counter(), 0.0
         for batch in self.feed:
-            for text in batch.unreadable:
-                if text not in self.unreadable:  # a broken shard is met again and again
-                    self.unreadable.add(text)
-                    self.tell({"event": "unreadable", "step": self.done, "text": text})
+            self.untold += [text for text in batch.unreadable if text not in self.unreadable]
+            self.unreadable.update(batch.unreadable)  # a broken shard is met again and again
             logging = (self.done + 1) % c.log_every == 0 or self.done + 1 == c.steps
             measured = self.step(batch, statistics=logging)
             self.bad.add(batch.plan, measured.bad)
@@ -156,15 +220,25 @@ class _Run:
                 since, clock, waited = self.done, time.perf_counter(), self.feed.waited
             self.reporter.step(self.done)
             self.saver.check()
-            if stop():
+            stopping, news = self.votes.cast(stop(), bool(self.untold))
+            if news:
+                self.tell_unreadable()
+            if stopping:
                 break
+            if self.probed and self.done % self.probe_every == 0 and self.done < c.steps:
+                clock += self.run_probe()
             if self.done % c.save_every == 0:
                 clock += self.save()
+        if self.votes.count()[1]:
+            self.tell_unreadable()
         self.check_bad()
-        self.save()
-        self.saver.wait()
         finished = self.done == c.steps
+        self.save()
+        if self.probed and finished:
+            self.run_probe()
+        self.saver.wait()
         self.tell({"event": "finished" if finished else "stopped", "step": self.done})
+        self.ranks.barrier()
         return Result(self.folder.path, self.done, finished)
 
     def step(self, batch: Batch, statistics: bool) -> Step:
@@ -182,7 +256,18 @@ class _Run:
             ids_shuffle = ops.mask_shuffle(c.seed, step, batch.index, n_tokens)  # (B, N)
             pieces = list(zip(spec.chunk(n), ids_shuffle.chunk(n), strict=True))
             lr = learning_rate(step, c.lr, c.warmup_steps, c.steps)
-            return train_step(self.model, self.optimizer, pieces, step, lr, c.clip_norm, c.precision, statistics)
+            return train_step(
+                self.model,
+                self.optimizer,
+                pieces,
+                step,
+                lr,
+                c.clip_norm,
+                c.precision,
+                statistics,
+                self.ranks,
+                self.forward,
+            )
         except torch.OutOfMemoryError:
             return None
 
@@ -190,6 +275,10 @@ class _Run:
         """What to do about a batch that does not fit, found by trying: the run is over, its weights may be spoilt."""
         rows, n = len(batch.wave), self.config.grad_accumulation
         message = f"{rows // n} crops at a time do not fit into the memory of {self.device}"
+        if self.ranks.world > 1:  # the others wait in the middle of the step, so nothing can be tried
+            if rows % (2 * n):
+                return f"{message}: choose a smaller preset or a shorter crop, or more processes"
+            return f"{message}: try {rows // (2 * n)}, --grad-accumulation {2 * n} computes the same step"
         for more in (n * 2**i for i in range(1, rows.bit_length())):
             self.optimizer.zero_grad(set_to_none=True)
             if rows % more == 0 and self.try_step(batch, more, statistics=False) is not None:
@@ -197,8 +286,9 @@ class _Run:
         return f"{message}, nor do fewer: choose a smaller preset or a shorter crop"
 
     def check_bad(self) -> None:
-        for plan in self.bad.read():
-            clips = [self.corpus.name(int(clip)) for clip in plan.clips]
+        for plan in self.bad.read():  # the same ones on every rank
+            mine = [self.corpus.name(int(clip)) for clip in plan.clips]
+            clips = [name for names in self.ranks.gather(mine) for name in names]
             text = "loss or gradient not finite"
             self.tell({"event": "skipped", "step": plan.step + 1, "text": text, "clips": clips})
         if self.bad.limit_reached:
@@ -206,6 +296,31 @@ class _Run:
                 f"stopped at step {self.done}: loss or gradient not finite for {self.config.max_bad_steps} steps "
                 f"in a row; their clips are listed in {self.folder.log}. Try a lower learning rate"
             )
+
+    def tell_unreadable(self) -> None:
+        for text in dict.fromkeys(text for texts in self.ranks.gather(self.untold) for text in texts):
+            self.unreadable.add(text)
+            self.tell({"event": "unreadable", "step": self.done, "text": text})
+        self.untold = []
+
+    def tell_failure(self, error: Exception) -> None:
+        """The log's last line; where it cannot be written, that is why the run has failed."""
+        with contextlib.suppress(CheckpointError):
+            self.tell({"event": "failed", "step": self.done, "text": str(error)})
+
+    def run_probe(self) -> float:
+        """Let the probe judge the encoders; returns the seconds that training waited."""
+        start = time.perf_counter()
+        parts = ("frontend.", "student.", "teacher.")
+        state = {
+            name: whole(tensor.detach()) for name, tensor in self.model.state_dict().items() if name.startswith(parts)
+        }
+        if self.probe is not None and self.ranks.first:
+            values = self.probe(state, self.model.config)
+            seconds = round(time.perf_counter() - start, 3)
+            self.tell({"event": "probe", "step": self.done, **values, "seconds": seconds})
+        self.ranks.barrier()
+        return time.perf_counter() - start
 
     def warn_of_collapse(self, values: Record) -> None:
         """Once when it begins, not on every line while it lasts."""
@@ -219,6 +334,9 @@ class _Run:
         tensors = {name: getattr(measured, name) for name in ("loss", "loss_pred", "loss_cls", "grad_norm")}
         tensors |= measured.statistics or {}
         numbers = torch.stack([value.float() for value in tensors.values()]).tolist()
+        if measured.gram is not None:
+            tensors["effective_rank"] = measured.gram
+            numbers.append(effective_rank(measured.gram))
         lr = learning_rate(self.done - 1, self.config.lr, self.config.warmup_steps, self.config.steps)
         return {"step": self.done, **dict(zip(tensors, numbers, strict=True)), "lr": lr}
 
@@ -228,7 +346,7 @@ class _Run:
         record = {"epoch": self.sampler.epoch(self.done), "crops_per_s": crops}
         if self.peak:
             n_frames = LogMelConfig().n_frames(crop)
-            record["mfu"] = crops * step_flops(self.model.config, n_frames) / self.peak
+            record["mfu"] = crops * step_flops(self.model.config, n_frames) / (self.peak * self.ranks.world)
         return record
 
     def header(self) -> Record:
@@ -239,39 +357,24 @@ class _Run:
             "config": read_config(self.folder.path),
             "versions": versions(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+            "ranks": self.ranks.world,
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "clips": len(self.sampler),
             "clips_left_out": self.sampler.n_dropped,
         }
 
     def tell(self, record: Record) -> None:
-        self.log.write(record)
-        self.reporter.record(record)
+        if self.log:
+            self.log.write(record)
+            self.reporter.record(record)
 
     def save(self) -> float:
         """Begin a checkpoint, unless this step has one; returns the seconds that training waited."""
         start = time.perf_counter()
         if self.saved != self.done:
             state = {"step": self.done, "seconds": round(start - self.began, 3)}
-            self.saver.save(Snapshot.take(self.model, self.optimizer, state))
+            snapshot = Snapshot.take(self.model, self.optimizer, state, self.ranks)
+            if self.ranks.first:
+                self.saver.save(snapshot)
             self.saved = self.done
         return time.perf_counter() - start
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """The device that a name means; "auto" is the GPU where there is one, else the CPU.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {device!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
-    return found

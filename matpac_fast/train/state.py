@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,26 @@ from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
 from ..model import Matpac
 from .config import TrainConfig
+from .distributed import ALONE, Ranks, cut_like, whole
+from .step import trained_parameters
 
 _PART = ".part"
 
-# What may differ between the halves of a resumed run without changing its result.
-FREE = frozenset({"train.log_every", "train.save_every", "train.keep_last", "train.keep_every", "train.max_bad_steps"})
+# What may differ between the halves of a resumed run without changing its result but for rounding.
+FREE = frozenset(
+    f"train.{name}"
+    for name in (
+        "log_every",
+        "save_every",
+        "probe_every",
+        "keep_last",
+        "keep_every",
+        "max_bad_steps",
+        "grad_accumulation",
+        "compile",
+        "shard",
+    )
+)
 
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -61,9 +76,18 @@ class Snapshot:
     state: dict[str, Any]
 
     @classmethod
-    def take(cls, model: Matpac, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    def take(
+        cls, model: Matpac, optimizer: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks = ALONE
+    ) -> Snapshot:
+        """Every rank must ask; the tensors are on rank 0 alone, one at a time of what FSDP has cut."""
+
         def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            copies = {}
+            for name, tensor in tensors.items():
+                found = whole(tensor.detach())
+                if ranks.first:
+                    copies[name] = found.to("cpu", copy=True)
+            return copies
 
         metadata = {"kind": "matpac", "config": model.config.to_dict(), "step": state["step"]}
         return cls(copy(model.state_dict()), copy(optimizer_tensors(model, optimizer)), metadata, state)
@@ -136,19 +160,34 @@ class RunFolder:
             raise CheckpointError(f"{done}: cannot be saved: {reason}{intact}") from error
         self._prune(keep_last, keep_every)
 
-    def load(self, model: Matpac, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Put the newest checkpoint into model and optimizer and return its state; None where there is none yet."""
-        folder = self.latest()
-        if folder is None:
+    def load(self, model: Matpac, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> dict[str, Any] | None:
+        """Put the newest checkpoint into model and optimizer and return its state; None where there is none yet.
+
+        Rank 0 reads it and hands it out, whatever the number of ranks that wrote it.
+        """
+        weights: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+
+        def read() -> tuple[dict[str, Any], list[str]] | None:
+            folder = self.latest()
+            if folder is None:
+                return None
+            weights.update(checkpoint.load(folder / "model.safetensors")[0])
+            checkpoint.check_fits(model.state_dict(), weights, str(folder))
+            moments.update(checkpoint.load(folder / "optimizer.safetensors")[0])
+            check_optimizer_tensors(model, moments, str(folder))
+            try:
+                return json.loads((folder / "state.json").read_text(encoding="utf-8")), list(moments)
+            except (OSError, json.JSONDecodeError) as error:
+                raise CheckpointError(f"{folder / 'state.json'}: cannot be read: {error}") from None
+
+        found = ranks.from_first(read)
+        if found is None:
             return None
-        tensors, _ = checkpoint.load(folder / "model.safetensors")
-        checkpoint.load_into(model, tensors, str(folder))
-        moments, _ = checkpoint.load(folder / "optimizer.safetensors")
-        load_optimizer_tensors(model, optimizer, moments, str(folder))
-        try:
-            return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{folder / 'state.json'}: cannot be read: {error}") from None
+        state, names = found
+        ranks.hand_out(weights if ranks.first else None, model.state_dict())
+        ranks.hand_out(moments if ranks.first else None, empty_optimizer_tensors(model, optimizer, names))
+        return state
 
     def _prune(self, keep_last: int, keep_every: int | None) -> None:
         """Remove what is neither among the newest nor a multiple of `keep_every`, and what killed processes left."""
@@ -165,10 +204,19 @@ class RunFolder:
 
 
 class Saver:
-    """Writes checkpoints behind the training's back: it waits for the copy, not for the disk."""
+    """Writes checkpoints behind the training's back: it waits for the copy, not for the disk.
 
-    def __init__(self, folder: RunFolder, keep_last: int, keep_every: int | None):
-        self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
+    `saved` is told of each step whose checkpoint is on the disk, in the thread that wrote it.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        keep_last: int,
+        keep_every: int | None,
+        saved: Callable[[int], None] = lambda step: None,
+    ):
+        self._folder, self._keep_last, self._keep_every, self._saved = folder, keep_last, keep_every, saved
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -197,6 +245,7 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             self._folder.save(snapshot, self._keep_last, self._keep_every)
+            self._saved(snapshot.state["step"])
         except BaseException as error:
             self._error = error
 
@@ -242,25 +291,38 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter name: "<parameter>/exp_avg" and so on."""
     return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        f"{name}/{key}": cut_like(value, parameter) if value.ndim else value
+        for (name, parameter), held in _held(model, optimizer)
+        for key, value in optimizer.state.get(held, {}).items()
     }
 
 
-def load_optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], source: str
-) -> None:
-    """Inverse of `optimizer_tensors`; names that do not fit raise CheckpointError."""
-    parameters = dict(model.named_parameters())
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def check_optimizer_tensors(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError where `tensors` are not what `optimizer_tensors` gives of such a model, or nothing."""
+    trained = trained_parameters(model)
+    seen = set()
     for full, tensor in tensors.items():
-        name, _, key = full.rpartition("/")
-        parameter = parameters.get(name)
-        if parameter is None or id(parameter) not in trained or tensor.shape not in ((), parameter.shape):
+        name = full.rpartition("/")[0]
+        if name not in trained or tensor.shape not in ((), trained[name].shape):
             raise CheckpointError(f"{source}: the optimiser's {full!r} {tuple(tensor.shape)} fits no trained parameter")
-        # A copy, or the moments would live in the mapped file.
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
-    expected = len(trained) if tensors else 0
-    if len(optimizer.state) != expected:
-        raise CheckpointError(f"{source}: the optimiser has state for {len(optimizer.state)} of {expected} parameters")
+        seen.add(name)
+    if tensors and len(seen) != len(trained):
+        raise CheckpointError(f"{source}: the optimiser has state for {len(seen)} of {len(trained)} parameters")
+
+
+def empty_optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, names: list[str]
+) -> dict[str, Tensor]:
+    """Make state of these names for the optimiser, to be filled: what `optimizer_tensors` then gives."""
+    held = {name: part for (name, _), part in _held(model, optimizer)}
+    for full in names:
+        name, _, key = full.rpartition("/")
+        shape = () if key == "step" else held[name].shape
+        optimizer.state[held[name]][key] = torch.zeros(shape, device=held[name].device)
+    made = optimizer_tensors(model, optimizer)
+    return {name: made[name] for name in names}
+
+
+def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[tuple[str, Tensor], Tensor]]:
+    """((name, parameter), what the optimiser holds of it: this rank's shard, or itself)."""
+    return list(zip(trained_parameters(model).items(), optimizer.param_groups[0]["params"], strict=True))

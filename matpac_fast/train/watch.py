@@ -52,6 +52,9 @@ def collapse(statistics: Record, width: int) -> str | None:
     spread = statistics.get("spread_target", 1.0) * width**0.5
     if spread < 0.05:
         return f"the teacher's latents spread over {spread:.1%} of what they could: they are collapsing to one point"
+    rank = statistics.get("effective_rank", float("inf"))
+    if rank < 2:
+        return f"the teacher's latents have an effective rank of {rank:.2f}: they are collapsing to one direction"
     perplexity = statistics.get("teacher_perplexity", float("inf"))
     if perplexity < 1.5:
         return f"the teacher uses {perplexity:.2f} prototypes on average: the classification is collapsing to one class"

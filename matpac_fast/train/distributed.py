@@ -1,0 +1,242 @@
+"""The processes ("ranks") that train one model together: started by torchrun, or one alone.
+
+Rank 0 reads and writes the run folder; the others get all they need from it, so the folder need not be shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import ConfigError, MatpacFastError
+from ..nn.ema import local
+
+T = TypeVar("T")
+
+_FAILED = "matpac_fast/failed"  # where the first rank that fails leaves its reason for the others
+_BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in errors that a dead peer causes
+_KEPT: list[Any] = []
+
+
+class PeerError(MatpacFastError, RuntimeError):
+    """Another rank has failed; the message is its reason."""
+
+
+class Ranks:
+    """All processes of a run, seen from one of them. Alone, every method does the obvious thing at once.
+
+    Attributes:
+        device: this rank's.
+        rank, world: its number, and how many there are.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1, store: dist.Store | None = None):
+        self.device, self.rank, self.world, self._store = device, rank, world, store
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the host."""
+        self.sum_(torch.zeros(()))
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's `item`, in order, on every rank."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, where alone it is called; what it raises there is raised on every rank."""
+        if self.world == 1:
+            return make()
+        answer: list[Any] = [None, None]
+        if self.first:
+            try:
+                answer[0] = make()
+            except Exception as error:
+                answer[1] = error
+        raised = answer[1]
+        answer[1] = raised and str(raised)
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        if raised is not None:
+            raise raised
+        if answer[1] is not None:
+            raise PeerError(f"rank 0: {answer[1]}")
+        return answer[0]
+
+    def hand_out(self, whole: Mapping[str, Tensor] | None, into: Mapping[str, Tensor]) -> None:
+        """Copy rank 0's `whole` tensors into everyone's, or into the shards of them that this rank holds.
+
+        Args:
+            whole: by name, on rank 0 only.
+            into: by name, in the same order on every rank.
+        """
+        for name, target in into.items():
+            if whole is not None:
+                tensor = whole[name].to(target.device, target.dtype)
+            else:
+                tensor = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            if self.world > 1:
+                tensor = tensor.contiguous().clone() if self.first else tensor  # never a view of a mapped file
+                dist.broadcast(tensor, src=0)
+            with torch.no_grad():
+                local(target).copy_(self._shard(tensor) if is_sharded(target) else tensor)
+
+    def _shard(self, whole: Tensor) -> Tensor:
+        parts = whole.chunk(self.world)  # as FSDP cuts them: along the first axis, the last ones shorter or empty
+        return parts[self.rank] if self.rank < len(parts) else whole[:0]
+
+    def failure(self, error: Exception) -> Exception:
+        """`error`, or where another rank's end has caused it, a PeerError with that rank's reason."""
+        if self.world == 1 or isinstance(error, PeerError):
+            return error
+        broken = not isinstance(error, MatpacFastError) and any(w in str(error).lower() for w in _BROKEN)
+        mine = f"rank {self.rank}: {'lost another rank, which gave no reason' if broken else error}"
+        try:
+            if self._store is None or (broken and not self._store.check([_FAILED])):
+                reason = mine
+            else:
+                reason = self._store.compare_set(_FAILED, "", mine).decode()
+        except RuntimeError:  # the process that kept the store is gone too
+            reason = mine
+        return PeerError(reason) if broken else error
+
+
+ALONE = Ranks(torch.device("cpu"))
+
+
+class Votes:
+    """Lets every rank learn what any of them wants, one step later, so that no step waits for the answer."""
+
+    def __init__(self, ranks: Ranks, n: int):
+        self._ranks, self._n = ranks, n
+        self._flags = torch.zeros(n)
+        self._work: Any = None
+
+    def cast(self, *wants: bool) -> list[bool]:
+        """This rank's wishes after a step -> what any rank wished a step ago; alone, after this one."""
+        if self._ranks.world == 1:
+            return list(wants)
+        before = self.count()
+        self._flags = torch.tensor(wants, dtype=torch.float32)
+        self._work = dist.all_reduce(self._flags, async_op=True)
+        return before
+
+    def count(self) -> list[bool]:
+        """What any rank wished at the last vote; no vote stays open."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        flags, self._flags = self._flags.tolist(), torch.zeros(self._n)
+        return [flag > 0 for flag in flags]
+
+
+@contextlib.contextmanager
+def join(device: str | torch.device) -> Iterator[Ranks]:
+    """The ranks of this run: those of torchrun's environment variables or of a process group that is there already.
+
+    Raises:
+        ConfigError: no such device here, or more ranks on this machine than GPUs.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(pick_device(device), dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(pick_device(device))
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    found = pick_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    store, rank, world = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, which the group's
+    # threads may be waiting for.
+    _KEPT.append(dist.group.WORLD)
+    yield Ranks(found, rank, world, store)
+    # Not where the body raises: taking NCCL down waits for ranks that may be gone. The process ends anyway.
+    dist.destroy_process_group()
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device that a name means; "auto" is the GPU where there is one, else the CPU. Under torchrun each rank of a
+    machine takes the GPU of its own number.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
+        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {str(found)!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
+    return found
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's plain shard as the sharded tensor that it is a part of, cut as `like` is; a view."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP has cut, on every rank, each of which must ask; others come back as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def distribute(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, shard: bool) -> nn.Module:
+    """What to call for a forward pass whose gradients become the mean over ranks: DDP, or FSDP2 where `shard`.
+
+    FSDP cuts weights, gradients and Adam's moments, block by block, into one part a rank; alone there is nothing to do.
+    """
+    if ranks.world == 1:
+        return model
+    if shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # makes it an FSDPModule, in place
+        return model
+    ddp = nn.parallel.DistributedDataParallel
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    # The buffers are the positions, which are constant, and the centre, which is reduced with the loss.
+    new_name = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # since torch 2.13
+    buffers: Any = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **buffers)

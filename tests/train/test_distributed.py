@@ -1,0 +1,226 @@
+"""Several processes train one model: the curve of one, on other numbers of ranks, and however it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from matpac_fast import ops
+from matpac_fast.errors import ConfigError
+from matpac_fast.train import loop as training
+from matpac_fast.train import pretrain, read_log
+
+
+def rank_main(rank, world, port, results, job, args):
+    """One process as torchrun would start it; what came of it goes into `results`."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        answer = job(rank, *args)
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    results.put((rank, answer))
+
+
+def on_ranks(world, job, *args, timeout=60.0):
+    """job(rank, *args) in `world` processes -> their answers by rank; fails where one hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A server that has imported everything once and forks: the ranks start at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "matpac_fast.train",
+            "safetensors.torch",
+            "torch._dynamo",
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor",
+        ]
+    )
+    results = context.Queue()
+    processes = [
+        context.Process(target=rank_main, args=(rank, world, port, results, job, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hung = [process.name for process in processes if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hung, f"{hung} did not end"
+    answers = {}
+    while len(answers) < world and not results.empty():
+        rank, answer = results.get()
+        answers[rank] = answer
+    return answers
+
+
+def train(rank, corpus, folder, model, config, stop_after=None):
+    asked = iter(range(1, 1_000))
+    # One rank alone wants to stop, and not the one that writes.
+    stop = lambda: rank == 1 and next(asked) == stop_after  # noqa: E731
+    result = pretrain(corpus, folder, model, config, "cpu", stop=stop)
+    return result.step, result.finished
+
+
+def tensors(folder):
+    latest = folder / "checkpoints" / (folder / "latest").read_text().strip()
+    return {
+        f"{file}/{name}": tensor
+        for file in ("model", "optimizer")
+        for name, tensor in load_file(latest / f"{file}.safetensors").items()
+    }
+
+
+def curve(folder):
+    return [record for record in read_log(folder / "log.jsonl") if "loss" in record]
+
+
+def assert_same_curve(one, other):
+    """Every number of the log but its clock, to rounding; and the weights that Adam made of it."""
+    a, b = curve(one), curve(other)
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    assert len(a) >= 6
+    for first, second in zip(a, b, strict=True):
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"crops_per_s", "data_wait"}:
+            assert second[key] == pytest.approx(first[key], rel=2e-4, abs=1e-6), (first["step"], key)
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.fixture
+def whole(tmp_path, corpus, model_config, train_config):
+    """The run of one process."""
+    pretrain(corpus, tmp_path / "one", model_config, train_config, "cpu")
+    return tmp_path / "one"
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+def test_two_ranks_draw_the_curve_of_one(tmp_path, corpus, model_config, train_config, whole, shard):
+    config = dataclasses.replace(train_config, grad_accumulation=2, shard=shard)
+    assert on_ranks(2, train, corpus, tmp_path / "two", model_config, config) == {0: (12, True), 1: (12, True)}
+    assert_same_curve(whole, tmp_path / "two")
+    assert sum(r.get("event") == "start" for r in read_log(tmp_path / "two" / "log.jsonl")) == 1
+    # The curve is not a constant that anything would match.
+    losses = [r["loss"] for r in curve(whole)]
+    assert max(losses) - min(losses) > 0.01
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, corpus, model_config, train_config, whole):
+    """Begun by two that hold a half each, stopped by the second one, gone on with by four, ended by one."""
+    run = tmp_path / "run"
+    halves = dataclasses.replace(train_config, shard=True)
+    stopped = on_ranks(2, train, corpus, run, model_config, halves, 3)
+    assert stopped == {0: (4, False), 1: (4, False)}  # all of them learn of it one step later, and save the same step
+    stopped = on_ranks(4, train, corpus, run, model_config, train_config, 5)
+    assert set(stopped.values()) == {(10, False)}
+    assert pretrain(corpus, run, model_config, train_config, "cpu").finished
+    assert_same_curve(whole, run)
+    assert [r["ranks"] for r in read_log(run / "log.jsonl") if r.get("event") in ("start", "resume")] == [2, 4, 1]
+
+
+def poisoned(rank, corpus, folder, model, config):
+    """NaN in rank 1's part of step 4 only, and a shard that only its clips are in."""
+    honest, calls = ops.log_mel, iter(range(1_000))
+    training.ops.log_mel = lambda wave, mel: honest(wave, mel) * (float("nan") if rank == next(calls) - 2 else 1.0)
+    if rank == 1:
+        corpus.gone = {9}
+    return train(rank, corpus, folder, model, config)
+
+
+def test_what_is_wrong_on_one_rank_counts_for_all(tmp_path, corpus, model_config, train_config):
+    assert on_ranks(2, poisoned, corpus, tmp_path / "run", model_config, train_config) == {0: (12, True), 1: (12, True)}
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    skipped = [r for r in records if r.get("event") == "skipped"]
+    assert [r["step"] for r in skipped] == [3, 4]  # rank 0's third step, rank 1's fourth
+    assert [len(r["clips"]) for r in skipped] == [4, 4]  # those of both ranks
+    assert [r["text"] for r in records if r.get("event") == "unreadable"] == ["shards/00001.i16: cut short"]
+    found = tensors(tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert found["optimizer/student.norm.weight/step"] == 10
+
+
+def failing(rank, corpus, folder, model, config, how):
+    honest, calls = training.train_step, iter(range(1_000))
+
+    def train_step(*args, **kwargs):
+        if next(calls) == 5 and rank == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise torch.OutOfMemoryError("out of memory") if how == "memory" else ValueError("of a sudden")
+        return honest(*args, **kwargs)
+
+    training.train_step = train_step
+    return train(rank, corpus, folder, model, config)
+
+
+@pytest.mark.parametrize(
+    ("how", "own", "reason"),
+    [
+        ("error", "ValueError: of a sudden", "rank 1: of a sudden"),
+        ("memory", "TrainingError: 2 crops at a time do not fit", "rank 1: 2 crops at a time do not fit into the mem"),
+        ("killed", None, "rank 0: lost another rank, which gave no reason"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, corpus, model_config, train_config, how, own, reason):
+    answers = on_ranks(2, failing, corpus, tmp_path / "run", model_config, train_config, how)
+    assert answers[0].startswith(f"PeerError: {reason}")
+    assert answers.get(1) is None if own is None else answers[1].startswith(own)
+    last = read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert last["event"] == "failed"
+    assert last["text"].startswith(reason)
+    # The last checkpoint is intact, and the run goes on from it.
+    assert json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())["step"] == 4
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config, "cpu").finished
+
+
+def test_what_rank_0_refuses_ends_every_rank(tmp_path, corpus, model_config, train_config):
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    answers = on_ranks(2, train, corpus, tmp_path, model_config, train_config)
+    assert "is not empty and holds no run" in answers[0]
+    assert answers[0].startswith("ConfigError")
+    assert answers[1].startswith("PeerError: rank 0:")
+
+
+def other_corpus(rank, corpora, folder, model, config):
+    return train(rank, corpora[rank], folder, model, config)
+
+
+def test_ranks_with_different_corpora_are_refused(tmp_path, memory_corpus, model_config, train_config):
+    corpora = [memory_corpus([6_000] * 4, seed) for seed in range(2)]
+    answers = on_ranks(2, other_corpus, corpora, tmp_path / "run", model_config, train_config)
+    assert all("do not have the same corpus" in answer for answer in answers.values())
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, model_config, train_config, monkeypatch):
+    config = dataclasses.replace(train_config, grad_accumulation=2)
+    answers = on_ranks(4, train, corpus, tmp_path / "run", model_config, config)
+    assert all("4 processes times a grad_accumulation of 2 do not divide" in answer for answer in answers.values())
+    # More ranks on a machine than it has GPUs.
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(training.pick_device("cuda:1")) == "cuda:1"
+    with pytest.raises(ConfigError, match="device is 'cuda:3'; torch finds 2 CUDA devices here"):
+        training.pick_device("cuda")
