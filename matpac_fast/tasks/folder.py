@@ -1,0 +1,110 @@
+"""`folder:PATH`: a folder of one's own. Sub-folder = label; or a clips.csv that says more."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ..audio.decode import find_audio
+from .task import DatasetError, Fold, Layout, Task, class_indices, deal_groups, rotate_folds
+
+_FOLDS = 5
+_ANY_LENGTH = (1e-3, np.inf)
+_SPLITS = ("train", "valid", "test")
+
+
+def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> Task:
+    """A folder whose sub-folders are the labels, in five folds that `seed` draws; each tests a fifth of the clips.
+
+    A file clips.csv in the folder takes the place of that. Its columns: `path` (below the folder) and `label`, and as
+    needed `split` (train, valid, test) or `fold` (any names, at least three), `group` (clips that belong together, such
+    as one speaker's), and `subset` (test clips scored on their own too). A label with ";" in it, or an empty one, makes
+    the task multi-label: "piano;drums". A label may be listed as unknown with "?" before it: "piano;?drums". Clips that
+    it does not list are no part of the task.
+
+    Raises:
+        DatasetError: what is listed and missing or no audio, file by file; fewer than two classes; too few groups.
+    """
+    layout = Layout(f"folder {Path(path).name}", path, partial)
+    if (layout.folder / "clips.csv").exists():
+        return _listed(layout, seed)
+    names = [os.path.relpath(found, layout.folder) for found in find_audio(layout.folder)]
+    if loose := [name for name in names if os.sep not in name]:
+        raise DatasetError(
+            f"{layout.folder}: {loose[0]} lies beside the sub-folders; expected each file in one, whose name is its "
+            "label, or a clips.csv"
+        )
+    if not names:
+        raise DatasetError(f"{layout.folder}: no audio in its sub-folders")
+    rows = [{"path": name, "label": name.split(os.sep)[0]} for name in names]
+    return _task(layout, rows, seed)
+
+
+def _listed(layout: Layout, seed: int) -> Task:
+    rows = layout.rows("clips.csv", ["path", "label"])
+    if not rows:
+        raise DatasetError(f"{layout.folder / 'clips.csv'} lists no clips")
+    return _task(layout, rows, seed)
+
+
+def _task(layout: Layout, rows: list[dict[str, str]], seed: int) -> Task:
+    keep, seconds = layout.audio([row["path"] for row in rows], _ANY_LENGTH)
+    rows, seconds = [row for row, kept in zip(rows, keep, strict=True) if kept], seconds[keep]
+    name = layout.folder.resolve().name
+    multi = any(";" in row["label"] or not row["label"] or row["label"].startswith("?") for row in rows)
+    if multi:
+        classes, targets = _multi([row["label"].split(";") for row in rows])
+        strata = np.array([";".join(sorted(row["label"].split(";"))) for row in rows])
+    else:
+        classes, targets = class_indices([row["label"] for row in rows])
+        strata = targets
+    if len(classes) < 2:
+        raise DatasetError(f"{layout.folder}: the only class is {', '.join(classes)!r}; expected two or more")
+    groups = np.array([row.get("group") or row["path"] for row in rows])
+    subsets = sorted({row["subset"] for row in rows if row.get("subset")})
+    return Task(
+        name=name,
+        kind="multi" if multi else "single",
+        classes=classes,
+        paths=[layout.folder / row["path"] for row in rows],
+        targets=targets,
+        groups=groups,
+        folds=_folds(layout, rows, groups, strata, seed),
+        seconds=seconds,
+        subsets={subset: np.array([row.get("subset") == subset for row in rows]) for subset in subsets},
+        left_out=layout.problems,
+    )
+
+
+def _multi(labels: list[list[str]]) -> tuple[tuple[str, ...], np.ndarray]:
+    classes = sorted({label.removeprefix("?") for some in labels for label in some if label})
+    place = {name: i for i, name in enumerate(classes)}
+    targets = np.zeros((len(labels), len(classes)), np.float32)
+    for row, some in zip(targets, labels, strict=True):
+        for label in filter(None, some):
+            row[place[label.removeprefix("?")]] = np.nan if label.startswith("?") else 1.0
+    return tuple(classes), targets
+
+
+def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strata: np.ndarray, seed: int) -> list[Fold]:
+    if any(row.get("split") for row in rows):
+        splits = np.array([row.get("split", "") for row in rows])
+        if unknown := set(splits.tolist()) - set(_SPLITS):
+            raise DatasetError(
+                f"{layout.folder / 'clips.csv'}: split {sorted(unknown)[0]!r}; expected train, valid, test"
+            )
+        train, valid, test = (np.flatnonzero(splits == part) for part in _SPLITS)
+        folds = [Fold(train, test, valid if len(valid) else None)]
+    elif any(row.get("fold") for row in rows):
+        folds = rotate_folds(np.array([row.get("fold", "") for row in rows]))
+    elif len(np.unique(groups)) < _FOLDS:
+        few = len(np.unique(groups))
+        raise DatasetError(f"{layout.folder}: {few} groups of clips; expected {_FOLDS} or more to split")
+    else:
+        folds = rotate_folds(deal_groups(groups, strata, _FOLDS, seed))
+    for fold in folds:
+        if shared := set(groups[fold.test]) & set(groups[fold.train]):
+            raise DatasetError(f"{layout.folder}: clips of the group {sorted(shared)[0]!r} are in train and in test")
+    return folds

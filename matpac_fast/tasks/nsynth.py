@@ -1,0 +1,44 @@
+"""NSynth, instrument family: 305,979 notes of 4 s; official split, in which no instrument is on two sides."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from .task import Fold, Layout, Task, class_indices
+
+_SPLITS = {"train": 289_205, "valid": 12_678, "test": 4_096}
+
+
+def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> Task:
+    """The official folders nsynth-train, nsynth-valid and nsynth-test, each with examples.json and audio/*.wav.
+
+    The family synth_lead is in no clip of the official validation and test parts; it stays among the classes.
+    """
+    layout = Layout("nsynth", path, partial)
+    names, labels, groups, splits = [], [], [], []
+    for split, official in _SPLITS.items():
+        table = f"nsynth-{split}/examples.json"
+        notes = layout.json(table)
+        layout.count(table, "notes", len(notes), official)
+        for name in sorted(notes):
+            names.append(f"nsynth-{split}/audio/{name}.wav")
+            labels.append(notes[name]["instrument_family_str"])
+            groups.append(notes[name]["instrument_str"])
+        splits += [split] * len(notes)
+    keep, seconds = layout.audio(names, (3.9, 4.1))
+    classes, targets = class_indices([label for label, kept in zip(labels, keep, strict=True) if kept])
+    split = np.array(splits)[keep]
+    train, valid, test = (np.flatnonzero(split == part) for part in _SPLITS)
+    return Task(
+        name="nsynth",
+        kind="single",
+        classes=classes,
+        paths=[layout.folder / name for name, kept in zip(names, keep, strict=True) if kept],
+        targets=targets,
+        groups=np.array(groups)[keep],
+        folds=[Fold(train, test, valid)],
+        seconds=seconds[keep],
+        left_out=layout.problems,
+    )

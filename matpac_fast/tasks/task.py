@@ -1,0 +1,244 @@
+"""Task: clips, what is to be said of each, and which may be learnt from; and the reading of official folders."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import ConfigError
+
+_NAMED = 5  # files that an error's one line names
+
+
+class DatasetError(ConfigError):
+    """A data set's folder is incomplete or altered; `problems` has (path in it, what is wrong) for every file."""
+
+    def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()):
+        super().__init__(message)
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Indices of clips, int64. Where `valid` is None, the probe holds out some of `train`, whole groups at a time."""
+
+    train: np.ndarray
+    test: np.ndarray
+    valid: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set as a question to embeddings.
+
+    Attributes:
+        name: for people, and a part of file names.
+        kind: "single", one class a clip; "multi", any number of them.
+        classes: their names, K of them.
+        paths: (N,) audio files.
+        targets: "single": (N,) int64; "multi": (N, K) float32 of 0 and 1, NaN where nobody knows.
+        groups: (N,) str; clips of one group belong together: a split that is drawn keeps them on one side, and
+            the bootstrap resamples them together.
+        folds: one, or several whose scores are averaged.
+        seconds: (N,) float64, the clips' lengths by their headers.
+        subsets: name -> (N,) bool; test clips that are also scored on their own, such as one device's.
+        left_out: clips that a partial folder lacks, and why.
+    """
+
+    name: str
+    kind: Literal["single", "multi"]
+    classes: tuple[str, ...]
+    paths: list[Path]
+    targets: np.ndarray
+    groups: np.ndarray
+    folds: list[Fold]
+    seconds: np.ndarray
+    subsets: Mapping[str, np.ndarray] = field(default_factory=dict)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        n, k = len(self.paths), len(self.classes)
+        wanted = (n,) if self.kind == "single" else (n, k)
+        if self.targets.shape != wanted or len(self.groups) != n or len(self.seconds) != n:
+            raise ConfigError(f"{self.name}: {n} clips of {k} classes with targets {self.targets.shape}")
+        for number, fold in enumerate(self.folds):
+            parts = [fold.train, fold.test] + ([] if fold.valid is None else [fold.valid])
+            together = np.concatenate(parts)
+            if len(np.unique(together)) != len(together) or not all(len(part) for part in parts):
+                raise DatasetError(f"{self.name}: fold {number} has a part without clips, or a clip in two parts")
+            heard = self.targets[fold.train]
+            lacking = (
+                np.setdiff1d(self.targets[fold.test], heard)
+                if self.kind == "single"
+                else np.flatnonzero((np.nansum(heard, 0) == 0) & (np.nansum(self.targets[fold.test], 0) > 0))
+            )
+            if len(lacking):
+                missing = self.classes[int(lacking[0])]
+                raise DatasetError(f"{self.name}: fold {number} tests the class {missing!r}, which it has not trained")
+
+    @property
+    def metric(self) -> str:
+        return "accuracy" if self.kind == "single" else "mAP"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything but the audio: which clips, what is true of them, how they are split."""
+        digest = hashlib.sha256(repr((self.name, self.kind, self.classes)).encode())
+        common = os.path.commonpath([path.parent for path in self.paths])
+        for path in self.paths:
+            digest.update(os.fsencode(os.path.relpath(path, common)) + b"\0")
+        digest.update("\0".join(self.groups.tolist()).encode())
+        arrays = [self.targets]
+        for fold in self.folds:
+            arrays += [fold.train, fold.test, np.empty(0, np.int64) if fold.valid is None else fold.valid]
+        for array in arrays:
+            digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+class Layout:
+    """A data set's folder while it is read: what is missing or altered is noted file by file, and raised together."""
+
+    def __init__(self, name: str, folder: str | os.PathLike[str], partial: bool = False):
+        self.name, self.folder, self.partial = name, Path(folder), partial
+        if not self.folder.is_dir():
+            raise DatasetError(f"{name}: no folder {folder}")
+        self.problems: list[tuple[str, str]] = []
+
+    def first(self, *names: str) -> str:
+        """The one of several names, by which a file or folder is known, that is there; the first where none is."""
+        return next((name for name in names if (self.folder / name).exists()), names[0])
+
+    def text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise DatasetError(
+                f"{self.name}: {self.folder / name} cannot be read ({error.strerror}); expected the official layout",
+                [(name, "missing")],
+            ) from None
+        except UnicodeDecodeError:
+            raise DatasetError(
+                f"{self.name}: {self.folder / name} is altered: not UTF-8", [(name, "altered")]
+            ) from None
+
+    def rows(
+        self, name: str, columns: Sequence[str], delimiter: str = ",", header: bool = True
+    ) -> list[dict[str, str]]:
+        """The rows of a CSV file that has at least these columns; without a header they are all its columns."""
+        reader = csv.DictReader(
+            self.text(name).splitlines(), None if header else list(columns), delimiter=delimiter, restval=""
+        )
+        rows = list(reader)
+        if lacking := [column for column in columns if column not in (reader.fieldnames or ())]:
+            raise DatasetError(
+                f"{self.name}: {self.folder / name} is altered: it has no column {', '.join(lacking)}",
+                [(name, f"altered: no column {', '.join(lacking)}")],
+            )
+        return rows
+
+    def json(self, name: str) -> Any:
+        try:
+            return json.loads(self.text(name))
+        except ValueError as error:
+            raise DatasetError(
+                f"{self.name}: {self.folder / name} is damaged: {error}", [(name, "altered: no JSON")]
+            ) from None
+
+    def count(self, name: str, what: str, found: int, official: int) -> None:
+        """Note a list that is not as long as the official one."""
+        if found != official and not self.partial:
+            self.problems.append((name, f"altered: {found} {what}, officially {official}"))
+
+    def audio(self, names: Sequence[str], seconds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these files are there with a length in this range (N,) bool, and their lengths (N,).
+
+        Raises:
+            DatasetError: some are not and the folder is not taken for partial, or none is.
+        """
+        workers = min(8, len(os.sched_getaffinity(0)) * 2)
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(lambda name: _header(self.folder / name, seconds), names, chunksize=64))
+        lengths = np.array([length for length, _ in found])
+        bad = [(name, reason) for name, (_, reason) in zip(names, found, strict=True) if reason]
+        self.problems += bad
+        if len(bad) == len(names) or (self.problems and not self.partial):
+            raise self.error(len(names))
+        return np.array([not reason for _, reason in found]), lengths
+
+    def error(self, n_files: int) -> DatasetError:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in self.problems[:_NAMED])
+        more = f"; and {len(self.problems) - _NAMED} more" if len(self.problems) > _NAMED else ""
+        return DatasetError(
+            f"{self.name}: {self.folder} is incomplete or altered, {len(self.problems)} problems in {n_files} files: "
+            f"{shown}{more}",
+            self.problems,
+        )
+
+
+def _header(path: Path, seconds: tuple[float, float]) -> tuple[float, str]:
+    """A file's length by its header, and what is wrong with it or ""."""
+    import soundfile
+
+    try:
+        if path.stat().st_size == 0:
+            return 0.0, "altered: 0 bytes"
+    except OSError:
+        return 0.0, "missing"
+    try:
+        info = soundfile.info(os.fspath(path))
+    except (soundfile.LibsndfileError, UnicodeError):
+        return 0.0, "altered: no audio that can be read"
+    length = info.frames / info.samplerate
+    if not seconds[0] <= length <= seconds[1]:
+        return length, f"altered: {length:.2f} s long, expected {seconds[0]:g} to {seconds[1]:g} s"
+    return length, ""
+
+
+def class_indices(labels: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The class names, sorted, and each label's index (N,) int64."""
+    classes = sorted(set(labels))
+    place = {name: i for i, name in enumerate(classes)}
+    return tuple(classes), np.array([place[label] for label in labels], dtype=np.int64)
+
+
+def rotate_folds(numbers: np.ndarray) -> list[Fold]:
+    """Each fold number once as the test; the next one validates, the others train."""
+    names = np.unique(numbers)
+    if len(names) < 3:
+        raise DatasetError(f"{len(names)} folds; expected at least 3, to train, validate and test on")
+    folds = []
+    for i, name in enumerate(names):
+        after = names[(i + 1) % len(names)]
+        test, valid = numbers == name, numbers == after
+        folds.append(Fold(*map(np.flatnonzero, (~(test | valid), test, valid))))
+    return folds
+
+
+def deal_groups(groups: np.ndarray, strata: np.ndarray, n_parts: int, seed: int) -> np.ndarray:
+    """(N,) part of each clip: whole groups, dealt out so that every stratum spreads evenly over the parts.
+
+    Groups are dealt largest first, in an order drawn from their names' hashes, each to the part that has fewest clips
+    of its stratum and then fewest in all. Depends on names and seed alone: not on the order of the clips.
+    """
+    names, inverse = np.unique(groups, return_inverse=True)
+    kinds, kind = np.unique(strata, return_inverse=True)
+    counts = np.zeros((len(names), len(kinds)), np.int64)
+    np.add.at(counts, (inverse, kind), 1)
+    drawn = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names.tolist()]
+    totals = counts.sum(1)
+    filled, part = np.zeros((n_parts, len(kinds)), np.int64), np.zeros(len(names), np.int64)
+    for g in sorted(range(len(names)), key=lambda g: (-totals[g], drawn[g])):
+        main = int(counts[g].argmax())
+        part[g] = min(range(n_parts), key=lambda p: (filled[p, main], filled[p].sum(), p))
+        filled[part[g]] += counts[g]
+    return part[inverse]

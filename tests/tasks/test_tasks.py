@@ -1,0 +1,244 @@
+"""Every data set in its official layout: clips, labels, splits; and what is missing or altered is named."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from matpac_fast.errors import ConfigError
+from matpac_fast.tasks import TASKS, DatasetError, Task, load_task
+from matpac_fast.tasks.task import deal_groups
+from tests.tasks import miniature
+
+OFFICIAL = [name for name in TASKS if name != "folder"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sets")
+    for name in OFFICIAL:
+        getattr(miniature, name)(root / name)
+    return root
+
+
+@pytest.fixture
+def copy(sets, tmp_path):
+    """copy("esc50") -> a folder of links into the miniature, free to be damaged."""
+
+    def make(name: str) -> Path:
+        target = tmp_path / name
+        for file in (sets / name).rglob("*"):
+            if file.is_file():
+                link = target / file.relative_to(sets / name)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file)
+        return target
+
+    return make
+
+
+def load(root: Path, name: str) -> Task:
+    return load_task(f"{name}:{root / name}", partial=True)
+
+
+def labels(task: Task, where: np.ndarray) -> list[str]:
+    return [task.classes[i] for i in task.targets[where]]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_parts_are_whole_and_apart(sets, name):
+    task = load(sets, name)
+    assert all(path.is_file() for path in task.paths)
+    assert not task.left_out
+    for fold in task.folds:
+        parts = [fold.train, fold.test] + ([] if fold.valid is None else [fold.valid])
+        together = np.concatenate(parts)
+        assert sorted(together.tolist()) == list(range(len(task.paths)))
+        assert not set(task.groups[fold.train]) & set(task.groups[fold.test])
+
+
+def test_esc50(sets):
+    task = load(sets, "esc50")
+    assert (task.kind, task.metric, len(task.paths), len(task.folds)) == ("single", "accuracy", 15, 5)
+    first = task.folds[0]  # fold 1 tests, fold 2 validates
+    assert {path.name[0] for path in np.array(task.paths)[first.test]} == {"1"}
+    assert {path.name[0] for path in np.array(task.paths)[first.valid]} == {"2"}
+    assert labels(task, first.test) == ["dog", "rain", "clock_tick"]
+    assert task.seconds.tolist() == [5.0] * 15
+
+
+def test_urbansound8k(sets):
+    task = load(sets, "urbansound8k")
+    assert (len(task.paths), len(task.folds)) == (20, 10)
+    assert {path.parent.name for path in np.array(task.paths)[task.folds[9].test]} == {"fold10"}
+    assert {path.parent.name for path in np.array(task.paths)[task.folds[9].valid]} == {"fold1"}
+
+
+def test_gtzan(sets):
+    task = load(sets, "gtzan")
+    assert [len(task.folds[0].train), len(task.folds[0].valid), len(task.folds[0].test)] == [6, 4, 2]
+    assert labels(task, task.folds[0].test) == ["blues", "rock"]
+
+
+def test_tau2020_scores_devices(sets):
+    task = load(sets, "tau2020")
+    assert len(task.folds[0].train) == 8
+    assert sorted(task.subsets) == ["device a", "device s4"]
+    assert task.subsets["device s4"].sum() == 2
+    assert "barcelona-0" in task.groups
+    assert task.folds[0].valid is None
+
+
+def test_openmic_masks_what_nobody_knows(sets):
+    task = load(sets, "openmic")
+    assert (task.kind, task.metric, task.classes) == ("multi", "mAP", ("accordion", "banjo", "bass"))
+    wanted = [[math.nan if (i + p) % 4 == 0 else float((i + p) % 2 == 1) for p in range(3)] for i in range(8)]
+    assert np.array_equal(task.targets, np.array(wanted, np.float32), equal_nan=True)
+
+
+def test_magnatagatune_takes_the_fifty_tags_and_the_folders(sets):
+    task = load(sets, "magnatagatune")
+    assert len(task.classes) == 50
+    assert not {"tag 50", "tag 51"} & set(task.classes)
+    folders = [[task.paths[i].parent.name for i in part] for part in (task.folds[0].train, task.folds[0].valid)]
+    assert folders == [["0", "3", "b"], ["c"]]
+    assert "1" not in {path.parent.name for path in task.paths}  # has none of the tags
+    assert task.targets[0].tolist() == [float(tag % 3 == 0) for tag in range(50)]
+
+
+def test_nsynth(sets):
+    task = load(sets, "nsynth")
+    assert task.classes == ("bass", "reed", "synth_lead")
+    assert [len(task.folds[0].train), len(task.folds[0].valid), len(task.folds[0].test)] == [6, 4, 2]
+
+
+def test_fsd50k(sets):
+    task = load(sets, "fsd50k")
+    assert task.classes == ("Bark", "Rain", "Guitar")
+    assert task.targets[:4].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]]
+    assert [len(task.folds[0].train), len(task.folds[0].valid), len(task.folds[0].test)] == [5, 2, 2]
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if name != "tau2020"])
+def test_a_shortened_list_is_told_from_the_official_one(sets, name):
+    with pytest.raises(DatasetError, match=r"altered: \d+ \w+, officially \d+"):
+        load_task(f"{name}:{sets / name}")
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_files_that_are_missing_or_altered_are_all_named(copy, monkeypatch, name):
+    root = copy(name)
+    module = importlib.import_module(f"matpac_fast.tasks.{name}")
+    monkeypatch.setattr(module.Layout, "count", lambda *_: None)
+    whole = load_task(f"{name}:{root}")
+    gone, empty, short = (whole.paths[i] for i in whole.folds[0].train[:3])
+    for path in (gone, empty, short):
+        path.unlink()
+    empty.touch()
+    miniature.tone(short, 50)
+    with pytest.raises(DatasetError) as caught:
+        load_task(f"{name}:{root}")
+    problems = dict(caught.value.problems)
+    assert problems[str(gone.relative_to(root))] == "missing"
+    assert problems[str(empty.relative_to(root))] == "altered: 0 bytes"
+    assert "altered: 50.00 s long" in problems[str(short.relative_to(root))]
+    assert len(problems) == 3
+    assert "\n" not in str(caught.value)
+    assert all(str(path.relative_to(root)) in str(caught.value) for path in (gone, empty, short))
+
+
+def test_a_partial_folder_says_what_it_lacks(copy):
+    root = copy("esc50")
+    (root / "audio/1-100-A-0.wav").unlink()
+    task = load_task(f"esc50:{root}", partial=True)
+    assert len(task.paths) == 14
+    assert task.left_out == [("audio/1-100-A-0.wav", "missing")]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("esc50", "meta/esc50.csv"), ("nsynth", "nsynth-test/examples.json"), ("openmic", "partitions/split01_test.csv")],
+)
+def test_a_missing_or_damaged_table_is_named(copy, name, file):
+    root = copy(name)
+    (root / file).unlink()
+    with pytest.raises(DatasetError, match=file.replace("/", ".")):
+        load_task(f"{name}:{root}")
+    (root / file).write_text("{")
+    with pytest.raises(DatasetError, match=file.replace("/", ".")):
+        load_task(f"{name}:{root}")
+
+
+def test_tau2020_rows_that_meta_csv_lacks_are_named(copy):
+    root = copy("tau2020")
+    meta = (root / "meta.csv").read_text().splitlines()
+    (root / "meta.csv").unlink()
+    (root / "meta.csv").write_text("\n".join(meta[:-1]))
+    with pytest.raises(DatasetError, match=r"metro_station-barcelona-12-2-s4.wav is not in meta.csv"):
+        load_task(f"tau2020:{root}")
+
+
+def test_a_folder_of_folders(tmp_path):
+    miniature.folder(tmp_path / "mine")
+    task = load_task(f"folder:{tmp_path / 'mine'}")
+    assert task.name == "mine"
+    assert task.classes == ("cat", "dog", "owl")
+    assert sorted(np.concatenate([fold.test for fold in task.folds]).tolist()) == list(range(30))
+    for fold in task.folds:
+        assert np.bincount(task.targets[fold.test]).tolist() == [2, 2, 2]
+    same, other = (load_task(f"folder:{tmp_path / 'mine'}", seed=seed) for seed in (0, 1))
+    assert same.fingerprint == task.fingerprint
+    assert other.fingerprint != task.fingerprint
+    (tmp_path / "mine/loose.wav").symlink_to(tmp_path / "mine/cat/0.wav")
+    with pytest.raises(DatasetError, match=r"loose\.wav lies beside"):
+        load_task(f"folder:{tmp_path / 'mine'}")
+
+
+def test_a_listed_folder(tmp_path):
+    miniature.folder(tmp_path, clips=6)
+    rows = [
+        dict(
+            path=f"{label}/{i}.wav",
+            label=text,
+            split="test" if i > 3 else "train",
+            group=f"g{i}",
+            subset="odd" * (i % 2),
+        )
+        for label, text in (("cat", "cat;pet"), ("dog", "dog;pet;?cat"), ("owl", ""))
+        for i in range(6)
+    ]
+    miniature.table(tmp_path / "clips.csv", rows)
+    task = load_task(f"folder:{tmp_path}")
+    assert (task.kind, task.classes) == ("multi", ("cat", "dog", "pet"))
+    assert np.array_equal(task.targets[::6], [[1, 0, 1], [np.nan, 1, 1], [0, 0, 0]], equal_nan=True)
+    assert len(task.folds) == 1
+    assert (len(task.folds[0].train), len(task.folds[0].test)) == (12, 6)
+    assert task.subsets["odd"].sum() == 9
+    rows[0]["group"] = "g5"
+    miniature.table(tmp_path / "clips.csv", rows)
+    with pytest.raises(DatasetError, match="'g5' are in train and in test"):
+        load_task(f"folder:{tmp_path}")
+
+
+def test_groups_stay_together_and_parts_are_even():
+    random = np.random.default_rng(0)
+    groups = np.array([f"g{i}" for i in random.integers(0, 60, 600)])
+    strata = np.array([int(name[1:]) % 4 for name in groups])
+    part = deal_groups(groups, strata, 5, seed=3)
+    assert all(len(set(part[groups == name])) == 1 for name in set(groups.tolist()))
+    counts = np.array([[((part == p) & (strata == s)).sum() for s in range(4)] for p in range(5)])
+    assert counts.min() > 0.7 * counts.mean()
+    assert counts.max() < 1.3 * counts.mean()
+    order = random.permutation(600)
+    assert np.array_equal(deal_groups(groups[order], strata[order], 5, seed=3), part[order])
+    assert not np.array_equal(deal_groups(groups, strata, 5, seed=4), part)
+
+
+@pytest.mark.parametrize("spec", ["esc50", "esc:/data", "esc50:", "esc50:/nowhere"])
+def test_a_spec_that_names_nothing_is_an_error(spec):
+    with pytest.raises(ConfigError):
+        load_task(spec)
