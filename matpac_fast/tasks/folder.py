@@ -105,6 +105,6 @@ def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strat
     else:
         folds = rotate_folds(deal_groups(groups, strata, _FOLDS, seed))
     for fold in folds:
-        if shared := set(groups[fold.test]) & set(groups[fold.train]):
+        if shared := set(groups[fold.test].tolist()) & set(groups[fold.train].tolist()):
             raise DatasetError(f"{layout.folder}: clips of the group {sorted(shared)[0]!r} are in train and in test")
     return folds
