@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -40,6 +41,7 @@ class AudioFile:
     Attributes:
         path: as given.
         sample_rate, channels: of the file.
+        seconds: that the header states; None where it does not.
         frames: samples a channel read so far, at the rate of the file.
 
     Raises:
@@ -60,6 +62,8 @@ class AudioFile:
         if not _RATES[0] <= self.sample_rate <= _RATES[1]:
             self._file.close()
             raise self._error(f"damaged: a sample rate of {self.sample_rate} Hz")
+        stated = self._file.frames
+        self.seconds = stated / self.sample_rate if 0 <= stated < _FRAMES_UNKNOWN else None
 
     def __enter__(self) -> AudioFile:
         return self
@@ -224,7 +228,8 @@ def find_audio(
 
     Args:
         folder: where to look.
-        on_error: told of each folder below that cannot be read; the search goes on.
+        on_error: told of each folder below that cannot be read, is named like an audio file, or is a link to a folder
+            that holds it; the search goes on.
 
     Raises:
         AudioError: `folder` itself is none, or cannot be read.
@@ -242,6 +247,9 @@ def find_audio(
         try:
             status = os.stat(here)
             if (status.st_dev, status.st_ino) in seen:
+                inside = os.path.join(os.path.realpath(os.path.dirname(here)), "")
+                if inside.startswith(os.path.join(os.path.realpath(here), "")):
+                    on_error(Path(here), OSError(errno.ELOOP, "a link to a folder that holds it"))
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(here) as entries:
@@ -252,9 +260,12 @@ def find_audio(
             on_error(Path(here), error)
             continue
         for entry in listed:
+            named = os.path.splitext(entry.name)[1].lower() in suffixes
             if _is_folder(entry):
+                if named:
+                    on_error(Path(entry.path), OSError(errno.EISDIR, "a folder by the name of an audio file"))
                 (links if entry.is_symlink() else waiting).append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in suffixes:
+            elif named:
                 found.append(entry.path)
     return [Path(path) for path in sorted(found)]
 
@@ -268,6 +279,12 @@ def decoder_versions() -> dict[str, str]:
         "soxr": _soxr().__version__,
         "quality": f"soxr {QUALITY}",
     }
+
+
+def folder_reason(error: OSError) -> str:
+    """What `find_audio` tells of a folder, for a list of what was left out."""
+    told = error.strerror or "unknown"
+    return told if error.errno in (errno.EISDIR, errno.ELOOP) else f"folder cannot be read: {told}"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

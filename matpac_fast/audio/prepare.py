@@ -23,7 +23,7 @@ from ..errors import AudioError, CorpusError
 from ..files import atomic
 from .ahead import in_order
 from .corpus import REJECTED, shard_path, to_int16
-from .decode import AUDIO_SUFFIXES, AudioFile, find_audio
+from .decode import AUDIO_SUFFIXES, AudioFile, find_audio, folder_reason
 from .store import Row, Settings, Store
 
 
@@ -217,4 +217,4 @@ def _key(source: Path, path: Path) -> str:
 
 
 def _unreadable(source: Path, folder: Path, error: OSError) -> _Loaded:
-    return _Loaded({"path": _key(source, folder), "reason": f"folder cannot be read: {error.strerror}"})
+    return _Loaded({"path": _key(source, folder), "reason": folder_reason(error)})

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Protocol
 
 _EVERY_SECONDS = 5.0  # between plain lines
 
 
+class Update(Protocol):
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
 @contextlib.contextmanager
-def progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to be called with (done, total), as often as one likes and from any thread."""
+def progress(title: str, unit: str) -> Iterator[Update]:
+    """Yield a function to be called with (done, total) and a note, as often as one likes and from any thread."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -22,13 +27,22 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), rate, TimeRemainingColumn())
+    note = TextColumn("{task.fields[note]}")
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        rate,
+        TimeRemainingColumn(),
+        note,
+    )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=None, rate="")
+        task = bar.add_task(title, total=None, rate="", note="")
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int, note: str = "") -> None:
             speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+            bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "", note=note)
 
         yield update
 
@@ -41,7 +55,7 @@ class _Lines:
         self._began = self._last = time.monotonic()
         self._first: int | None = None
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if self._first is None:
             self._first = done  # what an earlier run had done tells nothing about the rate
@@ -50,4 +64,5 @@ class _Lines:
         self._last = now
         rate = (done - self._first) / (now - self._began)
         left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
-        print(f"{self._title} {done}/{total} {self._unit}, {rate:.1f}/s{left}", flush=True)
+        note = note and f"; {note}"
+        print(f"{self._title} {done}/{total} {self._unit}, {rate:.1f}/s{left}{note}", flush=True)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ._progress import progress
+from ._progress import Update, progress
 from ._quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from ..embed.extract import Progress, Report
+
+TOO_MANY_ERRORS = 3  # exit code
 
 
 def main(
@@ -22,21 +30,30 @@ def main(
     layers: Literal["last", "all"] = "last",
     remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
     batch_size: int = 16,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    format: Literal["parquet", "npz", "npy"] = "parquet",
+    dtype: Literal["float32", "float16"] = "float32",
     workers: int | None = None,
     files_per_shard: int = 256,
+    shard_seconds: float = 3600.0,
+    max_errors: int | None = None,
+    retry_errors: bool = False,
+    any_decoder: bool = False,
+    lease_seconds: float = 60.0,
     num_heads: int | None = None,
     device: str = "auto",
 ) -> int:
-    """Embed every audio file of a folder.
+    """Embed every audio file of a folder or a list, alone or beside other workers.
 
     Example: matpac-fast embed ~/audio --encoder runs/a --temporal-support 2 --out embeddings/
 
     Writes shard-*.parquet with a row an embedding: path, start and end in seconds, temporal_support, encoder and
-    embedding; and errors.parquet with the files that could not be used and why. Killed and run again, it goes on. Exits
-    with 0, with 1 where some files failed, with 2 where all did.
+    embedding; and errors.parquet with the files that could not be used and why. Killed and run again, it goes on. The
+    same command in several shells, jobs of an array or under torchrun shares the work. Exits with 0, whether or not
+    files failed; with 3 where more than --max-errors did, or all; with 2 where it could not do its work.
 
     Args:
-        source: folder of audio, searched with all its sub-folders.
+        source: folder of audio, searched with all its sub-folders; or a text file with one path a line.
         encoder: a run folder, a checkpoint, an official file, or a name such as untrained-tiny.
         out: folder for the embeddings.
         temporal_support: seconds of audio that one embedding sees. Default: the whole file.
@@ -45,17 +62,25 @@ def main(
         layers: last, or all of them.
         remainder: the end of a file that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
         batch_size: windows per forward pass.
+        precision: to compute in.
+        format: parquet; npz, one file a shard; npy, to be memory-mapped, with an index in Parquet beside it.
+        dtype: to store.
         workers: decoding threads. Default: one a core.
-        files_per_shard: files in one Parquet file; a killed run loses one such file's work at most.
+        files_per_shard: files in one shard, at most; a killed worker loses one shard's work at most.
+        shard_seconds: seconds of audio in one shard, at most.
+        max_errors: stop, with exit code 3, once more files than this have failed. Default: never.
+        retry_errors: try again the files that failed before.
+        any_decoder: go on although soundfile, libsndfile or soxr has another version than the one that it began with.
+        lease_seconds: take over the shard of a worker that is not heard of for so long.
         num_heads: attention heads, for official checkpoints off the rule of 64 channels a head.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda or cuda:1. auto gives each worker that torchrun or srun starts its own GPU.
     """
     from ..embed.extract import embed_collection
     from ..encoder import load_encoder
 
-    loaded = load_encoder(encoder, None if device == "auto" else device, num_heads)
+    loaded = load_encoder(encoder, _device(device), num_heads, dtype=precision)
     try:
-        with quiet_libraries(), progress("embedding", "files") as update:
+        with quiet_libraries(), progress("embedding", "s of audio") as update:
             report = embed_collection(
                 source,
                 out,
@@ -68,22 +93,64 @@ def main(
                 batch_size,
                 workers,
                 files_per_shard,
-                update,
+                _told(update),
+                shard_seconds=shard_seconds,
+                dtype=dtype,
+                format=format,
+                max_errors=max_errors,
+                retry_errors=retry_errors,
+                any_decoder=any_decoder,
+                lease_seconds=lease_seconds,
             )
     except KeyboardInterrupt:
         print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)
         raise
-    done = f"{report.files - report.failed} files embedded in {out}"
-    if report.files_before:
-        done += f", {report.files_before} of them before"
-    print(done)
+    print("\n".join(summary(report)))
+    too_many = max_errors is not None and report.failed > max_errors
+    return TOO_MANY_ERRORS if too_many or report.failed >= report.total else 0
+
+
+def summary(report: Report) -> list[str]:
+    """What is embedded, by whom and when, how fast, what was the limit, and what could not be used."""
+    total = report.total - report.failed
+    if report.stopped:
+        lines = ["stopped: too many files could not be used; the shards that are finished are kept"]
+    else:
+        done = f"{total} files embedded in {report.out}"
+        parts = [(report.before, "before"), (report.elsewhere, "by other workers")]
+        lines = [done + "".join(f", {n} of them {whom}" for n, whom in parts if n)]
     if report.rows:
         seconds = report.model_seconds + report.waited_seconds
-        print(
+        lines.append(
             f"{report.rows} embeddings of {report.audio_seconds / 3600:.2f} h of audio in {seconds:.1f} s, "
             f"{report.audio_seconds / seconds:.0f} times real time; {report.limit} was the limit"
         )
     if report.failed:
-        print(f"{report.failed} files could not be used; {out / 'errors.parquet'} says why")
-        return 2 if report.failed >= report.files else 1
-    return 0
+        lines.append(f"{report.failed} files could not be used; {report.out / 'errors.parquet'} says why")
+    return lines
+
+
+def _told(update: Update) -> Callable[[Progress], None]:
+    began = time.monotonic()
+
+    def tell(progress: Progress) -> None:
+        own = progress.own_seconds / max(time.monotonic() - began, 1e-3)
+        note = f"{progress.files}/{progress.total_files} files"
+        if progress.workers > 1:
+            note += f", {progress.workers} workers, this one {progress.own_files} files at {own:.1f}/s"
+        update(int(progress.seconds), int(progress.total_seconds), note)
+
+    return tell
+
+
+def _device(name: str) -> str | None:
+    """The device that is meant: with "auto", of many workers on one machine each its own GPU."""
+    if name != "auto":
+        return name
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if rank is None:
+        return None
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{int(rank) % count}" if count else None

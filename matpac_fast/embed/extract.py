@@ -1,41 +1,82 @@
-"""Decode in threads, embed in batches, write shard by shard; what is there already is not done again."""
+"""Embed a collection: claim shards, decode in threads, embed in batches; what is there already is not done again.
+
+Any number of workers may do so at once, in shells, jobs or on machines that share the disk: each is a call of
+`embed_collection` with the same arguments.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
+import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy
+import torch
 
 from ..audio.ahead import in_order
-from ..audio.decode import decoder_versions, read_audio
+from ..audio.decode import decoder_versions
 from ..audio_encoder import AudioEncoder
-from ..errors import AudioError, ConfigError
-from .manifest import keep_settings, make_manifest
-from .writer import Clip, Failure, read_errors, shard_path, write_errors, write_shard
+from ..errors import ConfigError
+from .lease import SECONDS, Leases
+from .manifest import (
+    Entry,
+    Manifest,
+    check_source,
+    extend,
+    keep_settings,
+    read_manifest,
+    retried,
+    root,
+    stored_source,
+    write_manifest,
+)
+from .shard import Audio, Job, ShardEmbedder, Work
+from .writer import DTYPES, FORMATS, shard_path, write_errors
+
+_LEASES = "leases"
+_WORKER, _SHARD = "worker-", "shard-"
+_LOOK_SECONDS = 5.0  # from one look at what the others have done to the next
 
 
 @dataclass
-class Report:
-    """What a call of `embed_collection` found and did."""
+class Report(Work):
+    """What a call of `embed_collection` found and did: `files`, `rows` and seconds are this worker's own."""
 
-    files: int = 0  # of the collection
-    files_before: int = 0  # of these, done by an earlier call
-    rows: int = 0  # written by this call
+    total: int = 0  # files of the collection
+    before: int = 0  # of these, done before this call
     failed: int = 0  # of the collection
-    audio_seconds: float = 0.0
-    model_seconds: float = 0.0  # the model at work
-    waited_seconds: float = 0.0  # the model waiting for audio
+    stopped: bool = False  # for too many failures
+    out: Path = Path()
+
+    @property
+    def elsewhere(self) -> int:
+        """Files that other workers did meanwhile."""
+        return max(0, self.total - self.before - self.files)
 
     @property
     def limit(self) -> str:
         """Which of the two was the limit."""
         return "decoding" if self.waited_seconds > self.model_seconds else "the model"
+
+
+@dataclass
+class Progress:
+    """How far a collection is; seconds are of audio, as the files' headers state them."""
+
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    files: int = 0
+    total_files: int = 0
+    own_files: int = 0
+    own_seconds: float = 0.0
+    workers: int = 1
 
 
 def embed_collection(
@@ -50,108 +91,244 @@ def embed_collection(
     batch_size: int = 16,
     workers: int | None = None,
     files_per_shard: int = 256,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    *,
+    shard_seconds: float = 3600.0,
+    dtype: str = "float32",
+    format: str = "parquet",
+    max_errors: int | None = None,
+    retry_errors: bool = False,
+    any_decoder: bool = False,
+    lease_seconds: float = SECONDS,
 ) -> Report:
-    """Embed every audio file in `source` and below into Parquet shards in `out`.
+    """Embed every audio file of `source` into shards in `out`, alone or beside other workers.
 
-    A shard is written once all of its files are embedded, so a killed run loses one shard's work at most; the same call
-    again goes on with what is missing. Files that cannot be used are listed with their reason in errors.parquet.
+    A shard is written once all of its files are embedded, so a killed worker loses one shard's work at most; the others
+    take it over, or the same call again goes on with what is missing. Returns when all shards are done, by whomever.
+    Files that cannot be used are listed with their reason in errors.parquet. Long files stream in bounded memory.
 
     Args:
-        source: a folder.
+        source: a folder; or a list, a text file with one path a line, absolute or relative to the list's folder.
         out: a folder, made where it is missing; one that holds embeddings of other settings is refused.
         encoder, temporal_support, hop, pool, layers, remainder, batch_size: as `AudioEncoder.embed` takes them.
         workers: decoding threads; by default one a core.
-        files_per_shard: files in one Parquet file.
-        progress: called with (files done, files in all).
+        files_per_shard, shard_seconds: files, and seconds of audio, in one shard, at most.
+        progress: told how far the collection is.
+        dtype: of the embeddings in the files, "float32" or "float16".
+        format: "parquet", "npz" or "npy"; see `matpac_fast.embed.writer`.
+        max_errors: stop once more files than this have failed, leaving the shards that are not finished.
+        retry_errors: try again the files that failed in finished shards.
+        any_decoder: go on with embeddings that another version of the decoder or resampler began.
+        lease_seconds: after which the shard of a worker that is not heard of is taken over.
 
     Raises:
-        AudioError: no such folder, or no audio in it.
+        AudioError: no such folder or list, or no audio in it.
         ConfigError: an option that cannot be, or `out` holds other embeddings.
     """
     source, out = Path(source), Path(out)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    for name, value in (("files_per_shard", files_per_shard), ("workers", workers)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; expected at least 1")
-    options: dict[str, Any] = dict(
-        temporal_support=temporal_support, hop=hop, pool=pool, layers=layers, remainder=remainder
-    )
-    # Options that cannot be are named before anything is made.
-    shape = encoder.embed(np.zeros(400, np.float32), encoder.sample_rate, batch_size=batch_size, **options).values.shape
+    for name, value in (("files_per_shard", files_per_shard), ("workers", workers), ("shard_seconds", shard_seconds)):
+        if not value > 0:
+            raise ConfigError(f"{name} is {value}; expected more than 0")
+    for name, value, allowed in (("dtype", dtype, DTYPES), ("format", format, FORMATS)):
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+    if not lease_seconds > 0:
+        raise ConfigError(f"lease_seconds is {lease_seconds}; expected more than 0")
+    options = dict(temporal_support=temporal_support, hop=hop, pool=pool, layers=layers, remainder=remainder)
+    report = Report(out=out)
+    embedder = ShardEmbedder(encoder, options, batch_size, dtype, report)
     settings = {
         "encoder": encoder.id,
         "encoder_name": encoder.name,
         **options,
+        "channels": "mean",
+        "dtype": dtype,
+        "format": format,
         "source": str(source.resolve()),
         "decoder": decoder_versions(),
     }
-    manifest = make_manifest(source, out, files_per_shard, lambda: keep_settings(out, settings))
-    report = Report(files=len(manifest))
-    errors = list(manifest.unusable)
-    done = len(errors)
-    missing = {i for i in range(len(manifest.shards)) if not shard_path(out, i).exists()}
-    files = (source / name for i in sorted(missing) for name in manifest.shards[i])
-    waves = in_order(((_size(file), partial(_read, file, encoder.sample_rate)) for file in files), workers)
-    try:
-        for i, names in enumerate(manifest.shards):
-            if i not in missing:
-                report.files_before += len(names)
-            else:
-                mine = _Shard(names, waves, encoder.sample_rate, report)
-                clock, waited = time.perf_counter(), report.waited_seconds
-                for found in encoder.embed_many(mine.clips(), encoder.sample_rate, batch_size=batch_size, **options):
-                    mine.add(found.start.numpy(), found.end.numpy(), found.values.float().cpu().numpy())
-                    progress(done + len(mine.embedded) + len(mine.failed), report.files)
-                report.model_seconds += time.perf_counter() - clock - (report.waited_seconds - waited)
-                report.rows += write_shard(shard_path(out, i), mine.embedded, mine.failed, shape[1:], settings)
-            done += len(names)
-            progress(done, report.files)
-            errors += read_errors(shard_path(out, i))
-    finally:
-        waves.close()
-    report.failed = len(errors)
-    write_errors(out, errors)
+    sizes = (files_per_shard, shard_seconds)
+    manifest = None
+    if not out.exists():  # a folder without audio is named before anything is made
+        manifest, _ = extend(None, source, *sizes, workers)
+    with Leases(out / _LEASES, lease_seconds) as leases:
+        with leases.waited_for("manifest"):
+            known = read_manifest(out)
+            if known is not None:
+                keep_settings(out, settings, any_decoder)
+                check_source(out, source, known)
+            changed = known is None
+            if leases.others(_WORKER) and known is not None:
+                manifest = known  # who joins others takes their list
+            else:  # who comes to an idle folder looks for new files, and clears away what the dead left half-written
+                for beside in out.glob(".*.tmp"):
+                    beside.unlink(missing_ok=True)
+                if manifest is None or known is not None:
+                    manifest, changed = extend(known, source, *sizes, workers)
+            if known is None:
+                keep_settings(out, settings, any_decoder)
+            if retry_errors:
+                n = len(manifest.shards)
+                manifest = retried(manifest, out, format, *sizes)
+                changed |= len(manifest.shards) > n
+            if changed:
+                write_manifest(out, manifest)
+            leases.claim(_WORKER + leases.worker)
+        settings |= {"source": stored_source(out), "made_by": _versions()}
+        _Worker(manifest, source, out, embedder, settings, leases, report, max_errors, progress).run(workers)
     return report
 
 
-class _Shard:
-    """The files of one shard on their way: decoded, taken by the encoder, embedded."""
+def _versions() -> dict[str, str]:
+    from .. import __version__
 
-    def __init__(self, names: list[str], waves: Iterator[np.ndarray | str], sample_rate: int, report: Report):
-        self._names, self._waves, self._rate, self._report = names, waves, sample_rate, report
-        self._taken: list[str] = []
-        self.embedded: list[Clip] = []
-        self.failed: list[Failure] = []
-
-    def clips(self) -> Iterator[np.ndarray]:
-        """The waves, as they come, of the files that could be read."""
-        for name in self._names:
-            clock = time.perf_counter()
-            wave = next(self._waves)
-            self._report.waited_seconds += time.perf_counter() - clock
-            if isinstance(wave, str):
-                self.failed.append((name, wave))
-            else:
-                self._report.audio_seconds += len(wave) / self._rate
-                self._taken.append(name)
-                yield wave
-
-    def add(self, start: np.ndarray, end: np.ndarray, values: np.ndarray) -> None:
-        """The embeddings of the next clip, which are in the order of `clips`."""
-        self.embedded.append((self._taken[len(self.embedded)], start, end, values))
+    return {
+        "matpac_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
 
 
-def _read(file: Path, sample_rate: int) -> np.ndarray | str:
-    """A file's wave, or the reason why it has none."""
-    try:
-        return read_audio(file, sample_rate)
-    except AudioError as error:
-        return str(error).removeprefix(f"{file}: ")
+class _TooManyErrors(Exception):
+    pass
 
 
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0  # reading it will say why
+class _Worker:
+    """Claims shards and embeds them until all are done."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        source: Path,
+        out: Path,
+        embedder: ShardEmbedder,
+        settings: dict[str, Any],
+        leases: Leases,
+        report: Report,
+        max_errors: int | None,
+        progress: Callable[[Progress], None],
+    ):
+        self._manifest, self._source, self._out, self._settings = manifest, source, out, settings
+        self._embedder, self._leases, self._report, self._tell = embedder, leases, report, progress
+        self._kind: str = settings["format"]
+        self._missing = {i: None for i in range(len(manifest.shards)) if not self._is_done(i)}  # an ordered set
+        self._claimed: deque[int] = deque()  # first the shard in hand, then those whose files are being decoded
+        self._failed: list[tuple[str, str]] = []  # of the shard in hand
+        self._errors_left = None if max_errors is None else max_errors - len(manifest.errors(out, self._kind))
+        homes = manifest.homes()
+        report.total = len(manifest)
+        report.before = report.total - sum(homes[e.path] == i for i in self._missing for e in manifest.shards[i])
+        self._sizes = [  # of each shard: its file's name, its files and their seconds
+            (shard_path(out, i, self._kind).name, len(shard), sum(e.seconds for e in shard))
+            for i, shard in enumerate(manifest.shards)
+        ]
+        self._progress = Progress(
+            total_seconds=sum(seconds for _, _, seconds in self._sizes),
+            total_files=sum(files for _, files, _ in self._sizes),
+        )
+        self._in_hand = [0, 0.0]  # files and seconds of the shard in hand
+        self._looked = 0.0
+        embedder.tick = self._tick
+
+    def run(self, threads: int) -> None:
+        """Return once every shard is there."""
+        try:
+            while self._missing:
+                self._stop_at_too_many()  # too many may have failed before
+                with closing(in_order(self._jobs(), threads)) as audio:
+                    while (first := self._first(audio)) is not None:
+                        self._embed(self._claimed[0], itertools.chain([first], audio))
+                self._look()
+                if self._missing:  # all that is left is in others' hands
+                    time.sleep(min(1.0, self._leases.seconds / 10))
+            self._leases.clear(_SHARD)
+        except _TooManyErrors:
+            self._report.stopped = True
+        self._look()
+        manifest = read_manifest(self._out) or self._manifest  # others may have added to it
+        errors = manifest.errors(self._out, self._kind) + self._failed
+        self._report.failed = len(errors)
+        write_errors(self._out, errors)
+
+    def _embed(self, shard: int, audio: Iterator[Audio]) -> None:
+        rows = self._embedder.embed(self._manifest.shards[shard], audio, self._out)
+        with closing(rows):
+            rows.write(self._out, shard, self._kind, self._settings)
+        self._claimed.popleft()
+        self._missing.pop(shard)
+        self._leases.release(_name(shard))
+        self._failed, self._in_hand = [], [0, 0.0]
+        self._look()
+
+    def _jobs(self) -> Iterator[Job]:
+        """Decoding of the files of one shard after another, each claimed once the threads get to it."""
+        while (shard := self._claim()) is not None:
+            self._claimed.append(shard)
+            yield from self._embedder.jobs(root(self._source), self._manifest.shards[shard])
+
+    def _claim(self) -> int | None:
+        taken = self._leases.taken()
+        for shard in list(self._missing):
+            if shard in self._claimed:
+                continue
+            if self._is_done(shard):
+                self._missing.pop(shard)
+            elif self._leases.claim(_name(shard), taken):
+                if not self._is_done(shard):  # its last owner may have finished in between
+                    return shard
+                self._leases.release(_name(shard))
+                self._missing.pop(shard)
+        return None
+
+    def _first(self, audio: Iterator[Audio]) -> Audio | None:
+        clock = time.perf_counter()
+        first = next(audio, None)
+        self._report.waited_seconds += time.perf_counter() - clock
+        return first
+
+    def _is_done(self, shard: int) -> bool:
+        return shard_path(self._out, shard, self._kind).exists()
+
+    def _tick(self, entry: Entry, reason: str | None) -> None:
+        if reason is not None:
+            self._failed.append((entry.path, reason))
+            if self._errors_left is not None:
+                self._errors_left -= 1
+                self._stop_at_too_many()
+        self._in_hand[0] += 1
+        self._in_hand[1] += entry.seconds
+        self._progress.own_files += 1
+        self._progress.own_seconds += entry.seconds
+        self._progress.files += 1
+        self._progress.seconds += entry.seconds
+        self._leases.status = {"shard": self._claimed[0], "files": self._in_hand[0], "seconds": self._in_hand[1]}
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._look()
+        self._tell(self._progress)
+
+    def _stop_at_too_many(self) -> None:
+        if self._errors_left is not None and self._errors_left < 0:
+            raise _TooManyErrors
+
+    def _look(self) -> None:
+        """Count what is done, by all."""
+        self._looked = time.monotonic()
+        there = set(os.listdir(self._out))
+        files, seconds = self._in_hand
+        for i, (name, shard_files, shard_seconds) in enumerate(self._sizes):
+            if name in there:
+                if i not in self._claimed:
+                    self._missing.pop(i, None)
+                files, seconds = files + shard_files, seconds + shard_seconds
+        others = self._leases.others(_WORKER)
+        self._progress.workers = 1 + len(others)
+        others = [said for said in others if said.get("shard") in self._missing]  # else it is counted already
+        self._progress.files = files + sum(said.get("files", 0) for said in others)
+        self._progress.seconds = seconds + sum(said.get("seconds", 0.0) for said in others)
+        self._tell(self._progress)
+
+
+def _name(shard: int) -> str:
+    return f"{_SHARD}{shard:05d}"

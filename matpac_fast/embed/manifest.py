@@ -1,76 +1,175 @@
 """The manifest: which files a collection holds, in which shard each one goes, and with what settings.
 
 settings.json       what the embeddings are: encoder, temporal support and the rest; a folder holds one kind only
-manifest.parquet    path and shard of every file, paths relative to the source
+manifest.parquet    of every file its path, relative to the source, its seconds and bytes, and its shard; of what cannot
+                    be a file of the collection its escaped name and the reason
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..audio.decode import find_audio
+from ..audio.ahead import in_order
+from ..audio.decode import AudioFile, find_audio, folder_reason
 from ..errors import AudioError, ConfigError
 from ..files import atomic, write_text
+from .writer import Failure, read_errors, shard_path
+
+_COLUMNS = ("path", "seconds", "bytes", "shard", "reason")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file: `seconds` are what its header says, 0 where that cannot be read."""
+
+    path: str
+    seconds: float
+    bytes: int
+
+
+@dataclass
 class Manifest:
-    """Files by shard, as paths relative to `source`; a shard's files never change once it is listed."""
+    """Files by shard, paths relative to the source; a shard's files never change once it is listed."""
 
-    source: Path
-    shards: list[list[str]]
-    unusable: list[tuple[str, str]]  # folders that cannot be read and names that cannot be stored, escaped, and why
+    shards: list[list[Entry]] = field(default_factory=list)
+    unusable: list[Failure] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return sum(map(len, self.shards)) + len(self.unusable)
+        """Files in all. One that is tried again stands in two shards, and counts in the later one."""
+        return len(self.homes()) + len(self.unusable)
+
+    def homes(self) -> dict[str, int]:
+        """The shard of each file."""
+        return {entry.path: i for i, shard in enumerate(self.shards) for entry in shard}
+
+    def errors(self, out: Path, kind: str) -> list[Failure]:
+        """The failures of all shards that are done, and what cannot be used at all."""
+        homes, errors = self.homes(), list(self.unusable)
+        for i in range(len(self.shards)):
+            if (path := shard_path(out, i, kind)).exists():
+                errors += [failure for failure in read_errors(path) if homes[failure[0]] == i]
+        return errors
 
 
-def make_manifest(source: Path, out: Path, files_per_shard: int, settle: Callable[[], None]) -> Manifest:
-    """The manifest of `out`, extended by what is new in `source`, and written back.
+def read_manifest(out: Path) -> Manifest | None:
+    import pyarrow.parquet as pq
 
-    Files that are listed stay where they are, so shards that are done stay done; new ones open new shards. `settle` is
-    called once there is something to embed, before anything is written.
+    path = out / "manifest.parquet"
+    if not path.exists():
+        return None
+    manifest = Manifest()
+    table = pq.read_table(path)
+    for name, seconds, size, shard, reason in zip(*(table[c].to_pylist() for c in _COLUMNS), strict=True):
+        if shard is None:
+            manifest.unusable.append((name, reason))
+            continue
+        while len(manifest.shards) <= shard:
+            manifest.shards.append([])
+        manifest.shards[shard].append(Entry(name, seconds, size))
+    return manifest
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [(e.path, e.seconds, e.bytes, i, None) for i, shard in enumerate(manifest.shards) for e in shard]
+    rows += [(name, None, None, None, reason) for name, reason in manifest.unusable]
+    kinds = [pa.string(), pa.float64(), pa.int64(), pa.int32(), pa.string()]
+    columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
+    with atomic(out / "manifest.parquet") as beside:
+        pq.write_table(pa.table(dict(zip(_COLUMNS, columns, strict=True))), beside)
+
+
+def extend(
+    known: Manifest | None, source: Path, files_per_shard: int, shard_seconds: float, workers: int
+) -> tuple[Manifest, bool]:
+    """The manifest with what is new in `source`, and whether that changed it.
+
+    Files that are listed stay where they are, so shards that are done stay done; new ones open new shards, the longest
+    first, so that alike lengths share batches, memory is tried at the beginning, and the last shards are the smallest.
 
     Raises:
         AudioError: no such folder, or no audio in it.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    before = known or Manifest()
+    listed = before.homes()
+    unusable: list[Failure] = []
 
-    path = out / "manifest.parquet"
-    shards: list[list[str]] = []
-    if path.exists():
-        for row in pq.read_table(path).to_pylist():
-            while len(shards) <= row["shard"]:
-                shards.append([])
-            shards[row["shard"]].append(row["path"])
-    listed = {name for shard in shards for name in shard}
-    unusable: list[tuple[str, str]] = []
+    def passed_over(folder: Path, error: OSError) -> None:
+        unusable.append((_escaped(os.path.relpath(folder, source)), folder_reason(error)))
 
-    def locked(folder: Path, error: OSError) -> None:
-        unusable.append((_escaped(os.path.relpath(folder, source)), f"folder cannot be read: {error.strerror}"))
-
+    if source.is_file():
+        names = _listed(source)
+    else:
+        names = [os.path.relpath(file, source) for file in find_audio(source, passed_over)]
     new = []
-    for name in (os.path.relpath(file, source) for file in find_audio(source, locked)):
+    for name in names:
         if not _is_utf8(name):
             unusable.append((_escaped(name), "the name is not UTF-8: rename the file"))
         elif name not in listed:
             new.append(name)
     if not listed and not new and not unusable:
-        raise AudioError(f"{source}: no audio files in this folder or below")
-    settle()
-    if new:
-        shards += [new[i : i + files_per_shard] for i in range(0, len(new), files_per_shard)]
-        rows = [(name, i) for i, shard in enumerate(shards) for name in shard]
-        table = pa.table({"path": [r[0] for r in rows], "shard": pa.array([r[1] for r in rows], pa.int32())})
-        with atomic(path) as beside:
-            pq.write_table(table, beside)
-    return Manifest(source, shards, unusable)
+        raise AudioError(f"{source}: no audio files in this {'list' if source.is_file() else 'folder or below'}")
+    jobs = ((1, partial(_entry, root(source), name)) for name in new)
+    entries = sorted(in_order(jobs, workers), key=lambda entry: (-entry.seconds, entry.path))
+    shards = before.shards + _cut(entries, files_per_shard, shard_seconds)
+    return Manifest(shards, unusable), bool(new) or unusable != before.unusable or known is None
+
+
+def root(source: Path) -> Path:
+    """What the paths of a manifest are relative to."""
+    return source.parent if source.is_file() else source
+
+
+def _listed(source: Path) -> list[str]:
+    """The paths in a list, one a line, each once; empty lines are passed over."""
+    try:
+        lines = source.read_bytes().split(b"\n")
+    except OSError as error:
+        raise AudioError(f"{source}: cannot be read: {error.strerror}") from None
+    if any(b"\0" in line for line in lines):
+        raise AudioError(f"{source}: neither a folder nor a list of audio files, one path a line")
+    names = (os.fsdecode(line.rstrip(b"\r")) for line in lines)
+    return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
+
+
+def _cut(entries: list[Entry], files_per_shard: int, shard_seconds: float) -> list[list[Entry]]:
+    """Shards of at most so many files and so many seconds, or of one file that is longer."""
+    shards: list[list[Entry]] = []
+    seconds = 0.0
+    for entry in entries:
+        seconds += entry.seconds
+        if not shards or len(shards[-1]) >= files_per_shard or seconds > shard_seconds:
+            shards.append([])
+            seconds = entry.seconds
+        shards[-1].append(entry)
+    return shards
+
+
+def retried(manifest: Manifest, out: Path, kind: str, files_per_shard: int, shard_seconds: float) -> Manifest:
+    """The manifest with the files that failed in finished shards in new shards, to be tried again."""
+    names = {name for name, _ in manifest.errors(out, kind)}
+    homes = manifest.homes()
+    failed = [e for i, shard in enumerate(manifest.shards) for e in shard if e.path in names and homes[e.path] == i]
+    return Manifest(manifest.shards + _cut(failed, files_per_shard, shard_seconds), manifest.unusable)
+
+
+def _entry(source: Path, name: str) -> Entry:
+    seconds, size = 0.0, 0
+    try:
+        size = os.stat(source / name).st_size
+        with AudioFile(source / name) as file:
+            seconds = file.seconds or 0.0
+    except (AudioError, OSError):
+        pass  # reading it will say why
+    return Entry(name, seconds, size)
 
 
 def _escaped(name: str) -> str:
@@ -85,11 +184,11 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a new folder; raise ConfigError where those of an old one differ, saying in what."""
+def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = False) -> None:
+    """Write the settings of a new folder; raise ConfigError where those of an old one differ, saying what to do."""
     path = out / "settings.json"
     if not path.exists():
-        if (out / "manifest.parquet").exists() or any(out.glob("shard-*.parquet")):
+        if (out / "manifest.parquet").exists() or any(out.glob("shard-*")):
             raise ConfigError(f"{out} holds embeddings without settings.json, so they cannot be gone on with")
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
@@ -97,11 +196,51 @@ def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: damaged: {error}") from None
-    keys = sorted(stored.keys() | settings.keys())
-    different = [
-        f"{key} is {stored.get(key)!r} there and {settings.get(key)!r} here"
-        for key in keys
-        if stored.get(key) != settings.get(key)
-    ]
+    different = _differences(stored, settings, without=("decoder", "source"))
     if different:
         raise ConfigError(f"{out} holds other embeddings: {'; '.join(different)}; give a new folder to --out")
+    decoders = _differences(stored.get("decoder") or {}, settings["decoder"])
+    if decoders and not any_decoder:
+        packages = [f"{name}=={stored['decoder'][name]}" for name in ("soundfile", "soxr") if name in stored["decoder"]]
+        raise ConfigError(
+            f"{out} was begun with another decoder, which changes embeddings a little: {'; '.join(decoders)}; go on "
+            f"with the old one (pip install {' '.join(packages)}), with both (--any-decoder), or in another --out"
+        )
+
+
+def stored_source(out: Path) -> str:
+    """The source as the first call named it."""
+    return json.loads((out / "settings.json").read_text(encoding="utf-8"))["source"]
+
+
+def check_source(out: Path, source: Path, manifest: Manifest) -> None:
+    """Raise ConfigError where `source` is another folder than that of the manifest, and not the same one moved.
+
+    It is the same where each file listed is there and as long, in bytes.
+    """
+    stored = stored_source(out)
+    if stored == str(source.resolve()):
+        return
+    entries = {entry.path: entry for shard in manifest.shards for entry in shard}
+    others = [name for name, entry in entries.items() if _size(root(source) / name) != entry.bytes]
+    if others:
+        raise ConfigError(
+            f"{out} holds embeddings of {stored}, and {len(others)} of its {len(entries)} files are not the same in "
+            f"{source} (such as {others[0]}): give the folder that holds these files, or a new folder to --out"
+        )
+
+
+def _size(file: Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
+def _differences(stored: Mapping[str, Any], here: Mapping[str, Any], without: tuple[str, ...] = ()) -> list[str]:
+    keys = sorted((stored.keys() | here.keys()) - set(without))
+    return [
+        f"{key} is {stored.get(key)!r} there and {here.get(key)!r} here"
+        for key in keys
+        if stored.get(key) != here.get(key)
+    ]

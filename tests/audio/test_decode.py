@@ -325,7 +325,11 @@ def test_find_audio_is_sorted_takes_any_case_and_survives_links(tmp_path, monkey
         "link/far.mp3",
         "self.wav",
     ]
-    assert errors == [("locked", "Permission denied")]
+    assert sorted(errors) == [
+        ("folder.wav", "a folder by the name of an audio file"),
+        ("locked", "Permission denied"),
+        ("up", "a link to a folder that holds it"),
+    ]
 
 
 def test_find_audio_needs_a_folder(tmp_path):

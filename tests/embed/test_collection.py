@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,7 @@ import pytest
 import soundfile
 
 from matpac_fast import cli
-from matpac_fast.embed import extract
+from matpac_fast.embed import extract, writer
 from matpac_fast.embed.extract import embed_collection
 from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, ConfigError
@@ -73,7 +69,7 @@ def test_rows_are_what_the_encoder_gives(collection, encoder, tmp_path, pool, la
 
     report = embed_collection(collection, tmp_path, encoder, 1.0, pool=pool, layers=layers, files_per_shard=3)
     got = rows(tmp_path)
-    assert (report.files, report.failed, report.rows) == (8, 3, len(got))
+    assert (report.total, report.failed, report.rows) == (8, 3, len(got))
     for name in {row["path"] for row in got}:
         mine = [row for row in got if row["path"] == name]
         want = encoder.embed(read_audio(collection / name), RATE, 1.0, pool=pool, layers=layers)
@@ -91,7 +87,10 @@ def test_rows_are_what_the_encoder_gives(collection, encoder, tmp_path, pool, la
 def test_the_metadata_says_how_they_were_made(collection, encoder, tmp_path):
     embed_collection(collection, tmp_path, encoder)
     shard = json.loads(pq.read_schema(tmp_path / "shard-00000.parquet").metadata[b"matpac_fast"])
+    versions = shard["settings"].pop("made_by")
+    assert {"matpac_fast", "torch", "numpy"} <= set(versions)
     assert shard["settings"] == json.loads((tmp_path / "settings.json").read_text())
+    assert shard["settings"]["channels"] == "mean"
     assert shard["settings"]["encoder"] == encoder.id
     assert {"soundfile", "libsndfile", "soxr", "quality"} <= set(shard["settings"]["decoder"])
 
@@ -106,7 +105,7 @@ def test_again_changes_nothing_and_new_files_open_new_shards(collection, encoder
     embed_collection(source, out, encoder, files_per_shard=3)
     before = snapshot(out)
     report = embed_collection(source, out, encoder, files_per_shard=3)
-    assert (report.files_before, report.rows, report.failed) == (8, 0, 3)
+    assert (report.before, report.files, report.rows, report.failed) == (8, 0, 0, 3)
     assert snapshot(out) == before
     shutil.copy(source / "good 0.wav", source / "A new one.wav")
     report = embed_collection(source, out, encoder, files_per_shard=3)
@@ -151,7 +150,7 @@ def test_a_full_disk_leaves_no_half_shard(collection, encoder, tmp_path, monkeyp
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(extract, "write_shard", full)
+    monkeypatch.setattr(writer, "atomic", full)
     with pytest.raises(OSError, match="No space left"):
         embed_collection(collection, tmp_path, encoder)
     assert not list(tmp_path.glob("shard-*"))
@@ -166,7 +165,7 @@ def test_a_name_that_is_no_utf8_is_a_row_in_the_errors(encoder, tmp_path):
     os.rename(source / "a.wav", os.fsencode(source) + b"/\xff.wav")
     soundfile.write(source / "b.wav", np.zeros(800), RATE)
     report = embed_collection(source, tmp_path / "out", encoder)
-    assert (report.files, report.failed, report.rows) == (2, 1, 1)
+    assert (report.total, report.failed, report.rows) == (2, 1, 1)
     (error,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
     assert error == {"path": "\\xff.wav", "reason": "the name is not UTF-8: rename the file"}
 
@@ -181,7 +180,7 @@ def test_a_folder_that_cannot_be_read_is_a_row_in_the_errors(collection, encoder
 
     monkeypatch.setattr(os, "scandir", guarded)  # file modes do not stop root
     report = embed_collection(collection, tmp_path, encoder)
-    assert (report.files, report.failed) == (7, 4)
+    assert (report.total, report.failed) == (7, 4)
     errors = {row["path"]: row["reason"] for row in pq.read_table(tmp_path / "errors.parquet").to_pylist()}
     assert errors["sub"] == "folder cannot be read: Permission denied"
 
@@ -208,27 +207,7 @@ def test_what_was_the_limit_is_said():
     assert extract.Report(model_seconds=1.0, waited_seconds=2.0).limit == "decoding"
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_result(collection, encoder_file, tmp_path):
-    def command(out: Path) -> list[str]:
-        # All by one command: bits may differ between processes that have different numbers of threads.
-        options = ["--temporal-support", "0.2", "--files-per-shard", "1", "--device", "cpu"]
-        start = [sys.executable, "-m", "matpac_fast.cli", "embed", str(collection), "--encoder", str(encoder_file)]
-        return [*start, "--out", str(out), *options]
-
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert subprocess.run(command(whole), stdout=subprocess.DEVNULL).returncode == 1
-    for shards in (1, 4):
-        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("shard-*"))) < shards:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert subprocess.run(command(out), stdout=subprocess.DEVNULL).returncode == 1
-    want = {name: data for name, (data, _) in snapshot(whole).items()}
-    assert {name: data for name, (data, _) in snapshot(out).items()} == want
-
-
-@pytest.mark.parametrize(("keep", "code"), [("*.wav", 1), ("good*", 0), ("page.mp3", 2)])
+@pytest.mark.parametrize(("keep", "code"), [("*.wav", 0), ("good*", 0), ("page.mp3", 3)])
 def test_exit_codes_and_what_is_said(collection, encoder_file, tmp_path, capsys, keep, code):
     source = tmp_path / "source"
     source.mkdir()
@@ -237,5 +216,5 @@ def test_exit_codes_and_what_is_said(collection, encoder_file, tmp_path, capsys,
     command = ["embed", str(source), "--encoder", str(encoder_file), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert cli.main(command) == code
     said = capsys.readouterr().out
-    assert ("could not be used" in said) == (code > 0)
-    assert ("times real time" in said) == (code < 2)
+    assert ("could not be used" in said) == (keep != "good*")
+    assert ("times real time" in said) == (code == 0)

@@ -1,0 +1,215 @@
+"""One shard: its files decoded in threads, taken by the encoder as they come, the rows written when all are there."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..audio.ahead import in_order
+from ..audio.decode import read_blocks
+from ..audio_encoder import AudioEncoder
+from ..embedding import Embeddings
+from ..errors import AudioError
+from .manifest import Entry
+from .writer import Rows
+
+# A file beyond this is never held as a whole: it streams through the encoder block by block.
+LONG_SECONDS = 300.0
+_BLOCK_SECONDS = (10.0, 60.0)
+
+
+@dataclass
+class Long:
+    """A long file's samples, in blocks; iterating raises AudioError where it turns out to be damaged."""
+
+    path: Path
+    blocks: Generator[np.ndarray, None, None]
+
+
+Audio: TypeAlias = "np.ndarray | Long | str"  # a wave, a long one, or the reason why there is none
+Job: TypeAlias = "tuple[int, Callable[[], Audio]]"  # bytes it will hold, for `in_order`
+
+
+@dataclass
+class Work:
+    """What a worker did and where its time went."""
+
+    files: int = 0
+    rows: int = 0
+    audio_seconds: float = 0.0
+    model_seconds: float = 0.0
+    waited_seconds: float = 0.0  # the model, for audio
+
+
+class ShardEmbedder:
+    """Embeds shards with one encoder and one set of options.
+
+    Args:
+        encoder, options, batch_size: as `AudioEncoder.embed_many` takes them.
+        dtype: of the rows.
+        work: where to count.
+        tick: called after each file with its entry, and the reason where it failed.
+    """
+
+    def __init__(
+        self,
+        encoder: AudioEncoder,
+        options: dict[str, Any],
+        batch_size: int,
+        dtype: str,
+        work: Work,
+        tick: Callable[[Entry, str | None], None] = lambda entry, reason: None,
+    ):
+        self._encoder, self._options, self._batch_size, self._dtype = encoder, options, batch_size, dtype
+        self.work, self.tick = work, tick
+        # Options that cannot be are named here, before anything is made.
+        silence = np.zeros(400, np.float32)
+        found = encoder.embed(silence, encoder.sample_rate, batch_size=batch_size, **options)
+        self._shape = tuple(found.values.shape[1:])
+        self._whole_only = options["temporal_support"] is None and encoder.native_window is None
+
+    def jobs(self, source: Path, shard: Iterable[Entry]) -> Iterator[Job]:
+        """Decoding of a shard's files, for threads."""
+        longest = float("inf") if self._whole_only else LONG_SECONDS
+        hop = self._options["hop"] or self._options["temporal_support"] or 0.0
+        seconds = float(np.clip(self._batch_size * hop, *_BLOCK_SECONDS))  # a block fills a batch, within limits
+        for entry in shard:
+            held = round(min(entry.seconds, longest) * self._encoder.sample_rate) * 4
+            yield held, partial(_read, source / entry.path, self._encoder.sample_rate, longest, seconds)
+
+    def embed(self, shard: list[Entry], audio: Iterator[Audio], out: Path) -> Rows:
+        """The rows of a shard, whose files' audio `audio` gives in their order."""
+        rows = Rows(out, self._shape, self._dtype)
+        work, clock = self.work, time.perf_counter()
+        waited = work.waited_seconds
+        try:
+            todo = deque(shard)
+            while todo:
+                long = self._embed_short(rows, todo, audio)
+                if long is not None:
+                    self._embed_long(rows, *long)
+        except BaseException:
+            rows.close()
+            raise
+        work.model_seconds += time.perf_counter() - clock - (work.waited_seconds - waited)
+        work.rows += len(rows)
+        return rows
+
+    def _embed_short(self, rows: Rows, todo: deque[Entry], audio: Iterator[Audio]) -> tuple[Entry, Long] | None:
+        """Embed files, whose windows share batches, up to the next long one, which is returned."""
+        taken: deque[Entry] = deque()
+        long: list[tuple[Entry, Long]] = []
+        rate = self._encoder.sample_rate
+
+        def waves() -> Iterator[np.ndarray]:
+            while todo and not long:
+                entry, found = todo.popleft(), self._waited(audio)
+                if isinstance(found, str):
+                    self._done(rows, entry, found)
+                elif isinstance(found, Long):
+                    long.append((entry, found))
+                else:
+                    self.work.audio_seconds += len(found) / rate
+                    taken.append(entry)
+                    yield found
+
+        for found in self._encoder.embed_many(waves(), rate, batch_size=self._batch_size, **self._options):
+            entry = taken.popleft()
+            rows.add(*_arrays(found))
+            self._done(rows, entry)
+        return long[0] if long else None
+
+    def _embed_long(self, rows: Rows, entry: Entry, long: Long) -> None:
+        rate = self._encoder.sample_rate
+        stream = self._encoder.stream(rate, batch_size=self._batch_size, **self._options)
+        ahead = in_order(((0, partial(next, long.blocks, None)) for _ in itertools.count()), 1)
+        reason = None
+        with closing(long.blocks), closing(ahead):
+            try:
+                while (block := self._waited(ahead)) is not None:
+                    self.work.audio_seconds += len(block) / rate
+                    rows.add(*_arrays(stream.push(block)))
+                rows.add(*_arrays(stream.finish()))
+            except AudioError as error:
+                reason = _reason(error, long.path)
+        self._done(rows, entry, reason)
+
+    def _waited(self, audio: Iterator[Any]) -> Any:
+        clock = time.perf_counter()
+        found = next(audio)
+        self.work.waited_seconds += time.perf_counter() - clock
+        return found
+
+    def _done(self, rows: Rows, entry: Entry, reason: str | None = None) -> None:
+        reason = rows.keep(entry.path) if reason is None else rows.drop(entry.path, reason)
+        self.work.files += 1
+        self.tick(entry, reason)
+
+
+def _arrays(found: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return found.start.numpy(), found.end.numpy(), found.values.float().cpu().numpy()
+
+
+def _read(path: Path, sample_rate: int, longest: float, block_seconds: float) -> Audio:
+    """A file's wave; or its blocks, where it is longer than `longest` seconds; or the reason why it has none."""
+    blocks = _blocks(path, sample_rate, block_seconds)
+    head: list[np.ndarray] = []
+    samples = 0
+    try:
+        for block in blocks:
+            head.append(block)
+            samples += len(block)
+            if samples > longest * sample_rate:
+                return Long(path, _chained(head, blocks))
+    except AudioError as error:
+        return _reason(error, path)
+    return np.concatenate(head)
+
+
+def _chained(head: list[np.ndarray], rest: Generator[np.ndarray, None, None]) -> Generator[np.ndarray, None, None]:
+    with closing(rest):
+        while head:
+            yield head.pop(0)
+        yield from rest
+
+
+def _blocks(path: Path, sample_rate: int, block_seconds: float) -> Generator[np.ndarray, None, None]:
+    """`read_blocks` of a file that stays as it is meanwhile."""
+    before = _state(path)
+    try:
+        yield from read_blocks(path, sample_rate, block_seconds)
+    except AudioError as error:
+        if _state(path) != before:
+            raise _changed(path) from None
+        raise error
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
+    if _state(path) != before:
+        raise _changed(path)
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(path: Path) -> AudioError:
+    return AudioError(f"{path}: it changed while it was read; try again with --retry-errors once it is at rest")
+
+
+def _reason(error: AudioError, path: Path) -> str:
+    """The message without the path that it begins with."""
+    return str(error).removeprefix(f"{path}: ")

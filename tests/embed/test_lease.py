@@ -1,0 +1,143 @@
+"""Leases: one owner, kept while alive, taken over when not, by one heir alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from matpac_fast.embed import lease
+from matpac_fast.embed.lease import Leases
+
+
+@pytest.fixture
+def leases(tmp_path):
+    with Leases(tmp_path, 60.0) as mine:
+        yield mine
+
+
+def foreign(path: Path, beat: int = 0) -> None:
+    """A lease of a worker on a machine of which nothing is known."""
+    path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "began": "1", "beat": beat, "status": {"files": 3}}))
+
+
+def test_a_lease_has_one_owner_and_can_be_given_back(leases, tmp_path):
+    with Leases(tmp_path) as other:
+        assert leases.claim("a")
+        assert not other.claim("a")
+        assert not leases.claim("a")
+        assert other.claim("b")
+        leases.release("a")
+        assert other.claim("a")
+    assert leases.claim("b")  # closing gives all back
+
+
+def test_of_many_that_want_it_at_once_one_gets_it(tmp_path):
+    everybody = [Leases(tmp_path) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(50):
+            got = list(pool.map(lambda one, i=i: one.claim(f"shard-{i}"), everybody))
+            assert sum(got) == 1
+    for one in everybody:
+        one.close()
+
+
+def test_a_lease_that_is_renewed_is_kept_and_one_that_is_not_is_inherited(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(lease.time, "monotonic", lambda: now[0])
+    first, second = Leases(tmp_path, 60.0), Leases(tmp_path, 60.0)
+    foreign(tmp_path / "a.0")
+    assert not first.claim("a")
+    now[0] = 59.0
+    foreign(tmp_path / "a.0", beat=1)  # renewed in time
+    assert not first.claim("a")
+    now[0] = 118.0
+    assert not first.claim("a")
+    assert not second.claim("a")  # which sees it for the first time, whatever its age
+    now[0] = 119.5
+    assert first.claim("a")
+    now[0] = 500.0
+    assert not second.claim("a")  # a new owner, who is alive
+    assert sorted(os.listdir(tmp_path)) == ["a.0", "a.1"]
+    first.release("a")
+    assert os.listdir(tmp_path) == []
+    first.close()
+    second.close()
+
+
+def test_one_that_is_half_written_is_nobody_s_yet(leases, tmp_path):
+    (tmp_path / "a.0").touch()
+    assert not leases.claim("a")
+
+
+def test_the_owner_keeps_it_alive(tmp_path):
+    with Leases(tmp_path, 0.3) as mine:
+        mine.claim("a")
+        before = (tmp_path / "a.0").read_bytes()
+        deadline = time.monotonic() + 20
+        while (tmp_path / "a.0").read_bytes() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_dead_owner_on_this_machine_is_known_at_once(leases, tmp_path):
+    code = f"""
+import os, pathlib
+from matpac_fast.embed.lease import Leases
+Leases(pathlib.Path({str(tmp_path)!r})).claim("a")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    assert (tmp_path / "a.0").exists()
+    assert leases.claim("a")
+
+
+def test_a_process_of_the_same_number_is_not_the_owner(leases, tmp_path):
+    leases.claim("b")
+    said = json.loads((tmp_path / "b.0").read_text())
+    (tmp_path / "a.0").write_text(json.dumps({**said, "worker": "another"}))
+    assert not leases.claim("a")  # lives
+    (tmp_path / "a.0").write_text(json.dumps({**said, "worker": "another", "began": "1"}))
+    assert leases.claim("a")  # this number began at another time
+
+
+def test_what_the_others_say(leases, tmp_path):
+    foreign(tmp_path / "worker-x.0")
+    leases.claim("worker-me")
+    assert leases.others("worker-") == [{"files": 3}]
+
+
+def test_a_lost_lease_is_not_raised_from_the_dead(leases, tmp_path):
+    leases.claim("a")
+    (tmp_path / "a.0").unlink()
+    leases.renew()
+    assert not (tmp_path / "a.0").exists()
+
+
+def _hold(folder: Path, log: Path) -> None:
+    with Leases(folder) as mine:
+        for _ in range(5):
+            with mine.waited_for("turn"):
+                with open(log, "a") as file:
+                    file.write("in ")
+                time.sleep(0.005)
+                with open(log, "a") as file:
+                    file.write("out ")
+
+
+def test_turns_do_not_overlap(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_hold, args=(tmp_path / "leases", tmp_path / "log")) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert (tmp_path / "log").read_text() == "in out " * 15
