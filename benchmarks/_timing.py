@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import floors
 import torch
 
 from matpac_fast import backend, use_backend
@@ -25,26 +26,30 @@ class Case:
         op, size, variant: for the table. A variant is a launcher ("cpp", "cuda", "triton"), "reference",
             "compiled reference" or a peer.
         make: builds the inputs on DEVICE and returns the call to time.
-        bytes: the least that must be read and written, every tensor once.
-        flops: the least arithmetic, 0 where only bytes count.
-        dtype: of the arithmetic, which sets the floor of `flops`.
+        work: the least that must be read, written and computed.
+        dtype: of the arithmetic, which sets its floor.
     """
 
     op: str
     size: str
     variant: str
     make: Callable[[], Callable[[], Any]]
-    bytes: int
-    flops: int = 0
+    work: floors.Work
     dtype: torch.dtype = torch.float32
 
     def floor(self) -> float:
         """Seconds that this machine needs at least, by its measured bandwidth and matrix rate."""
-        return max(self.bytes / bandwidth(), self.flops / matrix_rate(self.dtype) if self.flops else 0.0)
+        return self.work.seconds(bandwidth(), matrix_rate(self.dtype))
 
 
 def variants(
-    op: str, size: str, make: Callable[[Callable[..., Any]], Callable[[], Any]], fast: Any, plain: Any, **work: Any
+    op: str,
+    size: str,
+    make: Callable[[Callable[..., Any]], Callable[[], Any]],
+    fast: Any,
+    plain: Any,
+    work: floors.Work,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Case]:
     """The reference, torch.compile of it, and every launcher of `op` that runs here.
 
@@ -56,12 +61,12 @@ def variants(
         return make(torch.compile(plain))
 
     cases = [
-        Case(op, size, "reference", lambda: make(plain), **work),
-        Case(op, size, "compiled reference", compiled, **work),
+        Case(op, size, "reference", lambda: make(plain), work, dtype),
+        Case(op, size, "compiled reference", compiled, work, dtype),
     ]
     for launcher in backend.LAUNCHERS[op][DEVICE.type]:
         if backend.unavailable(launcher) is None:
-            cases.append(Case(op, size, launcher, lambda: make(fast), **work))
+            cases.append(Case(op, size, launcher, lambda: make(fast), work, dtype))
     return cases
 
 
@@ -142,8 +147,8 @@ def run(benchmark: Any, case: Case) -> None:
         device=DEVICE.type,
         first_call_ms=1e3 * first,
         floor_ms=1e3 * case.floor(),
-        bytes=case.bytes,
-        flops=case.flops,
+        bytes=case.work.bytes,
+        flops=case.work.flops,
         peak_extra_mib=peak,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import floors
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ def log_mel_cases() -> list[Case]:
             wave = 0.1 * torch.randn(clips, samples, device=DEVICE)
             return lambda: function(wave)
 
-        size = 4 * clips * (samples + config.n_mels * config.n_frames(samples))
-        cases += variants("log_mel", f"{clips} x 10 s", make, ops.log_mel, reference.log_mel, bytes=size)
+        work = floors.log_mel(clips, samples, config.n_mels, config.n_frames(samples))
+        cases += variants("log_mel", f"{clips} x 10 s", make, ops.log_mel, reference.log_mel, work)
     return cases
 
 
@@ -39,9 +40,8 @@ def mask_shuffle_cases() -> list[Case]:
         index = torch.arange(256, device=DEVICE)
         return lambda: function(7, 1234, index, 190)
 
-    return variants(
-        "mask_shuffle", "256 x 190", make, ops.mask_shuffle, reference.mask_shuffle, bytes=8 * 256 * (190 + 1)
-    )
+    work = floors.mask_shuffle(256, 190)
+    return variants("mask_shuffle", "256 x 190", make, ops.mask_shuffle, reference.mask_shuffle, work)
 
 
 def official_patch_embed(
@@ -70,11 +70,9 @@ def gathered_patch_embed(
 
 def masked_patch_embed_cases() -> list[Case]:
     """ViT-B on 608 frames: 57 of 190 patches visible. On a GPU under bfloat16 autocast, as the model runs there."""
-    n, width, area, n_visible, cases = 190, 768, 256, 57, []
+    n, width, n_visible, cases = 190, 768, 57, []
     dtype = torch.bfloat16 if GPU else torch.float32
     for batch in (256,) if GPU else (8, 64):
-        spec_bytes, out_bytes = 4 * batch * 80 * 608, 4 * batch * (n + 2) * width
-        visible_bytes = 4 * batch * (1 + n_visible) * width
         for backward in (False, True):
 
             def make(function: Op, batch: int = batch, backward: bool = backward) -> Callable[[], Any]:
@@ -95,17 +93,12 @@ def masked_patch_embed_cases() -> list[Case]:
 
                 return call
 
-            flops = 2 * batch * n * area * width
-            work = {"bytes": spec_bytes + out_bytes, "flops": flops, "dtype": dtype}
-            if backward:
-                # Only the visible patches are read again, and their gradient once.
-                work["bytes"] += spec_bytes * n_visible // n + visible_bytes
-                work["flops"] += 2 * batch * n_visible * area * width
+            work = floors.masked_patch_embed(batch, 80, 608, width, n_visible, backward=backward)
             size = f"{batch} x 190 x 768, {'forward + backward' if backward else 'forward'}"
             op = "masked_patch_embed"
-            cases += variants(op, size, make, ops.masked_patch_embed, reference.masked_patch_embed, **work)
+            cases += variants(op, size, make, ops.masked_patch_embed, reference.masked_patch_embed, work, dtype)
             for name, rival in (("official chain", official_patch_embed), ("gather + product", gathered_patch_embed)):
-                cases.append(Case(op, size, name, lambda make=make, rival=rival: make(rival), **work))
+                cases.append(Case(op, size, name, lambda make=make, rival=rival: make(rival), work, dtype))
     return cases
 
 
@@ -131,16 +124,9 @@ def prototype_loss_cases() -> list[Case]:
 
             return call
 
-        # Two products forwards, the student's two gradients backwards.
-        work = {"bytes": dtype.itemsize * 3 * (n + k) * d, "flops": 4 * 2 * n * k * d, "dtype": dtype}
-        found = variants(
-            "prototype_loss",
-            f"{n} x {k}, forward + backward",
-            make,
-            ops.prototype_loss,
-            reference.prototype_loss,
-            **work,
-        )
+        work = floors.prototype_loss(n, k, d, dtype.itemsize)
+        size = f"{n} x {k}, forward + backward"
+        found = variants("prototype_loss", size, make, ops.prototype_loss, reference.prototype_loss, work, dtype)
         # The reference keeps several N x K matrices in float32: 9 GB each at the larger size.
         cases += found if k < 10_000 else [case for case in found if "reference" not in case.variant]
     return cases
