@@ -1,0 +1,306 @@
+"""Linear probes for a whole grid of learning rate, decay, seed and fold at once, as one batched product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..tasks.task import Fold, deal_groups
+
+_CELLS = 1 << 25  # logits held at a time
+_HELD_OUT = 6  # one part in so many of the training groups validates where the task has no validation clips
+_RANK = 1e-6  # singular values below this share of the largest are rounding
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How the probes are trained.
+
+    `learning_rates` x `decays` is the grid; each fold and seed takes the pair, and the step, of least validation loss.
+    `decays` are strengths of an L2 penalty decay / 2 * |weight|^2 beside the mean loss of a clip. A seed draws the
+    initial weights, and the validation clips where the task names none. `standardize`: features to zero mean and unit
+    spread over the fold's training and validation clips.
+    """
+
+    learning_rates: tuple[float, ...] = (0.1, 1.0)
+    decays: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    seeds: int = 3
+    steps: int = 300
+    check_every: int = 10
+    patience: int = 5  # checks without any probe of the grid getting better
+    standardize: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "check_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"probe: {name} is {getattr(self, name)}; expected at least 1")
+        if not (self.learning_rates and self.decays and min(self.learning_rates) > 0 and min(self.decays) >= 0):
+            raise ConfigError(
+                f"probe: learning rates {self.learning_rates}, decays {self.decays}; expected positive ones"
+            )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Embeddings (R, D) and the clip (R,) of each; a clip may have several rows, which share its weight."""
+
+    values: Tensor
+    clip: np.ndarray
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the chosen probes say.
+
+    `scores[f]` (S, N_f, K): probabilities for the test clips of fold f by each seed, averaged over a clip's rows.
+    `valid` (F, S): loss on the validation clips; `valid_score` (F, S): their score by the task's metric;
+    `chosen` (F, S, 2): learning rate and decay; `weights[f]` (S, D + 1, K) for features as given, bias last.
+    """
+
+    scores: list[Tensor]
+    valid: Tensor
+    valid_score: Tensor
+    chosen: Tensor
+    weights: list[Tensor] = field(default_factory=list)
+
+
+def probe(
+    rows: Rows,
+    targets: np.ndarray,
+    groups: np.ndarray,
+    folds: Sequence[Fold],
+    n_classes: int,
+    config: ProbeConfig,
+    metric: Literal["accuracy", "mAP"],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Probed:
+    """Train every probe of the grid for every fold and seed, and score the chosen ones on each fold's test clips.
+
+    The test clips of a fold take no part in its training, standardisation or choice. Full-batch Adam; the folds have
+    a loop, since their features are standardised and rotated each by its own training clips; the grid and the seeds are
+    one product. Single-label: softmax cross-entropy; multi-label: sigmoid cross-entropy over the known labels.
+
+    Args:
+        rows: embeddings on any device.
+        targets: (N,) int64, or (N, K) float32 with NaN where unknown, of the clips.
+        groups: (N,) of the clips; never parted where validation clips are drawn.
+
+    Raises:
+        ConfigError: an embedding that is not finite.
+    """
+    if not rows.values.isfinite().all():
+        raise ConfigError("probe: embeddings that are not finite; look at the audio, or at the encoder's dtype")
+    per_clip = np.bincount(rows.clip, minlength=len(targets))
+    found = [
+        _Fold(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype).run(metric)
+        for fold in folds
+    ]
+    scores, losses, valid_scores, chosen, weights = zip(*found, strict=True)
+    return Probed(list(scores), torch.stack(losses), torch.stack(valid_scores), torch.stack(chosen), list(weights))
+
+
+class _Fold:
+    """All probes of one fold. G = learning rates x decays x seeds, in this order."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        per_clip: np.ndarray,
+        targets: np.ndarray,
+        groups: np.ndarray,
+        fold: Fold,
+        n_classes: int,
+        config: ProbeConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.config, self.n_classes, self.device, self.dtype = config, n_classes, device, dtype
+        self.multi = targets.ndim == 2
+        self.targets = torch.from_numpy(targets)
+        learn = fold.train if fold.valid is None else np.concatenate([fold.train, fold.valid])
+        self.valid_of = [self._validation(fold, learn, groups, targets, seed) for seed in range(config.seeds)]
+        learn_rows, test_rows = (np.flatnonzero(np.isin(rows.clip, part)) for part in (learn, fold.test))
+        self.clip, self.test_clip, self.test = rows.clip[learn_rows], rows.clip[test_rows], fold.test
+        self._features(rows.values[learn_rows], rows.values[test_rows])
+        self.share = torch.from_numpy(1.0 / per_clip[self.clip]).to(device, dtype)  # (R,) a row's share of its clip
+        masks = np.stack([~np.isin(self.clip, valid) for valid in self.valid_of], 1)
+        self.training = torch.from_numpy(masks).to(device)  # (R, S)
+        self.goal = self._goal(self.clip)  # (R, K) or (R,)
+
+    def _validation(
+        self, fold: Fold, learn: np.ndarray, groups: np.ndarray, targets: np.ndarray, seed: int
+    ) -> np.ndarray:
+        """The validation clips, sorted: the task's, or some that the seed draws."""
+        if fold.valid is not None:
+            return np.sort(fold.valid)
+        strata = targets[learn] if not self.multi else np.nan_to_num(targets[learn]).argmax(1)
+        parts = min(_HELD_OUT, len(np.unique(groups[learn])))
+        if parts < 2:
+            raise ConfigError("probe: one group of training clips; expected two or more, to train and to validate on")
+        held = deal_groups(groups[learn], strata, parts, seed) == 0
+        if not self.multi:  # a class of one group stays with the training clips
+            held &= np.isin(targets[learn], targets[learn[~held]])
+        return np.sort(learn[held])
+
+    def _features(self, learn: Tensor, test: Tensor) -> None:
+        """Standardise, rotate to the learning rows' principal axes, and scale to rows of unit length on average.
+
+        With an L2 penalty the best weight is a combination of the rows learnt from, so the rotation loses nothing: it
+        leaves as many columns as there are rows, and uncorrelated ones, which Adam wants. The scale makes a learning
+        rate mean the same for embeddings of every width; the penalty is that of the features before it.
+        """
+        learn, test = learn.to(self.device, torch.float64), test.to(self.device, torch.float64)
+        if self.config.standardize:
+            self.mean, spread = learn.mean(0), learn.std(0, correction=0)
+            # A column that does not vary says nothing, and has no spread to divide by.
+            self.scale = torch.where(spread > 1e-7 * (self.mean.abs() + 1e-30), 1 / spread, 0.0)
+        else:
+            self.mean, self.scale = torch.zeros_like(learn[0]), torch.ones_like(learn[0])
+        learn = (learn - self.mean) * self.scale
+        gram = learn @ learn.T if len(learn) < learn.shape[1] else learn.T @ learn
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > values[-1].clamp(min=1e-30) * _RANK**2
+        if len(learn) < learn.shape[1]:
+            self.basis = learn.T @ (vectors[:, kept] / values[kept].sqrt())  # (D, r)
+        else:
+            self.basis = vectors[:, kept]
+        self.size = learn.square().sum(1).mean().sqrt().clamp(min=1e-30)
+        self.basis = self.basis / self.size
+        self.learn = (learn @ self.basis).to(self.dtype)
+        self.tested = ((test - self.mean) * self.scale @ self.basis).to(self.dtype)
+
+    def _goal(self, clip: np.ndarray) -> Tensor:
+        goal = self.targets[torch.from_numpy(clip)]
+        return goal.to(self.device, self.dtype) if self.multi else goal.to(self.device)
+
+    def run(self, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        c = self.config
+        s, k, r = c.seeds, self.n_classes, self.learn.shape[1]
+        pairs = [(lr, decay) for lr in c.learning_rates for decay in c.decays]
+        g = len(pairs) * s
+        rate = torch.tensor([lr for lr, _ in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
+        decay = torch.tensor([d for _, d in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
+        first = [
+            torch.randn(r, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(s)
+        ]
+        # Small beside what training makes of them: seeds differ, and none starts far from no opinion.
+        weight = 0.01 * torch.stack(first, 1).to(self.device, self.dtype).repeat(1, len(pairs), 1)  # (r, G, K)
+        bias = torch.zeros(g, k, device=self.device, dtype=self.dtype)
+        state = [torch.zeros_like(t) for t in (weight, weight, bias, bias)]
+        best_loss = torch.full((g,), torch.inf, device=self.device, dtype=self.dtype)
+        best_weight, best_bias = weight.clone(), bias.clone()
+        stale = 0
+        for step in range(c.steps + 1):
+            if step % c.check_every == 0 or step == c.steps:
+                loss = self._loss(weight, bias)
+                better = loss < best_loss
+                best_loss = torch.where(better, loss, best_loss)
+                best_weight = torch.where(better[None, :, None], weight, best_weight)
+                best_bias = torch.where(better[:, None], bias, best_bias)
+                stale = 0 if better.any() else stale + 1
+                if stale >= c.patience:
+                    break
+            if step == c.steps:
+                break
+            d_weight, d_bias = self._gradient(weight, bias)
+            d_weight += (decay / float(self.size) ** 2)[:, None] * weight
+            now = rate * (0.5 + 0.5 * np.cos(np.pi * step / c.steps))  # down to 0, so that the last steps settle
+            for value, gradient, i in ((weight, d_weight, 0), (bias, d_bias, 2)):
+                mean, square = state[i], state[i + 1]
+                mean.lerp_(gradient, 0.1)
+                square.lerp_(gradient.square(), 0.01)
+                update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+                value -= now[:, None] * update
+        choice = best_loss.view(len(pairs), s).argmin(0)  # (S,)
+        picked = choice * s + torch.arange(s, device=self.device)
+        weight, bias = best_weight[:, picked], best_bias[picked]  # (r, S, K), (S, K)
+        chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64)
+        scores = self._probabilities(self.tested, self.test_clip, self.test, weight, bias)
+        return (
+            scores,
+            best_loss[picked].cpu(),
+            self._valid_scores(metric, weight, bias),
+            chosen,
+            self._given(weight, bias),
+        )
+
+    def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(bias.flatten(), x, weight.flatten(1)).unflatten(1, bias.shape)  # (R, G, K)
+
+    def _blocks(self, g: int) -> list[slice]:
+        step = max(1, _CELLS // (g * self.n_classes))
+        return [slice(i, i + step) for i in range(0, len(self.learn), step)]
+
+    def _gradient(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the mean loss of a training clip, by every probe's weight and bias."""
+        d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        n_pairs = len(bias) // self.config.seeds
+        part = self.share[:, None] * self.training
+        part = (part / part.sum(0)).repeat(1, n_pairs)  # (R, G)
+        for block in self._blocks(len(bias)):
+            x, goal = self.learn[block], self.goal[block]
+            logits = self._logits(x, weight, bias)
+            if self.multi:
+                slope = torch.where(goal.isnan()[:, None], 0.0, logits.sigmoid() - goal[:, None])
+                slope *= part[block, :, None]
+            else:
+                slope = logits.softmax(2)
+                slope -= F.one_hot(goal, self.n_classes)[:, None].to(slope.dtype)
+                slope *= part[block, :, None]
+            d_weight += (x.T @ slope.flatten(1)).unflatten(1, bias.shape)
+            d_bias += slope.sum(0)
+        return d_weight, d_bias
+
+    def _loss(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """(G,) mean loss of a validation clip, without the penalty."""
+        held = self.share[:, None] * ~self.training
+        held = (held / held.sum(0)).repeat(1, len(bias) // self.config.seeds)  # (R, G)
+        loss = torch.zeros_like(bias[:, 0])
+        for block in self._blocks(len(bias)):
+            used = (held[block] > 0).any(1)
+            logits = self._logits(self.learn[block][used], weight, bias)
+            goal = self.goal[block][used]
+            if self.multi:
+                wanted = goal.nan_to_num()[:, None].expand_as(logits)
+                each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+                each = torch.where(goal.isnan()[:, None], 0.0, each).sum(2)
+            else:
+                each = logits.logsumexp(2) - logits.gather(2, goal[:, None, None].expand(-1, len(bias), 1))[..., 0]
+            loss += (each * held[block][used]).sum(0)
+        return loss
+
+    def _probabilities(self, x: Tensor, clip: np.ndarray, wanted: np.ndarray, weight: Tensor, bias: Tensor) -> Tensor:
+        """(S, N, K) float64, the mean over each wanted clip's rows, in the order of `wanted`."""
+        logits = self._logits(x, weight, bias).double()
+        p = (logits.sigmoid() if self.multi else logits.softmax(2)).cpu()  # (R, S, K)
+        order = np.argsort(wanted)
+        where = torch.from_numpy(order[np.searchsorted(wanted, clip, sorter=order)])
+        total = p.new_zeros(len(wanted), *p.shape[1:]).index_add_(0, where, p)
+        rows = p.new_zeros(len(wanted)).index_add_(0, where, p.new_ones(len(where)))
+        return (total / rows[:, None, None]).transpose(0, 1).contiguous()
+
+    def _valid_scores(self, metric: str, weight: Tensor, bias: Tensor) -> Tensor:
+        """(S,) each seed's score on its validation clips."""
+        from .metrics import METRICS
+
+        found = []
+        for seed, valid in enumerate(self.valid_of):
+            rows = np.flatnonzero(np.isin(self.clip, valid))
+            one = slice(seed, seed + 1)
+            p = self._probabilities(self.learn[rows], self.clip[rows], valid, weight[:, one], bias[one])[0]
+            found.append(METRICS[metric](p, self.targets[torch.from_numpy(valid)], p.new_ones(1, len(valid))))
+        return torch.cat(found)
+
+    def _given(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """(S, D + 1, K) float64 for the features as they were given, bias last."""
+        by_column = torch.einsum("dr,rsk->sdk", self.basis, weight.double()) * self.scale[:, None]  # (S, D, K)
+        shift = bias.double() - torch.einsum("d,sdk->sk", self.mean, by_column)
+        return torch.cat([by_column, shift[:, None]], 1).cpu()

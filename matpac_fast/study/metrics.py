@@ -1,0 +1,112 @@
+"""Scores of weighted clips, so that a bootstrap resample is a row of weights; and the intervals that come of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+_CELLS = 1 << 24  # resamples x clips held at a time
+
+
+def accuracy(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """scores (N, K), targets (N,) int64, weights (B, N) -> (B,): the weighted share of clips whose best is right."""
+    right = (scores.argmax(1) == targets).to(weights.dtype)
+    return weights @ right / weights.sum(1)
+
+
+def mean_average_precision(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """scores and targets (N, K), NaN where unknown, weights (B, N) -> (B,): the mean over classes of average precision.
+
+    As scikit-learn's average_precision_score: the sum over thresholds of precision times the recall gained, equal
+    scores under one threshold. Of each class the clips count for which its target is known; classes without weight on
+    a positive clip do not count. NaN where none has.
+    """
+    total, classes = weights.new_zeros(len(weights)), weights.new_zeros(len(weights))
+    for k in range(scores.shape[1]):
+        known = ~targets[:, k].isnan()
+        order = scores[known, k].argsort(descending=True, stable=True)
+        s, y = scores[known, k][order], targets[known, k][order].to(weights.dtype)
+        if not (y > 0).any():
+            continue
+        w = weights[:, known][:, order]
+        last = torch.cat([s[1:] != s[:-1], s.new_ones(1, dtype=torch.bool)])  # of each run of equal scores
+        hits = (w * y).cumsum(1)[:, last]
+        seen = w.cumsum(1)[:, last]
+        gained = torch.diff(hits, dim=1, prepend=hits.new_zeros(len(hits), 1))
+        positives = hits[:, -1]
+        ap = (gained * hits / seen.clamp(min=1e-30)).sum(1) / positives.clamp(min=1e-30)
+        counts = positives > 0
+        total += torch.where(counts, ap, 0.0)
+        classes += counts
+    return total / torch.where(classes > 0, classes, torch.nan)
+
+
+METRICS = {"accuracy": accuracy, "mAP": mean_average_precision}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Bootstrap resamples of a task's test clips, the same for every embedding, so that differences are paired.
+
+    Row 0 of each array is the sample itself. `clips[f]` (1 + B, N_f) weighs the test clips of fold f: whole groups are
+    drawn with replacement. `seeds` (1 + B, S) and `folds` (1 + B, F) sum to 1.
+    """
+
+    clips: list[Tensor]
+    seeds: Tensor
+    folds: Tensor
+
+    @classmethod
+    def of(cls, groups: list[np.ndarray], n_seeds: int, resamples: int = RESAMPLES, seed: int = 0) -> Draws:
+        """`groups` are the group names of each fold's test clips."""
+        random = np.random.default_rng(seed)
+        clips = []
+        for names in groups:
+            _, inverse = np.unique(names, return_inverse=True)
+            n = inverse.max() + 1
+            counts = np.ones((1 + resamples, n), np.float64)
+            counts[1:] = random.multinomial(n, np.full(n, 1 / n), size=resamples)
+            clips.append(torch.from_numpy(counts[:, inverse]))
+        parts = []
+        for n in (n_seeds, len(groups)):
+            counts = np.full((1 + resamples, n), 1 / n)
+            counts[1:] = random.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+            parts.append(torch.from_numpy(counts))
+        return cls(clips, *parts)
+
+    def score(
+        self, metric: str, scores: list[Tensor], targets: list[Tensor], within: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(1 + B,) scores twice: resampled over groups and seeds, and over folds as well.
+
+        `scores[f]` (S, N_f, K), `targets[f]`, and `within[f]` (N_f,) bool, the clips that count. A seed's folds are
+        scored one by one and averaged; then the seeds are. Index 0 is the score itself, the rest its resamples.
+        """
+        measure, by_fold = METRICS[metric], []
+        for f, (some, target, weights) in enumerate(zip(scores, targets, self.clips, strict=True)):
+            if within is not None:
+                some, target, weights = some[:, within[f]], target[within[f]], weights[:, within[f]]
+                if not len(target):
+                    continue
+            rows = max(1, _CELLS // max(1, weights.shape[1]))
+            by_seed = torch.stack(
+                [torch.cat([measure(one, target, w) for w in weights.split(rows)]) for one in some], 1
+            )
+            by_fold.append((f, (by_seed * self.seeds).sum(1)))  # (1 + B,)
+        values = torch.stack([value for _, value in by_fold], 1)  # (1 + B, F)
+        plain = values.nanmean(1)
+        share = self.folds[:, [f for f, _ in by_fold]] * ~values.isnan()
+        return plain, (values.nan_to_num() * share).sum(1) / torch.where(share.sum(1) > 0, share.sum(1), torch.nan)
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """The 2.5 and 97.5 % percentiles of resampled values (1 + B,), the first left out; NaN resamples do not count."""
+    resampled = values[1:][~values[1:].isnan()]
+    if not len(resampled):
+        return float("nan"), float("nan")
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+    return low, high

@@ -1,0 +1,178 @@
+"""The batched probe: scikit-learn's weights, early stopping, masks, and test clips that choose nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from matpac_fast.errors import ConfigError
+from matpac_fast.study.linear import ProbeConfig, Rows, probe
+from matpac_fast.tasks import Fold
+
+EXACT = ProbeConfig(learning_rates=(0.3,), decays=(0.03,), seeds=2, steps=1000, check_every=1000)
+QUICK = ProbeConfig(learning_rates=(0.03,), decays=(1e-2, 1e-1), seeds=2, steps=60)
+
+
+def blobs(n: int = 120, d: int = 12, k: int = 3, seed: int = 0, spread: float = 1.2) -> tuple[torch.Tensor, np.ndarray]:
+    random = np.random.default_rng(seed)
+    targets = np.arange(n) % k
+    centres = random.normal(size=(k, d))
+    scale, shift = 10 ** random.uniform(-1, 1, d), random.normal(size=d)
+    return torch.from_numpy((centres[targets] + spread * random.normal(size=(n, d))) * scale + shift), targets
+
+
+def three_folds(n: int) -> list[Fold]:
+    part = np.arange(n) // 5 % 3
+    return [Fold(*(np.flatnonzero(part == (i + j) % 3) for j in (2, 0, 1))) for i in range(3)]
+
+
+def run(values, targets, folds, config, k, metric="accuracy", clip=None, dtype=torch.float64):
+    groups = np.arange(len(targets)).astype(str)
+    clip = np.arange(len(targets)) if clip is None else clip
+    return probe(Rows(values, clip), targets, groups, folds, k, config, metric, dtype=dtype)
+
+
+def standardised(values: torch.Tensor, fold: Fold) -> np.ndarray:
+    learn = values[np.concatenate([fold.train, fold.valid])]
+    return ((values - learn.mean(0)) / learn.std(0, correction=0)).numpy()
+
+
+@pytest.mark.parametrize("d", [12, 150])  # fewer columns than training clips, and more
+def test_single_label_is_scikit_learns(d):
+    values, targets = blobs(d=d)
+    folds = three_folds(len(targets))
+    found = run(values, targets, folds, EXACT, 3)
+    for f, fold in enumerate(folds):
+        x = standardised(values, fold)
+        model = LogisticRegression(C=1 / (0.03 * len(fold.train)), tol=1e-10, max_iter=5000)
+        model.fit(x[fold.train], targets[fold.train])
+        expected = model.predict_proba(x[fold.test])
+        for seed in range(2):
+            assert np.abs(found.scores[f][seed].numpy() - expected).max() < 1e-4
+            given = values[fold.test] @ found.weights[f][seed, :-1] + found.weights[f][seed, -1]
+            assert np.abs(given.softmax(1).numpy() - expected).max() < 1e-4
+
+
+def test_multi_label_is_scikit_learns_on_the_known_labels():
+    values, _ = blobs(n=150, seed=3)
+    random = np.random.default_rng(4)
+    hidden = random.normal(size=(12, 3))
+    targets = ((values.numpy() - values.numpy().mean(0)) @ hidden > 0).astype(np.float32)
+    targets[random.random(targets.shape) < 0.3] = np.nan
+    fold = three_folds(150)[0]
+    found = run(values, targets, [fold], EXACT, 3, "mAP")
+    x = standardised(values, fold)
+    for k in range(3):
+        known = fold.train[~np.isnan(targets[fold.train, k])]
+        # The loss is a mean over training clips, so a class with fewer known labels is penalised by as much.
+        model = LogisticRegression(C=1 / (0.03 * len(fold.train)), tol=1e-10, max_iter=5000).fit(
+            x[known], targets[known, k]
+        )
+        assert np.abs(found.scores[0][0, :, k].numpy() - model.predict_proba(x[fold.test])[:, 1]).max() < 1e-4
+
+
+def test_several_rows_of_a_clip_share_its_weight_and_its_scores_are_averaged():
+    values, targets = blobs()
+    fold = three_folds(len(targets))[0]
+    copies = np.repeat(np.arange(len(targets)), 1 + np.arange(len(targets)) % 3)
+    raw = dataclasses.replace(EXACT, standardize=False)
+    once = run(values / 5, targets, [fold], raw, 3)
+    many = run(values[copies] / 5, targets, [fold], raw, 3, clip=copies)
+    assert torch.allclose(once.scores[0], many.scores[0], atol=1e-4)
+    # And windows that differ are averaged as probabilities.
+    apart = torch.cat([values, values.flip(1)])
+    clip = np.concatenate([np.arange(len(targets))] * 2)
+    found = run(apart / 5, targets, [fold], raw, 3, clip=clip)
+    each = [
+        (half[fold.test] / 5) @ found.weights[0][0, :-1] + found.weights[0][0, -1] for half in (values, values.flip(1))
+    ]
+    assert torch.allclose(found.scores[0][0], (each[0].softmax(1) + each[1].softmax(1)) / 2, atol=1e-6)
+
+
+def test_the_whole_grid_at_once_is_each_probe_on_its_own():
+    values, targets = blobs(spread=4.0)
+    folds = three_folds(len(targets))
+    grid = ProbeConfig(learning_rates=(0.01, 0.1), decays=(1e-4, 1e-2, 1.0), seeds=2, steps=200, patience=1000)
+    together = run(values, targets, folds, grid, 3)
+    for lr in grid.learning_rates:
+        for decay in grid.decays:
+            alone = run(values, targets, folds, dataclasses.replace(grid, learning_rates=(lr,), decays=(decay,)), 3)
+            assert (together.valid <= alone.valid + 1e-12).all()
+            for f in range(3):
+                for seed in range(2):
+                    if together.chosen[f, seed].tolist() == [lr, decay]:
+                        assert torch.allclose(together.scores[f][seed], alone.scores[f][seed], atol=1e-10)
+    assert (together.chosen[..., 1] > 1e-4).any()  # noisy features want a penalty
+
+
+def test_early_stopping_keeps_the_best_step():
+    values, targets = blobs(n=90, d=40)
+    wrong = np.random.default_rng(1).random(90) < 0.4  # labels that can only be learnt by heart
+    targets = np.where(wrong, (targets + 1) % 3, targets)
+    folds = three_folds(90)
+    config = ProbeConfig(learning_rates=(0.1,), decays=(0.0,), seeds=1, steps=400)
+    stopped = run(values, targets, folds, config, 3)
+    heart = run(values, targets, folds, dataclasses.replace(config, check_every=400), 3)
+    assert (stopped.valid <= heart.valid).all()
+    assert (stopped.valid < heart.valid - 0.05).any()
+
+
+def test_test_clips_choose_nothing():
+    values, targets = blobs()
+    fold = three_folds(len(targets))[0]
+    before = run(values, targets, [fold], QUICK, 3)
+    values, targets = values.clone(), targets.copy()
+    values[fold.test] = 100.0 * torch.randn(len(fold.test), 12, dtype=torch.float64)
+    targets[fold.test] = 0
+    after = run(values, targets, [fold], QUICK, 3)
+    assert torch.equal(before.weights[0], after.weights[0])
+    assert torch.equal(before.chosen, after.chosen)
+    assert torch.equal(before.valid_score, after.valid_score)
+
+
+def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_seed():
+    values, targets = blobs(n=240)
+    groups = np.array([f"g{i // 6}" for i in range(240)])
+    fold = Fold(np.arange(180), np.arange(180, 240))
+    from matpac_fast.study.linear import _Fold
+
+    rows = Rows(values, np.arange(240))
+    made = _Fold(rows, np.ones(240), targets, groups, fold, 3, QUICK, torch.device("cpu"), torch.float64)
+    assert not np.array_equal(*made.valid_of)
+    for valid in made.valid_of:
+        assert 18 <= len(valid) <= 42
+        rest = np.setdiff1d(fold.train, valid)
+        assert not set(groups[valid]) & set(groups[rest])
+        assert np.isin(valid, fold.train).all()
+
+
+def test_same_bits_twice_and_inputs_unchanged():
+    values, targets = blobs()
+    values = values.float()
+    kept, folds = values.clone(), three_folds(len(targets))
+    one, two = (run(values, targets, folds, QUICK, 3, dtype=torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.scores, two.scores, strict=True))
+    assert torch.equal(values, kept)
+
+
+def test_constant_and_not_finite_columns():
+    values, targets = blobs()
+    folds = three_folds(len(targets))
+    plain = run(values, targets, folds, QUICK, 3)
+    constant = torch.cat([values, torch.full((len(values), 1), 3.7, dtype=torch.float64)], 1)
+    assert all(
+        torch.allclose(a, b) for a, b in zip(plain.scores, run(constant, targets, folds, QUICK, 3).scores, strict=True)
+    )
+    values[5, 3] = torch.nan
+    with pytest.raises(ConfigError, match="not finite"):
+        run(values, targets, folds, QUICK, 3)
+
+
+@pytest.mark.parametrize("change", [dict(seeds=0), dict(steps=0), dict(decays=()), dict(learning_rates=(0.0,))])
+def test_settings_that_cannot_be(change):
+    with pytest.raises(ConfigError):
+        ProbeConfig(**change)

@@ -1,0 +1,108 @@
+"""Metrics are scikit-learn's, weights are resamples, and intervals cover what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, average_precision_score
+
+from matpac_fast.study.metrics import Draws, accuracy, interval, mean_average_precision
+
+
+def problem(seed: int, n: int = 60, k: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores with ties, targets with unknown ones, and whole-number weights, among them 0."""
+    random = np.random.default_rng(seed)
+    targets = (random.random((n, k)) < 0.4).astype(np.float32)
+    scores = np.round(random.normal(size=(n, k)) + targets, 1)
+    targets[random.random((n, k)) < 0.3] = np.nan
+    return tuple(map(torch.from_numpy, (scores, targets, random.integers(0, 4, (5, n)).astype(np.float64))))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mean_average_precision_is_scikit_learns(seed):
+    scores, targets, weights = problem(seed)
+    found = mean_average_precision(scores, targets, weights)
+    for value, w in zip(found, weights, strict=True):
+        each = []
+        for k in range(scores.shape[1]):
+            known = ~targets[:, k].isnan()
+            each.append(average_precision_score(targets[known, k], scores[known, k], sample_weight=w[known]))
+        assert value.item() == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_a_weight_is_a_number_of_copies():
+    scores, targets, weights = problem(7)
+    copies = torch.repeat_interleave(torch.arange(len(scores)), weights[0].long())
+    once = torch.ones(1, len(copies), dtype=torch.float64)
+    expected = mean_average_precision(scores[copies], targets[copies], once)
+    assert mean_average_precision(scores, targets, weights)[0].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_classes_that_nobody_has_do_not_count():
+    scores, targets, weights = problem(1)
+    targets[:, 2] = torch.where(targets[:, 2].isnan(), torch.nan, 0.0)
+    kept = [0, 1, 3]
+    assert torch.equal(
+        mean_average_precision(scores, targets, weights),
+        mean_average_precision(scores[:, kept], targets[:, kept], weights),
+    )
+    assert mean_average_precision(scores, torch.zeros_like(scores), weights).isnan().all()
+
+
+def test_accuracy_is_scikit_learns():
+    random = np.random.default_rng(0)
+    scores, targets = torch.from_numpy(random.normal(size=(50, 3))), torch.from_numpy(random.integers(0, 3, 50))
+    weights = torch.from_numpy(random.random((4, 50)))
+    found = accuracy(scores, targets, weights)
+    for value, w in zip(found, weights, strict=True):
+        assert value.item() == pytest.approx(accuracy_score(targets, scores.argmax(1), sample_weight=w), abs=1e-12)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    random, truth, covered = np.random.default_rng(0), 0.7, 0
+    for trial in range(200):
+        right = torch.from_numpy(random.random(120) < truth)
+        scores = torch.nn.functional.one_hot((~right).long(), 2).double()[None]
+        draws = Draws.of([np.arange(120)], 1, resamples=300, seed=trial)
+        low, high = interval(draws.score("accuracy", [scores], [torch.zeros(120, dtype=torch.int64)])[0])
+        covered += low <= truth <= high
+    assert 180 <= covered <= 199  # 95 % of 200, give or take three standard deviations
+
+
+def test_clips_of_a_group_are_drawn_together():
+    groups = np.repeat(np.arange(10), 6)
+    draws = Draws.of([groups], 1, resamples=50)
+    by_group = draws.clips[0].reshape(51, 10, 6)
+    assert (by_group == by_group[:, :, :1]).all()
+    assert (draws.clips[0].sum(1) == 60).all()
+    right = torch.from_numpy(groups < 6)
+    scores = torch.nn.functional.one_hot((~right).long(), 2).double()[None]
+    target = torch.zeros(60, dtype=torch.int64)
+    wide = interval(draws.score("accuracy", [scores], [target])[0])
+    narrow = interval(Draws.of([np.arange(60)], 1, resamples=50).score("accuracy", [scores], [target])[0])
+    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
+
+
+def test_folds_and_seeds_are_averaged_and_resampled():
+    target = torch.zeros(10, dtype=torch.int64)
+    right = torch.tensor([[1.0, 0.0]]).double().expand(10, 2)
+    wrong = right.flip(1)
+    scores = [torch.stack([right, wrong]), torch.stack([right, right])]  # of two seeds in each of two folds
+    draws = Draws.of([np.arange(10), np.arange(10)], 2, resamples=400)
+    plain, folds = draws.score("accuracy", scores, [target, target])
+    assert plain[0] == folds[0] == 0.75
+    assert interval(plain) == (0.5, 1.0)  # one seed drawn twice, or the other
+    assert folds[1:].min() == 0.0  # only the wrong seed of the worse fold
+    same, _ = draws.score("accuracy", scores, [target, target])
+    assert torch.equal(same, plain)
+
+
+def test_subsets_score_their_clips_alone():
+    target = torch.zeros(10, dtype=torch.int64)
+    right = torch.tensor([[1.0, 0.0]]).double().expand(10, 2).clone()
+    right[5:] = right[5:].flip(1)
+    draws = Draws.of([np.arange(10), np.arange(10)], 1, resamples=20)
+    within = [torch.arange(10) < 5, torch.zeros(10, dtype=torch.bool)]  # the second fold has none of them
+    plain, folds = draws.score("accuracy", [right[None], right[None]], [target, target], within)
+    assert plain[0] == folds[0] == 1.0
