@@ -140,7 +140,7 @@ class MatpacConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MatpacConfig:
-        """One of three sizes: tiny (192 x 12), small (384 x 12), base (768 x 12, official); the rest in proportion."""
+        """tiny (192 x 12), small (384 x 12), base (768 x 12, official) or large (1024 x 24); the rest in proportion."""
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
@@ -150,4 +150,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(width=192, num_heads=3, predictor_width=128, predictor_heads=4, head_hidden=512, prototypes=512),
     "small": dict(width=384, num_heads=6, predictor_width=256, predictor_heads=8, head_hidden=1024, prototypes=1024),
     "base": {},
+    # The predictor and the head stay official: they grow with the task, not with the encoder.
+    "large": dict(width=1024, depth=24, num_heads=16),
 }

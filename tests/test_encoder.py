@@ -170,7 +170,7 @@ def test_encoders_load_from_official_training_checkpoints(model, tmp_path):
 
 
 def test_untrained_encoders_have_names():
-    assert list_encoders() == ["untrained-tiny", "untrained-small", "untrained-base"]
+    assert list_encoders() == ["untrained-tiny", "untrained-small", "untrained-base", "untrained-large"]
     assert list_encoders("*tiny") == ["untrained-tiny"]
     encoder = load_encoder("untrained-tiny", "cpu")
     assert encoder.embedding_dim == 960

@@ -275,13 +275,13 @@ def test_presets_round_trip(name):
     assert asdict(config)["mcl_heads"] == 5
 
 
-def test_the_base_preset_has_the_official_size():
+@pytest.mark.parametrize(("name", "millions"), [("base", (118.1, 91.9)), ("large", (336.2, 309.7))])
+def test_presets_have_the_size_they_should(name, millions):
     with torch.device("meta"):
-        model = Matpac(MatpacConfig.preset("base"))
+        model = Matpac(MatpacConfig.preset(name))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teachers = sum(p.numel() for m in (model.teacher, model.teacher_head) for p in m.parameters())
-    assert round(trained / 1e6, 1) == 118.1
-    assert round(teachers / 1e6, 1) == 91.9
+    assert (round(trained / 1e6, 1), round(teachers / 1e6, 1)) == millions
 
 
 @pytest.mark.parametrize(

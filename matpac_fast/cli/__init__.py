@@ -58,5 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MatpacFastError, OSError) as error:
         if os.environ.get("MATPAC_FAST_DEBUG") == "1":
             raise
-        print(f"matpac-fast {argv[0]}: {error}", file=sys.stderr)
+        # Of the processes that torchrun starts each says what ails it.
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"matpac-fast {argv[0]}{rank}: {error}", file=sys.stderr)
         return FAILED

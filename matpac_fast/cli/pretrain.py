@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -20,7 +22,7 @@ from ..train.sampler import Short
 def main(
     corpus: Annotated[Path, tyro.conf.Positional],
     out: Path,
-    preset: Literal["tiny", "small", "base"] | None = None,
+    preset: Literal["tiny", "small", "base", "large"] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     grad_accumulation: int | None = None,
@@ -37,6 +39,8 @@ def main(
     seed: int | None = None,
     init: Path | None = None,
     device: str = "auto",
+    compile: bool | None = None,
+    shard: bool | None = None,
     log_every: int | None = None,
     save_every: int | None = None,
     keep_last: int | None = None,
@@ -48,14 +52,16 @@ def main(
     Example: matpac-fast pretrain corpus/ --out runs/a --preset tiny --steps 2000
 
     The same command on the same --out goes on with the run that is there, exactly, bit for bit; options that are left
-    out are then the run's own. Ctrl-C and SIGTERM save a checkpoint and leave.
+    out are then the run's own. Ctrl-C and SIGTERM save a checkpoint and leave. On several GPUs, here eight:
+
+    torchrun --nproc-per-node 8 -m matpac_fast.cli pretrain corpus/ --out runs/a
 
     Args:
         corpus: folder that `matpac-fast prepare` wrote.
         out: folder of the run: config.json, log.jsonl, checkpoints/.
-        preset: size of the model; base is the official one. Default: base.
+        preset: size of the model; base (768 x 12) is the official one. Default: base.
         steps: optimiser steps; the schedules are stretched to them. Default: 294816, as official.
-        batch_size: crops an optimiser step. Default: 256 on a GPU, 32 on the CPU; official: 2048.
+        batch_size: crops an optimiser step, over all processes. Default: 256 a GPU, 32 on the CPU; official: 2048.
         grad_accumulation: compute a batch in so many pieces, one after the other: less memory, the same step.
         lr: peak learning rate. Default: 3e-4.
         warmup: steps to the peak. Default: 1/15 of the run, as official.
@@ -69,7 +75,10 @@ def main(
         precision: auto is bf16 where the device computes in it, else float32.
         seed: names the initial weights, the order, the crops and the masks. Default: 0.
         init: start a new run from these weights: a run, a file, or an official training checkpoint.
-        device: auto, cpu, cuda or cuda:1.
+        device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
+        compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
+        shard: under torchrun, cut weights, gradients and Adam's moments into one part a process (FSDP2): for models
+            that do not fit on one GPU.
         log_every: steps between two lines of the log. Default: 20.
         save_every: steps between two checkpoints. Default: 500.
         keep_last: newest checkpoints that stay on disk. Default: 3.
@@ -98,16 +107,18 @@ def main(
         save_every=save_every,
         keep_last=keep_last,
         keep_every=keep_every,
+        compile=compile,
+        shard=shard,
     )
     if preset is not None:
         model = MatpacConfig.preset(preset)
-        given_model |= {name: getattr(model, name) for name in PRESETS["tiny"]}
+        given_model |= {name: getattr(model, name) for name in set().union(*PRESETS.values())}
     if crop_seconds is not None:
         frames = tuple(map(_frames, crop_seconds))
         given_model["n_frames"] = max(frames)
         given_train["crop_frames"] = frames if len(frames) > 1 else None
     if stored is None:
-        defaults = {"batch_size": 256 if target.type == "cuda" else 32}
+        defaults = {"batch_size": 256 * int(os.environ.get("WORLD_SIZE", "1")) if target.type == "cuda" else 32}
         train = TrainConfig(**{**defaults, **given_train})
         model = fit_to_run(MatpacConfig(**given_model), train)
     else:
@@ -115,19 +126,21 @@ def main(
         model = MatpacConfig.from_dict({**stored["model"], **given_model})
         init = init or stored["init"]
 
+    first = os.environ.get("RANK", "0") == "0"
     if dry_run:
         from ..train.estimate import estimate
 
-        print(estimate(clips, model, train, target))
+        if first:
+            print(estimate(clips, model, train, target))
         return 0
-    with _Watcher(train) as watcher, _Signals(watcher) as signals:
+    with _Watcher(train, quiet=not first) as watcher, _Signals(watcher) as signals:
         result = pretrain(clips, out, model, train, target, init, watcher, stop=signals.caught)
-    print(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {train.steps}: {out}")
+    watcher.say(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {train.steps}: {out}")
     if result.finished:
-        print(f"next: matpac-fast embed AUDIO --encoder {out} --out embeddings/")
+        watcher.say(f"next: matpac-fast embed AUDIO --encoder {out} --out embeddings/")
         return 0
-    print("the same command goes on from here")
-    return 128 + (signals.number or 0)
+    watcher.say("the same command goes on from here")
+    return 128 + (signals.number or signal.SIGTERM)  # where another process was asked to stop, all of them do
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -144,10 +157,14 @@ def _frames(seconds: float) -> int:
 
 
 class _Signals:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; a second one ends the process at once."""
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; a second one ends the process at once.
+
+    A second one within a second is not a second wish: torchrun passes on the Ctrl-C that the terminal has sent already.
+    """
 
     def __init__(self, watcher: _Watcher):
         self.number: int | None = None
+        self._caught = 0.0
         self._watcher = watcher
 
     def __enter__(self) -> _Signals:
@@ -163,22 +180,24 @@ class _Signals:
 
     def _catch(self, number: int, _: FrameType | None) -> None:
         if self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
+            if time.monotonic() - self._caught > 1:
+                raise KeyboardInterrupt
+            return
+        self.number, self._caught = number, time.monotonic()
         self._watcher.say("saving after this step; once more to leave without")
 
 
 class _Watcher(Reporter):
     """A progress bar, or plain lines where there is no terminal."""
 
-    def __init__(self, train: TrainConfig):
+    def __init__(self, train: TrainConfig, quiet: bool = False):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._train = train
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, quiet=quiet)
         self._bar = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             shown = TextColumn("{task.fields[shown]}")
             columns = (BarColumn(), MofNCompleteColumn(), shown, TimeRemainingColumn(elapsed_when_finished=True))
             self._bar = Progress(*columns, console=self._console)
@@ -225,6 +244,7 @@ def _event(record: Record) -> str | None:
         return (
             f"{begun}: {record['parameters'] / 1e6:.1f} M trained parameters, {record['clips']} clips{left_out}, "
             f"{config['batch_size']} crops a step, {config['precision']} on {record['device']}"
+            + (f", {record['ranks']} processes" if record["ranks"] > 1 else "")
         )
     if record["event"] == "skipped":
         return f"step {record['step']} skipped: {record['text']}; its clips are in the log"

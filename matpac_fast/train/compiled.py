@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch._dynamo
 from torch import nn
 
@@ -17,10 +20,10 @@ def blocks(model: Matpac) -> list[nn.Module]:
     return [*model.student.blocks, *model.teacher.blocks, *model.predictor.blocks]
 
 
-def compile_blocks(model: Matpac) -> None:
+def compile_blocks(model: Matpac, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile each block on its first call for each shape; blocks of one kind share a graph, so depth costs nothing."""
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6 has the latter
     setattr(config, limit, max(_GRAPHS, getattr(config, limit)))
     for block in blocks(model):
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(backend=backend, fullgraph=True, dynamic=False)

@@ -169,8 +169,8 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
     store, rank, world = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, which the group's
-    # threads may be waiting for.
+    # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, for which the
+    # group's threads may be waiting.
     _KEPT.append(dist.group.WORLD)
     yield Ranks(found, rank, world, store)
     # Not where the body raises: taking NCCL down waits for ranks that may be gone. The process ends anyway.

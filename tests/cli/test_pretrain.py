@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,8 +16,9 @@ import torch
 
 from matpac_fast import cli
 from matpac_fast.audio.prepare import prepare
+from matpac_fast.cli import pretrain as pretrain_command
 from matpac_fast.encoder import load_encoder
-from matpac_fast.train import read_log
+from matpac_fast.train import TrainConfig, read_log
 
 # The smallest run there is: 320 ms crops of the tiny preset.
 SMALL = ["--preset", "tiny", "--crop-seconds", "0.32", "--batch-size", "2", "--device", "cpu", "--log-every", "2"]
@@ -149,3 +152,37 @@ def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
     assert "2/2" in said
     assert "crops/s" in said
     assert "loss" in said
+
+
+def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_path):
+    """The command of the documentation, word for word but for the GPUs."""
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "matpac_fast.cli", "pretrain", corpus, "--out", str(tmp_path / "run"), "--steps", "4"]
+    ended = subprocess.run(
+        [*command, *SMALL], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.splitlines()
+    assert said[0].endswith("2 crops a step, float32 on cpu, 2 processes")
+    assert [line.split("  ")[0] for line in said[1:]][:2] == ["step 2/4", "step 4/4"]
+    assert sum(line.startswith("finished at step 4 of 4") for line in said) == 1
+    assert read_log(tmp_path / "run" / "log.jsonl")[0]["ranks"] == 2
+
+
+def test_a_process_that_fails_says_which_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(tmp_path / "nowhere", "--out", tmp_path / "run") == cli.FAILED
+    assert capsys.readouterr().err.startswith(f"matpac-fast pretrain (rank 1): {tmp_path}/nowhere: no corpus")
+
+
+def test_the_ctrl_c_that_torchrun_passes_on_is_no_second_one(capsys):
+    watcher = pretrain_command._Watcher(TrainConfig(steps=1), quiet=True)
+    with pretrain_command._Signals(watcher) as signals:
+        signals._catch(signal.SIGINT, None)
+        signals._catch(signal.SIGINT, None)
+        assert signals.caught()
+        signals._caught -= 2
+        with pytest.raises(KeyboardInterrupt):
+            signals._catch(signal.SIGINT, None)
+    assert capsys.readouterr().out == ""
