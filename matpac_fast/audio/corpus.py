@@ -37,8 +37,8 @@ FULL_SCALE = 32768
 class Corpus:
     """The clips of a prepared folder.
 
-    Nothing but the index is read on opening; a shard is mapped when it is first needed. May be used from several
-    threads, and sent to other processes, which map the shards anew.
+    Nothing but the index is read on opening; a shard is opened when it is first needed. May be used from several
+    threads, and sent to other processes, which open the shards anew.
 
     Attributes:
         sample_rate: Hz.
@@ -54,6 +54,7 @@ class Corpus:
         self.sample_rate: int = metadata["sample_rate"]
         self.frames, self._shard, self._offset = columns
         self._mapped: dict[int, NDArray[np.int16]] = {}
+        self._files: dict[int, _File] = {}
 
     @classmethod
     def from_arrays(
@@ -122,12 +123,28 @@ class Corpus:
         out = np.empty((len(indices), n), np.int16) if out is None else out
         begins = (self._offset[indices] + starts).tolist()
         for row, shard, begin in zip(out, self._shard[indices].tolist(), begins, strict=True):
-            row[:] = self._samples(shard)[begin : begin + n]
+            if self.folder is None:
+                row[:] = self._samples(shard)[begin : begin + n]
+            else:
+                self._read_into(row, shard, begin)
         return out
+
+    def _read_into(self, row: NDArray[np.int16], shard: int, begin: int) -> None:
+        """Read, not mapped: of a shard that is cut short while it is in use, a map's pages end the process (SIGBUS)."""
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files[shard] = _File(self._whole(shard))
+        if not len(row):
+            return
+        direct = row.flags.c_contiguous and row.dtype == np.dtype("<i2")
+        samples = row if direct else np.empty(len(row), "<i2")
+        file.read_into(samples.data.cast("B"), 2 * begin)
+        if not direct:
+            row[:] = samples
 
     def __getstate__(self) -> dict[str, Any]:
         # A map would be sent as its content.
-        return self.__dict__ if self.folder is None else self.__dict__ | {"_mapped": {}}
+        return self.__dict__ if self.folder is None else self.__dict__ | {"_mapped": {}, "_files": {}}
 
     def _check(self, indices: NDArray[np.int64], starts: NDArray[np.int64], n: int) -> None:
         wrong = (starts < 0) | (starts + n > self.frames[indices])
@@ -145,15 +162,23 @@ class Corpus:
         return samples
 
     def _map(self, shard: int) -> NDArray[np.int16]:
-        path = shard_path(self.folder or Path(), shard)
+        path = self._whole(shard)
         try:
-            size, expected = path.stat().st_size, int(self._bytes[shard])
-            if size < expected:
-                raise CorpusError(f"{path}: {size} bytes, the index needs {expected}: copy or prepare the corpus again")
             # A plain array on the map: slices of numpy's own memmap class cost microseconds each.
             return np.memmap(path, "<i2", mode="r").view(np.ndarray)
         except OSError as error:
-            raise CorpusError(f"{path}: {error.strerror}: copy or prepare the corpus again") from None
+            raise _unreadable(path, error) from None
+
+    def _whole(self, shard: int) -> Path:
+        """The path of a shard that is as long as the index needs it."""
+        path = shard_path(self.folder or Path(), shard)
+        try:
+            size, expected = path.stat().st_size, int(self._bytes[shard])
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if size < expected:
+            raise CorpusError(f"{path}: {size} bytes, the index needs {expected}: copy or prepare the corpus again")
+        return path
 
     @cached_property
     def _bytes(self) -> NDArray[np.int64]:
@@ -166,6 +191,37 @@ class Corpus:
         import pyarrow.parquet as pq
 
         return pq.read_table(Path(self.folder or "") / INDEX, columns=[name])[name].to_pylist()
+
+
+class _File:
+    """A shard opened for reading at any place, from any thread."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes from `offset` on."""
+        while buffer:
+            try:
+                got = os.preadv(self._handle, [buffer], offset)
+            except OSError as error:
+                raise _unreadable(self._path, error) from None
+            if got == 0:
+                size = os.fstat(self._handle).st_size
+                raise CorpusError(f"{self._path}: cut short to {size} bytes: copy or prepare the corpus again")
+            buffer, offset = buffer[got:], offset + got
+
+
+def _unreadable(path: Path, error: OSError) -> CorpusError:
+    return CorpusError(f"{path}: {error.strerror}: copy or prepare the corpus again")
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -18,8 +18,8 @@ from ..audio.corpus import Corpus
 from ..errors import CorpusError
 from .sampler import Plan, Sampler
 
-# Draws of another clip for one that cannot be read.
-_REDRAWS = 4
+# Draws of another clip for one that cannot be read: a run goes on with half of its corpus.
+_REDRAWS = 24
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def read_batch(corpus: Corpus, sampler: Sampler, step: int, buffer: Tensor) -> t
         except CorpusError:
             bad = np.zeros(len(out), bool)
             for row in range(len(out)):
+                n = min(plan.crop, int(corpus.frames[plan.clips[row]]))
                 try:
-                    corpus.gather(plan.clips[row : row + 1], np.zeros(1, np.int64), 1)
+                    corpus.gather(plan.clips[row : row + 1], plan.starts[row : row + 1], n)
                 except CorpusError as error:
                     bad[row] = True
                     reasons[str(error)] = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -88,17 +90,21 @@ def test_what_is_read_cannot_be_written_to(folder):
         Corpus(folder).read(0)[0] = 1
 
 
-def test_shards_are_mapped_when_needed_and_once(folder, monkeypatch):
-    opened = []
-    memmap = np.memmap
-    monkeypatch.setattr(np, "memmap", lambda path, *args, **kwargs: (opened.append(path.name), memmap(path, *args))[1])
+def test_shards_are_opened_when_needed_and_once(folder, monkeypatch):
+    mapped, opened = [], []
+    memmap, real_open = np.memmap, os.open
+    monkeypatch.setattr(np, "memmap", lambda path, *args, **kwargs: (mapped.append(path.name), memmap(path, *args))[1])
+    monkeypatch.setattr(os, "open", lambda path, *args: (opened.append(Path(path).name), real_open(path, *args))[1])
     corpus = Corpus(folder)
-    assert not opened
+    assert not mapped
     corpus.read(0)
     corpus.read(1)
-    assert opened == ["00000.i16"]
-    corpus.gather(np.arange(len(corpus)), np.zeros(len(corpus), int), 10)
+    assert mapped == ["00000.i16"]
+    opened.clear()
+    for _ in range(2):
+        corpus.gather(np.arange(len(corpus)), np.zeros(len(corpus), int), 10)
     assert opened == ["00000.i16", "00001.i16", "00002.i16"]
+    assert mapped == ["00000.i16"]
 
 
 def test_it_can_be_sent_to_another_process_and_used_by_threads(corpus, waves):
@@ -168,3 +174,30 @@ def test_int16_is_rounded_and_clipped_and_counted():
     assert samples.tolist() == [0, 1, 1, -2, 32767, 32767, -32768, 32767, -32768]
     assert samples.dtype == np.int16
     assert clipped == 3
+
+
+def test_a_shard_that_is_cut_short_while_it_is_in_use_is_an_error_with_its_name(folder, waves):
+    """Of a map, the pages that are gone would end the process."""
+    corpus = Corpus(folder)
+    clips = [i for i in range(len(corpus)) if corpus._shard[i] == corpus._shard[1]]
+    whole = corpus.gather(clips, [0] * len(clips), 2000)
+    last = max(clips, key=lambda i: corpus._offset[i])
+    end = 2 * int(corpus._offset[last] + 1999)
+    path = folder / "shards" / f"{corpus._shard[1]:05d}.i16"
+    with open(path, "rb+") as file:
+        file.truncate(end)
+    with pytest.raises(CorpusError, match=rf"{path.name}: cut short to {end} bytes"):
+        corpus.gather([last], [0], 2000)
+    np.testing.assert_array_equal(corpus.gather([last], [0], 1999)[0], waves[last][:1999])
+    others = [i for i in clips if i != last]
+    np.testing.assert_array_equal(
+        corpus.gather(others, [0] * len(others), 2000), whole[[clips.index(i) for i in others]]
+    )
+    assert corpus.gather([last], [0], 0).shape == (1, 0)
+
+
+def test_crops_go_into_arrays_of_any_layout(folder):
+    corpus = Corpus(folder)
+    out = np.zeros((2, 200), np.int16)[:, ::2]
+    np.testing.assert_array_equal(corpus.gather([1, 2], [5, 6], 100, out=out), corpus.gather([1, 2], [5, 6], 100))
+    assert out.any()

@@ -12,10 +12,13 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
 from matpac_fast import checkpoint, ops
+from matpac_fast.audio.corpus import Corpus
+from matpac_fast.audio.prepare import prepare
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.train import loop, state
@@ -370,6 +373,26 @@ def test_a_shard_that_cannot_be_read_is_named_once_and_the_run_goes_on(tmp_path,
     assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
     told = [r["text"] for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "unreadable"]
     assert told == ["shards/00000.i16: cut short"]
+
+
+def test_a_shard_that_is_cut_short_while_training_is_named_and_left_out(tmp_path, model_config, train_config):
+    (tmp_path / "audio").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        soundfile.write(tmp_path / "audio" / f"{i}.wav", rng.uniform(-0.5, 0.5, 8_000), 16_000)
+    prepare(tmp_path / "audio", tmp_path / "corpus")
+    shard = tmp_path / "corpus" / "shards" / "00000.i16"
+    asked = iter(range(1, 1_000))
+
+    def cut():
+        if next(asked) == 3:
+            os.truncate(shard, shard.stat().st_size // 2)
+        return False
+
+    corpus = Corpus(tmp_path / "corpus")
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config, stop=cut).finished
+    told = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "unreadable"]
+    assert [r["text"].split(" to ")[0] for r in told] == [f"{shard}: cut short"]
 
 
 def test_a_corpus_of_another_rate_is_refused(tmp_path, corpus, model_config, train_config):
