@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import AudioError
-from . import mpeg
+from . import container, mpeg
 
 QUALITY = "HQ"  # of soxr; another one changes embeddings
 MAX_PEAK = 32.0  # +30 dBFS; float files beyond it hold garbage, or integers that were never scaled to [-1, 1]
@@ -24,8 +24,10 @@ _RATES = (1_000, 1_000_000)  # Hz; a header that says less or more is damaged
 _UNCODED = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph"}
 _CODED = {".flac", ".ogg", ".oga", ".opus", ".mp3"}
 AUDIO_SUFFIXES = frozenset(_UNCODED | _CODED)
-# Audio that libsndfile has no decoder for. It is found all the same, so that whoever has a folder of it learns why.
-NO_DECODER = frozenset([".m4a", ".aac", ".wma", ".amr", ".ape", ".wv", ".ac3", ".mka"])
+# What libsndfile has no decoder for, and PyAV has, where it is installed. Found all the same, so that whoever has a
+# folder of it learns why.
+_VIDEO = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".3gp", ".mpg", ".mpeg"}
+NO_DECODER = frozenset({".m4a", ".aac", ".wma", ".amr", ".ape", ".wv", ".ac3", ".mka"} | _VIDEO)
 
 # libsndfile mends the sizes of a truncated file in silence, but keeps a log of it.
 _SIZE = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -52,18 +54,16 @@ class AudioFile:
         self.path = Path(path)
         self.frames = 0
         self._check()
-        soundfile, forward = _soundfile()
-        try:
-            self._file = forward(os.fsencode(self.path))
-        except soundfile.LibsndfileError as error:
-            raise self._error(self._unreadable(error.error_string)) from None
+        self._file = self._open()
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels
         if not _RATES[0] <= self.sample_rate <= _RATES[1]:
             self._file.close()
             raise self._error(f"damaged: a sample rate of {self.sample_rate} Hz")
         stated = self._file.frames
-        self.seconds = stated / self.sample_rate if 0 <= stated < _FRAMES_UNKNOWN else None
+        self.seconds: float | None = stated / self.sample_rate if 0 <= stated < _FRAMES_UNKNOWN else None
+        if isinstance(self._file, container.Container):
+            self.seconds = self._file.seconds
 
     def __enter__(self) -> AudioFile:
         return self
@@ -124,6 +124,20 @@ class AudioFile:
             raise self._error(f"out of range: a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}")
         return mono
 
+    def _open(self) -> Any:
+        foreign = self.path.suffix.lower() in NO_DECODER
+        if foreign and container.is_available():
+            return container.Container(self.path)
+        soundfile, forward = _soundfile()
+        try:
+            file = forward(os.fsencode(self.path))
+        except soundfile.LibsndfileError as error:
+            raise self._error(self._unreadable(error.error_string)) from None
+        if foreign and file.format == "MP3":  # which something in any long file looks like
+            file.close()
+            raise self._error(self._unreadable(""))
+        return file
+
     def _check(self) -> None:
         """What can be said before libsndfile is asked, whose own messages about it are vague."""
         try:
@@ -167,7 +181,9 @@ class AudioFile:
 
     def _unreadable(self, said: str) -> str:
         if self.path.suffix.lower() in NO_DECODER:
-            return f"no decoder for {self.path.suffix.lower()} files: convert it, e.g. ffmpeg -i FILE FILE.flac"
+            suffix = self.path.suffix.lower()
+            mend = "pip install 'matpac_fast[video]', or convert it, e.g. ffmpeg -i FILE FILE.flac"
+            return f"no decoder for {suffix} files: {mend}"
         # For a file that is too short to be an MP3, libsndfile says that it is not there.
         return "unreadable: no audio" if "not exist" in said else f"unreadable: libsndfile says {_plain(said)}"
 
@@ -184,7 +200,7 @@ def read_blocks(
     `read_audio` to the bit, whatever their length.
 
     Args:
-        path: a file that libsndfile can decode, whatever its name.
+        path: a file that libsndfile can decode, whatever its name; where PyAV is installed, also video and the like.
         sample_rate: wanted, in Hz.
         block_seconds: of audio decoded at a time.
 

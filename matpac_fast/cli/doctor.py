@@ -22,6 +22,8 @@ _REQUIRED = {
 # package -> what it is needed for, and the extra that brings it
 _OPTIONAL = {
     "triton": ("kernels on a GPU", "matpac_fast[triton]"),
+    "av": ("the sound of video files, m4a and aac", "matpac_fast[video]"),
+    "ray": ("embedding on a cluster", "matpac_fast[ray]"),
     "matplotlib": ("plots of a study", "matpac_fast[plots]"),
     "onnx": ("export --onnx", "matpac_fast[export]"),
     "onnxscript": ("export --onnx", "matpac_fast[export]"),

@@ -1,0 +1,81 @@
+"""Video and the formats that libsndfile does not know, through PyAV; without it see test_decode."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from matpac_fast.audio.decode import AudioFile, read_audio, read_blocks
+from matpac_fast.errors import AudioError
+
+av = pytest.importorskip("av")
+
+
+def write(path, seconds=2.0, rate=44_100, codec="aac", video=False):
+    tone = np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate).astype(np.float32) / 2
+    with av.open(str(path), "w") as file:
+        if video:
+            picture = file.add_stream("mpeg4", rate=10)
+            picture.width = picture.height = 32
+        stream = file.add_stream(codec, rate=rate, layout="stereo")
+        if video:
+            for _ in range(round(seconds * 10)):
+                for packet in picture.encode(av.VideoFrame(32, 32, "yuv420p")):
+                    file.mux(packet)
+        for begin in range(0, len(tone), 1024):
+            block = np.ascontiguousarray(np.stack([tone[begin : begin + 1024]] * 2))
+            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts = rate, begin
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode(None):
+            file.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "video"), [("a.m4a", "aac", False), ("a.mp4", "aac", True), ("a.mkv", "ac3", True)]
+)
+def test_the_sound_of_a_container(tmp_path, name, codec, video):
+    path = write(tmp_path / name, codec=codec, video=video)
+    wave = read_audio(path)
+    assert len(wave) == pytest.approx(32_000, abs=1_500)  # coders add and drop some hundred samples
+    middle = wave[8_000:24_000]
+    spectrum = np.abs(np.fft.rfft(middle))
+    assert spectrum.argmax() == 440
+    assert np.sqrt(np.mean(middle**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.02)
+    np.testing.assert_array_equal(np.concatenate(list(read_blocks(path, block_seconds=0.37))), wave)
+    with AudioFile(path) as file:
+        assert (file.sample_rate, file.channels) == (44_100, 2)
+        if name != "a.mkv":  # which states no length for its sound
+            assert file.seconds == pytest.approx(2.0, abs=0.1)
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    whole = write(tmp_path / "a.mp4", seconds=20.0, video=True).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "random.m4a").write_bytes(np.random.default_rng(0).bytes(5_000))
+    (tmp_path / "page.mp4").write_text("<html>404</html>")
+    # A play list is not followed, to other files or addresses.
+    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{tmp_path / 'a.mp4'}\n")
+    with av.open(str(tmp_path / "silent.mp4"), "w") as file:
+        picture = file.add_stream("mpeg4", rate=10)
+        picture.width = picture.height = 32
+        for packet in [*picture.encode(av.VideoFrame(32, 32, "yuv420p")), *picture.encode(None)]:
+            file.mux(packet)
+    for name in ("cut.mp4", "random.m4a", "page.mp4", "list.mp4"):
+        with pytest.raises(AudioError, match=f"{name}: (unreadable|truncated|damaged)"):
+            read_audio(tmp_path / name)
+    with pytest.raises(AudioError, match=r"silent.mp4: no sound track"):
+        read_audio(tmp_path / "silent.mp4")
+
+
+def test_an_end_that_is_missing_is_seen(tmp_path):
+    path = write(tmp_path / "a.m4a", seconds=20.0)
+    data = bytearray(path.read_bytes())
+    # The index comes last and stays; of the sound before it the last half is overwritten.
+    begin, end = data.index(b"mdat"), data.rindex(b"moov")
+    data[(begin + end) // 2 : end - 4] = bytes(end - 4 - (begin + end) // 2)
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=r"a.m4a: (truncated|damaged)"):
+        read_audio(path)
