@@ -18,6 +18,7 @@ from .nn.heads import ClassificationHead
 from .nn.predictor import Predictor
 from .nn.statistics import Sums, summarise, token_sums
 from .nn.vit import Transformer, init_weights
+from .spans import span
 
 
 class MatpacOutput(NamedTuple):
@@ -126,33 +127,39 @@ class Matpac(nn.Module):
                 index = torch.arange(spec.shape[0], device=spec.device)
             ids_shuffle = ops.mask_shuffle(c.seed, step, index, n_tokens)
 
-        visible, masked = self.frontend.split(spec, ids_shuffle, n_visible)
-        prediction = self.predictor(self.student(visible), ids_shuffle).flatten(0, 1)  # (B*M, [H,] D)
-        with torch.no_grad():
+        with span("patch embedding"):
+            visible, masked = self.frontend.split(spec, ids_shuffle, n_visible)
+        with span("student"):
+            latents = self.student(visible)
+        with span("predictor"):
+            prediction = self.predictor(latents, ids_shuffle).flatten(0, 1)  # (B*M, [H,] D)
+        with torch.no_grad(), span("teacher"):
             target = self.teacher(masked)[:, 1:].flatten(0, 1)  # (B*M, D)
 
         temperature = self.mcl_temperature(step) if c.mcl_heads else None
-        loss_pred, best = reference.prediction_loss(prediction, target, temperature)
+        with span("losses"):
+            loss_pred, best = reference.prediction_loss(prediction, target, temperature)
         # The classification branch takes the best head's guess of each token.
         guess = prediction
         if best is not None:
             guess = prediction.gather(1, best[:, None, None].expand(-1, 1, prediction.shape[-1])).squeeze(1)
 
         teacher_temp = self.teacher_temperature(step)
-        features = self.head(guess)
-        with torch.no_grad():
-            teacher_features = self.teacher_head(target)
-            teacher_matrix = self.teacher_head.last_layer.matrix()
-        loss_cls, teacher_mean = ops.prototype_loss(
-            features,
-            self.head.last_layer.matrix(),
-            teacher_features,
-            teacher_matrix,
-            self.center,
-            c.student_temp,
-            teacher_temp,
-            mean_of=c.center_of,
-        )
+        with span("heads"):
+            features, matrix = self.head(guess), self.head.last_layer.matrix()
+            with torch.no_grad():
+                teacher_features, teacher_matrix = self.teacher_head(target), self.teacher_head.last_layer.matrix()
+        with span("losses"):
+            loss_cls, teacher_mean = ops.prototype_loss(
+                features,
+                matrix,
+                teacher_features,
+                teacher_matrix,
+                self.center,
+                c.student_temp,
+                teacher_temp,
+                mean_of=c.center_of,
+            )
         if self.training:
             with torch.no_grad():
                 self.center_sum += teacher_mean

@@ -19,6 +19,7 @@ COMMANDS = {
     "pretrain": ("pretrain", "pre-train an encoder on a corpus"),
     "embed": ("embed", "embed a folder of audio at a temporal support"),
     "export": ("export", "write an encoder as one ONNX or torch.export file"),
+    "bench": ("bench", "what the fused kernels gain on this machine, and where a training step's time goes"),
     "doctor": ("doctor", "what runs here, what is missing for what, and the command that mends it"),
 }
 

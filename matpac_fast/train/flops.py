@@ -23,6 +23,11 @@ def step_flops(config: MatpacConfig, n_frames: int | None = None) -> float:
     A forward product counts once for the teacher and three times where it has a backward pass; the exact savings of
     this package are not taken off, so that the figure compares with others'. ViT-B at 608 frames: 91.8 GFLOP.
     """
+    return sum(part_flops(config, n_frames).values())
+
+
+def part_flops(config: MatpacConfig, n_frames: int | None = None) -> dict[str, float]:
+    """`step_flops` by the parts of `matpac_fast.spans` that have matrix products."""
     c = config
     tokens = c.freq * ((n_frames or c.n_frames) // c.patch_size)
     visible = c.n_visible(tokens)
@@ -33,11 +38,18 @@ def step_flops(config: MatpacConfig, n_frames: int | None = None) -> float:
     teacher = c.depth * _block(1 + masked, c.width, c.mlp_ratio)
     predictor = c.predictor_depth * _block(1 + tokens, c.predictor_width, c.mlp_ratio)
     predictor += 2 * c.width * c.predictor_width * (1 + visible + masked * max(1, c.mcl_heads))
-    head = (
-        2 * masked * (c.head_hidden * (c.width + c.head_hidden + c.head_bottleneck) + c.head_bottleneck * c.prototypes)
-    )
-    # The patch embedding needs no gradient of its input.
-    return 2 * embed + 3 * (student + predictor + head) + teacher + head
+    mlp = 2 * masked * c.head_hidden * (c.width + c.head_hidden + c.head_bottleneck)
+    prototypes = 2 * masked * c.head_bottleneck * c.prototypes
+    return {
+        "patch embedding": embed,
+        "student": student,
+        "predictor": predictor,
+        "teacher": teacher,
+        "heads": 2 * mlp,
+        "losses": 2 * prototypes,
+        # The patch embedding needs no gradient of its input.
+        "backward": embed + 2 * (student + predictor + mlp + prototypes),
+    }
 
 
 def _block(tokens: int, width: int, mlp_ratio: int) -> int:

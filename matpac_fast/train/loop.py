@@ -20,6 +20,7 @@ from ..errors import CheckpointError, ConfigError
 from ..model import Matpac
 from ..nn.statistics import effective_rank
 from ..reference import LogMelConfig
+from ..spans import span
 from .compiled import blocks, compile_blocks
 from .config import TrainConfig, resolve_precision
 from .distributed import Ranks, Votes, distribute, join, pick_device, whole
@@ -251,9 +252,10 @@ class _Run:
         """Train on a batch in `n` pieces; None where a piece does not fit into memory."""
         c, model, step = self.config, self.model.config, batch.plan.step
         try:
-            spec = ops.log_mel(batch.wave, LogMelConfig(n_mels=model.n_mels))  # (B, n_mels, T)
-            n_tokens = model.freq * (spec.shape[2] // model.patch_size)
-            ids_shuffle = ops.mask_shuffle(c.seed, step, batch.index, n_tokens)  # (B, N)
+            with span("front end"):
+                spec = ops.log_mel(batch.wave, LogMelConfig(n_mels=model.n_mels))  # (B, n_mels, T)
+                n_tokens = model.freq * (spec.shape[2] // model.patch_size)
+                ids_shuffle = ops.mask_shuffle(c.seed, step, batch.index, n_tokens)  # (B, N)
             pieces = list(zip(spec.chunk(n), ids_shuffle.chunk(n), strict=True))
             lr = learning_rate(step, c.lr, c.warmup_steps, c.steps)
             return train_step(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..model import Matpac
 from ..nn.ema import local
 from ..nn.statistics import Sums, summarise
+from ..spans import span
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, is_sharded
 
@@ -78,23 +79,30 @@ def train_step(
         with forward.no_sync() if waits else contextlib.nullcontext():  # pyright: ignore[reportCallIssue]
             with torch.autocast(spec.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 out = forward(spec, ids_shuffle, step=step, statistics=statistics)
-            (out.loss / len(pieces)).backward()
+            with span("backward"):
+                (out.loss / len(pieces)).backward()
         losses.append(torch.stack([out.loss.detach(), out.loss_pred.detach().mean(), out.loss_cls.detach().mean()]))
         sums = {name: value + sums[name] if sums else value for name, value in (out.sums or {}).items()}
     loss = _over_ranks(model, torch.stack(losses).mean(0), sums, ranks)  # (3,)
 
     norm = _hand_gradients(model, optimizer, ranks)
     bad = ~(loss.isfinite().all() & norm.isfinite())
-    model.update_teachers(step, skip=bad)
+    with span("EMA"):
+        model.update_teachers(step, skip=bad)
+    with span("clip and optimiser"):
+        _optimise(optimizer, norm, bad, lr, clip_norm)
+        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
+    return Step(loss[0], loss[1], loss[2], norm, bad, summarise(sums) if sums else None, sums.get("gram"))
+
+
+def _optimise(optimizer: torch.optim.AdamW, norm: Tensor, bad: Tensor, lr: float, clip_norm: float) -> None:
     # The fused kernel divides the gradients as it reads them, which clips them, and does nothing where found_inf is 1.
     optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    model.zero_grad(set_to_none=True)
-    return Step(loss[0], loss[1], loss[2], norm, bad, summarise(sums) if sums else None, sums.get("gram"))
 
 
 def _over_ranks(model: Matpac, loss: Tensor, sums: Sums, ranks: Ranks) -> Tensor:

@@ -1,0 +1,55 @@
+"""`matpac-fast bench`: the table, and a step taken apart."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from matpac_fast import cli, spans
+from matpac_fast.cli import _bench_profile
+from matpac_fast.config import MatpacConfig
+from matpac_fast.train.flops import part_flops, step_flops
+
+TINY = MatpacConfig(
+    n_frames=32, width=32, depth=1, num_heads=2, predictor_width=16, predictor_depth=1, predictor_heads=2
+).replace(head_hidden=16, head_bottleneck=8, prototypes=16)
+
+
+def test_every_part_of_a_step_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(_bench_profile, "matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(_bench_profile, "copy_rate", lambda device: 1e9)
+    lines = _bench_profile.take_apart(TINY, 2, torch.device("cpu"), tmp_path / "profile")
+    assert [line[:20].strip() for line in lines[2:-2]] == list(spans.PARTS)
+    shares = [float(line[30:38].rstrip().rstrip("%")) for line in lines[2:-2]]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    assert set(spans.PARTS) <= {event.get("name") for event in events}
+    with spans.span("student"):  # off again
+        assert spans._open is None
+
+
+def test_parts_sum_to_the_step():
+    assert sum(part_flops(MatpacConfig()).values()) == step_flops(MatpacConfig()) == pytest.approx(91.8e9, rel=0.005)
+    assert set(part_flops(TINY)) | set(_bench_profile.least_bytes(TINY, 1, 1)) == set(spans.PARTS)
+
+
+def test_the_command(capsys, monkeypatch):
+    from matpac_fast.cli import bench
+
+    monkeypatch.setattr(bench.MatpacConfig, "preset", classmethod(lambda cls, name: TINY))
+    assert cli.main(["bench", "--preset", "tiny", "--batch-size", "2", "--seconds", "0.1", "--device", "cpu"]) == 0
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["log_mel, 2 x 6.08 s"][-1] == "cpp"
+    assert float(rows["training step"][2]) > 0
+    assert float(rows["embedding, 2 x 10 s"][-1].rstrip("x")) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--batch-size", "0"], "--batch-size is 0"), (["--seconds", "-1"], "--seconds is -1"), (["--device", "x"], "x")],
+)
+def test_what_cannot_be(arguments, message, capsys):
+    assert cli.main(["bench", *arguments]) == cli.FAILED
+    assert message in capsys.readouterr().err
