@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,8 @@ from .manifest import (
 from .shard import Audio, Job, ShardEmbedder, Work
 from .writer import DTYPES, FORMATS, shard_path, write_errors
 
-_LEASES = "leases"
-_WORKER, _SHARD = "worker-", "shard-"
+LEASES = "leases"
+WORKER, _SHARD = "worker-", "shard-"
 _LOOK_SECONDS = 5.0  # from one look at what the others have done to the next
 
 
@@ -100,6 +100,7 @@ def embed_collection(
     retry_errors: bool = False,
     any_decoder: bool = False,
     lease_seconds: float = SECONDS,
+    shards: Sequence[int] | None = None,
 ) -> Report:
     """Embed every audio file of `source` into shards in `out`, alone or beside other workers.
 
@@ -120,6 +121,7 @@ def embed_collection(
         retry_errors: try again the files that failed in finished shards.
         any_decoder: go on with embeddings that another version of the decoder or resampler began.
         lease_seconds: after which the shard of a worker that is not heard of is taken over.
+        shards: only these, by number, passing over what others have in hand; for schedulers of their own.
 
     Raises:
         AudioError: no such folder or list, or no audio in it.
@@ -152,14 +154,14 @@ def embed_collection(
     manifest = None
     if not out.exists():  # a folder without audio is named before anything is made
         manifest, _ = extend(None, source, *sizes, workers)
-    with Leases(out / _LEASES, lease_seconds) as leases:
+    with Leases(out / LEASES, lease_seconds) as leases:
         with leases.waited_for("manifest"):
             known = read_manifest(out)
             if known is not None:
                 keep_settings(out, settings, any_decoder)
                 check_source(out, source, known)
             changed = known is None
-            if leases.others(_WORKER) and known is not None:
+            if leases.others(WORKER) and known is not None:
                 manifest = known  # who joins others takes their list
             else:  # who comes to an idle folder looks for new files, and clears away what the dead left half-written
                 for beside in out.glob(".*.tmp"):
@@ -174,9 +176,13 @@ def embed_collection(
                 changed |= len(manifest.shards) > n
             if changed:
                 write_manifest(out, manifest)
-            leases.claim(_WORKER + leases.worker)
+            leases.claim(WORKER + leases.worker)
         settings |= {"source": stored_source(out), "made_by": _versions()}
-        _Worker(manifest, source, out, embedder, settings, leases, report, max_errors, progress).run(workers)
+        worker = _Worker(manifest, source, out, embedder, settings, leases, report, max_errors, progress)
+        if shards is None:
+            worker.run(workers)
+        else:
+            worker.run_only(shards, workers)
     return report
 
 
@@ -237,9 +243,7 @@ class _Worker:
         try:
             while self._missing:
                 self._stop_at_too_many()  # too many may have failed before
-                with closing(in_order(self._jobs(), threads)) as audio:
-                    while (first := self._first(audio)) is not None:
-                        self._embed(self._claimed[0], itertools.chain([first], audio))
+                self._embed_what_is_free(threads)
                 self._look()
                 if self._missing:  # all that is left is in others' hands
                     time.sleep(min(1.0, self._leases.seconds / 10))
@@ -251,6 +255,16 @@ class _Worker:
         errors = manifest.errors(self._out, self._kind) + self._failed
         self._report.failed = len(errors)
         write_errors(self._out, errors)
+
+    def run_only(self, shards: Sequence[int], threads: int) -> None:
+        """Return once nothing more of these shards can be had."""
+        self._missing = {i: None for i in shards if i in self._missing}
+        self._embed_what_is_free(threads)
+
+    def _embed_what_is_free(self, threads: int) -> None:
+        with closing(in_order(self._jobs(), threads)) as audio:
+            while (first := self._first(audio)) is not None:
+                self._embed(self._claimed[0], itertools.chain([first], audio))
 
     def _embed(self, shard: int, audio: Iterator[Audio]) -> None:
         rows = self._embedder.embed(self._manifest.shards[shard], audio, self._out)
@@ -322,7 +336,7 @@ class _Worker:
                 if i not in self._claimed:
                     self._missing.pop(i, None)
                 files, seconds = files + shard_files, seconds + shard_seconds
-        others = self._leases.others(_WORKER)
+        others = self._leases.others(WORKER)
         self._progress.workers = 1 + len(others)
         others = [said for said in others if said.get("shard") in self._missing]  # else it is counted already
         self._progress.files = files + sum(said.get("files", 0) for said in others)
