@@ -164,6 +164,7 @@ def _backward_impl(grad: Tensor, wave: Tensor, *scalars: Any) -> Tensor:
 
 
 # The configuration travels field by field, in the order of the dataclass: a schema holds plain scalars only.
+_FIELDS = tuple(field.name for field in dataclasses.fields(LogMelConfig))
 _SCALARS = ", ".join(f"{field.type} {field.name}" for field in dataclasses.fields(LogMelConfig)) + ", ScalarType dtype"
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define(f"log_mel(Tensor wave, {_SCALARS}) -> Tensor")
@@ -233,4 +234,4 @@ def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig(), dtype: torch.dt
     dtype = _check(wave, config, dtype)
     if _choose(wave, config) == "reference":
         return reference.log_mel(wave, config).to(dtype)
-    return torch.ops.matpac_fast.log_mel(wave, *dataclasses.astuple(config), dtype)
+    return torch.ops.matpac_fast.log_mel(wave, *(getattr(config, name) for name in _FIELDS), dtype)

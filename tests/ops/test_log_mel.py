@@ -280,6 +280,8 @@ def test_opcheck():
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_compiles_whole_with_a_dynamic_batch(backend):
+    if backend == "reference" and torch.__version__.startswith("2.6"):
+        pytest.skip("torch 2.6 cannot trace its FFT with dynamic shapes on the CPU")
     compiled = torch.compile(lambda x: 2 * ops.log_mel(x), fullgraph=True, dynamic=True, backend=aot_eager)
     with use_backend(backend):
         for batch, samples in ((2, 1_000), (5, 1_700)):
