@@ -18,6 +18,8 @@ COMMANDS = {
     "prepare": ("prepare", "turn a folder of audio into a corpus for pre-training"),
     "pretrain": ("pretrain", "pre-train an encoder on a corpus"),
     "embed": ("embed", "embed a folder of audio at a temporal support"),
+    "probe": ("probe", "score an encoder on a task at one temporal support"),
+    "study": ("study", "accuracy, memory and time against the temporal support"),
     "export": ("export", "write an encoder as one ONNX or torch.export file"),
     "bench": ("bench", "what the fused kernels gain on this machine, and where a training step's time goes"),
     "doctor": ("doctor", "what runs here, what is missing for what, and the command that mends it"),

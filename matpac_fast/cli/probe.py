@@ -1,0 +1,90 @@
+"""`matpac-fast probe`: what a linear probe makes of an encoder's embeddings on one task."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from ..study.linear import ProbeConfig
+from ..study.results import tabulate
+from ..study.sweep import StudyConfig, run_study
+from ..train.loop import pick_device
+from .study import _numbers, _stages
+
+
+def main(
+    encoder: str,
+    task: str,
+    temporal_support: float = 2.0,
+    hop: float | None = None,
+    remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
+    aggregate: Literal["mean", "score", "one"] = "mean",
+    learning_rates: str = "0.1,1",
+    decays: str = "1e-4,1e-3,1e-2,1e-1",
+    seeds: int = 3,
+    standardize: bool = True,
+    resamples: int = 1000,
+    batch_size: int = 16,
+    partial: bool = False,
+    split_seed: int = 0,
+    cache: Path | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> int:
+    """Score an encoder on a task at one temporal support.
+
+    Example: matpac-fast probe --encoder runs/a --task esc50:data/ESC-50 --temporal-support 2
+
+    Prints the score on the test clips with its 95 % interval, and of each subset that the task names, such as a
+    recording device. See matpac-fast study --help for the tasks, and for what the options mean.
+
+    Args:
+        encoder: a run folder, a checkpoint, an official file, or a name such as untrained-tiny.
+        task: NAME:FOLDER.
+        temporal_support: seconds of audio that one embedding sees.
+        hop: seconds from one window to the next. Default: the temporal support.
+        remainder: the end of a clip that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
+        aggregate: mean, score or one.
+        learning_rates: of the probes' grid.
+        decays: of the probes' grid.
+        seeds: of probes.
+        standardize: bring features to zero mean and unit spread before the probe.
+        resamples: of the bootstrap.
+        batch_size: windows per forward pass when embedding.
+        partial: take a data set's folder that is incomplete for what it has.
+        split_seed: draws the folds of a folder that has none.
+        cache: folder that keeps embeddings and probes, such as a study's. Default: they are not kept.
+        workers: decoding threads. Default: one a core.
+        device: auto, cpu, cuda or cuda:1.
+        dtype: float32 or bfloat16, of the encoder's arithmetic.
+    """
+    config = StudyConfig(
+        encoders=(encoder,),
+        tasks=(task,),
+        temporal_supports=(temporal_support,),
+        hop=hop,
+        remainder=remainder,
+        aggregate=aggregate,
+        probe=ProbeConfig(
+            _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
+        ),
+        cost=False,
+        batch_size=batch_size,
+        device=str(pick_device(device)),
+        dtype=dtype,
+        seed=split_seed,
+        partial=partial,
+        workers=workers or len(os.sched_getaffinity(0)),
+    )
+    with tempfile.TemporaryDirectory() as folder, _stages() as hear:
+        cells = run_study(config, cache or Path(folder), hear)
+    for row in tabulate(cells, 0.0, resamples=resamples).results if cells else []:
+        where = f", {row['subset']}" if row["subset"] else ""
+        print(
+            f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f}), "
+            f"{row['test_clips']} test clips, {row['folds']} folds, {row['seeds']} seeds"
+        )
+    return 0

@@ -1,0 +1,261 @@
+"""`matpac-fast study`: accuracy, memory and time against the seconds of audio that an embedding sees."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..audio.decode import decoder_versions
+from ..errors import ConfigError
+from ..files import write_text
+from ..study.cost import Cost, device_name
+from ..study.linear import ProbeConfig
+from ..study.plots import write_plots
+from ..study.results import Tables, tabulate, write_table
+from ..study.study_page import as_json, write_report
+from ..study.sweep import Progress, StudyConfig, cost_sweep, run_study
+from ..tasks import DatasetError
+from ..train.logs import versions
+from ..train.loop import pick_device
+from ._progress import progress
+
+
+def main(
+    encoders: str,
+    out: Path,
+    tasks: str = "",
+    temporal_support: str = "0.5,1,2,3,5,10",
+    hop: float | None = None,
+    remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
+    aggregate: Literal["mean", "score", "one"] = "mean",
+    margin: float = 0.01,
+    cheapest_by: Literal["memory", "time", "macs"] = "memory",
+    cost: bool = True,
+    cost_only: bool = False,
+    batch_sizes: str = "1,16",
+    learning_rates: str = "0.1,1",
+    decays: str = "1e-4,1e-3,1e-2,1e-1",
+    seeds: int = 3,
+    standardize: bool = True,
+    resamples: int = 1000,
+    batch_size: int = 16,
+    partial: bool = False,
+    split_seed: int = 0,
+    workers: int | None = None,
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> int:
+    """Which temporal support is best for an encoder and a task, and which is the cheapest that is nearly as good.
+
+    Example: matpac-fast study --encoders untrained-tiny,runs/a --tasks folder:my/audio --out study/
+
+    A task is NAME:FOLDER: folder (sub-folder = label, or a clips.csv), esc50, urbansound8k, gtzan, tau2020, openmic,
+    magnatagatune, nsynth or fsd50k, in its official layout. Embeddings are probed linearly; the best and the cheapest
+    temporal support are chosen on validation clips and scored on test clips, with 95 % intervals. Writes
+    results.parquet, comparisons.parquet, cost.parquet, PNG plots and report.html. Killed and run again, it goes on.
+
+    Args:
+        encoders: names, run folders or files, with commas between them; see matpac-fast embed --help.
+        out: folder for results and embeddings.
+        tasks: with commas between them.
+        temporal_support: seconds of audio that one embedding sees, with commas between them.
+        hop: seconds from one window to the next. Default: the temporal support.
+        remainder: the end of a clip that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
+        aggregate: mean, probe the mean embedding of a clip's windows; score, probe every window and average what the
+            probe says; one, probe the single window in the clip's middle.
+        margin: how much validation score the cheapest temporal support may lose, 0.01 being a point.
+        cheapest_by: what cheap means: peak memory, time, or multiply-adds a second of audio.
+        cost: measure memory, time and multiply-adds.
+        cost_only: do only that; no tasks are needed.
+        batch_sizes: windows at a time that costs are measured at.
+        learning_rates: of the probes' grid; each fold and seed takes what its validation clips like best.
+        decays: of the probes' grid.
+        seeds: of probes; each draws initial weights, and validation clips where a task has none.
+        standardize: bring features to zero mean and unit spread before the probe.
+        resamples: of the bootstrap.
+        batch_size: windows per forward pass when embedding.
+        partial: take a data set's folder that is incomplete for what it has.
+        split_seed: draws the folds of a folder that has none.
+        workers: decoding threads. Default: one a core.
+        device: auto, cpu, cuda or cuda:1.
+        dtype: float32 or bfloat16, of the encoder's arithmetic.
+    """
+    if not cost_only and not tasks:
+        raise ConfigError("--tasks is missing; expected NAME:FOLDER, or --cost-only to measure costs alone")
+    config = StudyConfig(
+        encoders=_words(encoders),
+        tasks=() if cost_only else _words(tasks),
+        temporal_supports=_numbers("--temporal-support", temporal_support),
+        hop=hop,
+        remainder=remainder,
+        aggregate=aggregate,
+        probe=ProbeConfig(
+            _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
+        ),
+        cost=cost or cost_only,
+        batch_sizes=tuple(round(n) for n in _numbers("--batch-sizes", batch_sizes)),
+        batch_size=batch_size,
+        device=str(pick_device(device)),
+        dtype=dtype,
+        seed=split_seed,
+        partial=partial,
+        workers=workers or len(os.sched_getaffinity(0)),
+    )
+    with _stages() as hear:
+        if cost_only:
+            found, tables = list(cost_sweep(config, out, hear).values()), Tables([], [], [])
+        else:
+            cells = _checked(config, out, hear)
+            if not cells:  # a torchrun process that is not the first
+                return 0
+            found = list({id(cost): cost for cell in cells for cost in cell.costs}.values())
+            tables = tabulate(cells, margin, cheapest_by, resamples)
+    made = _made(config)
+    lines = _sentences(tables, margin)
+    if tables.results:
+        for name in ("results", "comparisons", "choices"):
+            write_table(out / f"{name}.parquet", getattr(tables, name))
+    plots = write_plots(out, tables.results, found)
+    write_report(out / "report.html", tables, found, plots, lines, made)
+    write_text(out / "settings.json", as_json(made, dataclasses.asdict(config)))
+    show(*(choice_cells(tables) if tables.choices else cost_cells(found)))
+    print("\n" + "\n".join([*lines, f"open {out / 'report.html'}"]))
+    return 0
+
+
+def _checked(config: StudyConfig, out: Path, hear: Progress) -> Any:
+    """The study; of a data set that is not whole, every file is named in problems.txt."""
+    try:
+        return run_study(config, out, hear)
+    except DatasetError as error:
+        if len(error.problems) > 5:
+            lines = "".join(f"{name}: {reason}\n" for name, reason in error.problems)
+            write_text(out / "problems.txt", lines)
+            raise DatasetError(f"{error}; all of them are in {out / 'problems.txt'}", error.problems) from None
+        raise
+
+
+@contextlib.contextmanager
+def _stages() -> Iterator[Progress]:
+    """A progress bar for each stage, one after the other."""
+    units = {"measuring cost": "points", "embedding": "clips", "probing": "probes"}
+    with contextlib.ExitStack() as stack:
+        now, update = "", None
+
+        def hear(stage: str, done: int, total: int) -> None:
+            nonlocal now, update
+            if stage != now or update is None:
+                stack.close()
+                now, update = stage, stack.enter_context(progress(stage, units[stage]))
+            update(done, total)
+
+        yield hear
+
+
+def choice_cells(tables: Tables) -> tuple[list[str], list[list[str]]]:
+    """Header and body: for each task and encoder the best and the cheapest temporal support."""
+    header = ["task", "encoder", "metric", "best TS", "score (95 %)", "cheapest TS", "score (95 %)", "memory", "time"]
+    return header, [
+        [
+            row["task"],
+            row["encoder"],
+            row["metric"],
+            f"{row['best_temporal_support']:g} s",
+            _score(row, "best"),
+            f"{row['cheapest_temporal_support']:g} s",
+            _score(row, "cheapest"),
+            *("" if row[key] is None else f"{-100 * row[key]:+.0f} %" for key in ("memory_saved", "time_saved")),
+        ]
+        for row in tables.choices
+    ]
+
+
+def _score(row: dict[str, Any], which: str) -> str:
+    return f"{row[which + '_score']:.3f} ({row[which + '_low']:.3f}–{row[which + '_high']:.3f})"
+
+
+def cost_cells(costs: list[Cost]) -> tuple[list[str], list[list[str]]]:
+    header = ["encoder", "TS", "windows", "peak MiB", "ms", "times real time", "GMAC/s of audio"]
+    return header, [
+        [
+            cost.encoder,
+            f"{cost.temporal_support:g} s",
+            str(cost.batch),
+            f"{cost.peak_mib:.1f}",
+            f"{cost.batch_ms:.2f}",
+            f"{cost.times_real_time:.0f}",
+            f"{cost.macs_per_second / 1e9:.3f}",
+        ]
+        for cost in costs
+    ]
+
+
+def show(header: list[str], body: list[list[str]]) -> None:
+    """Print a table: drawn on a terminal, plain columns elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        drawn = Table()
+        for name in header:
+            drawn.add_column(name)
+        for line in body:
+            drawn.add_row(*line)
+        Console().print(drawn)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    for line in [header, *body]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _sentences(tables: Tables, margin: float) -> list[str]:
+    """What was found, a sentence a task and encoder."""
+    found = []
+    for row in tables.choices:
+        best, cheapest = row["best_temporal_support"], row["cheapest_temporal_support"]
+        text = (
+            f"{row['task']}, {row['encoder']}: {best:g} s is best on validation clips ({_score(row, 'best')} on test)"
+        )
+        if cheapest == best:
+            text += f"; nothing cheaper is within {margin:g} of it."
+        else:
+            text += f"; {cheapest:g} s is cheaper and within {margin:g}, {row['difference']:+.3f} on test "
+            text += f"({row['difference_low']:+.3f} to {row['difference_high']:+.3f})."
+        found.append(text)
+    shared = {row["task"]: row["shared_audio"] for row in tables.results if row["shared_audio"]}
+    found += [f"{task}: {n} test clips are copies of training clips, by their bytes." for task, n in shared.items()]
+    left = {row["task"]: row["left_out"] for row in tables.results if row["left_out"]}
+    found += [f"{task}: {n} clips are missing or altered and left out." for task, n in left.items()]
+    return found
+
+
+def _made(config: StudyConfig) -> dict[str, str]:
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": f"{device_name(torch.device(config.device))}, {config.dtype}, threads: {torch.get_num_threads()}",
+        "windows": f"hop {config.hop or 'as the temporal support'}, remainder {config.remainder}, {config.aggregate}",
+        "probe": f"linear, {config.probe}",
+        **versions(),
+        **decoder_versions(),
+        "platform": platform.platform(),
+    }
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; expected numbers with commas between them") from None

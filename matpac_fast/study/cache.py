@@ -1,0 +1,190 @@
+"""Embeddings of clips, kept in Parquet under what they depend on: weights, audio, windows, dtype, versions.
+
+ROOT/<encoder's name>-<key>/settings.json      what the key was made of
+ROOT/<encoder's name>-<key>/part-*.parquet     audio (SHA-256 of the file), embedding; a row a window
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..audio.ahead import in_order
+from ..audio.decode import decoder_versions, read_audio
+from ..audio_encoder import AudioEncoder
+from ..embedding import Windowing
+from ..files import atomic, write_text
+from ..tasks.task import Fold
+from .linear import Rows
+
+Aggregate = Literal["mean", "score", "one"]
+_CLIPS = 128  # in one part; a killed run loses so many clips' work at most
+
+
+@dataclass(frozen=True)
+class View:
+    """What of a clip is embedded. `aggregate`: the mean over its windows, every window, or the one in its middle."""
+
+    temporal_support: float
+    hop: float | None = None
+    remainder: str = "keep"
+    aggregate: Aggregate = "mean"
+
+    def settings(self, encoder: AudioEncoder, batch_size: int) -> dict[str, Any]:
+        """Everything but the audio that decides the embeddings; the batch's size, device and threads do not, beyond
+        rounding."""
+        Windowing(self.temporal_support, self.hop, remainder=self.remainder).samples(encoder.sample_rate)
+        return {
+            "encoder": encoder.id,
+            "encoder_class": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
+            "dtype": str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch."),
+            "temporal_support": self.temporal_support,
+            "hop": self.hop,
+            "remainder": self.remainder,
+            "rows": {"mean": "mean", "score": "windows", "one": "middle"}[self.aggregate],
+            "matpac_fast": __version__,
+            "torch": torch.__version__,
+            "decoder": decoder_versions(),
+        }
+
+
+class Cache:
+    """The embeddings of one encoder in one view."""
+
+    def __init__(self, root: Path, encoder: AudioEncoder, view: View, batch_size: int = 16):
+        self.encoder, self.view, self.batch_size = encoder, view, batch_size
+        self.settings = view.settings(encoder, batch_size)
+        self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", encoder.name)[:40]
+        self.folder = root / f"{name}-{self.key[:16]}"
+
+    def known(self) -> set[str]:
+        """The audio that is embedded already."""
+        import pyarrow.parquet as pq
+
+        found: set[str] = set()
+        for part in self._parts():
+            found.update(pq.read_table(part, columns=["audio"])["audio"].unique().to_pylist())
+        return found
+
+    def read(self, audio: Sequence[str]) -> Rows:
+        """The rows of these clips, all known, in their order: values (R, E) float32 on the CPU."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        tables = [pq.read_table(part) for part in self._parts()]
+        table = pa.concat_tables(tables).combine_chunks()
+        column = table["embedding"].chunk(0)
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+        codes = pc.index_in(table["audio"], pa.array(sorted(set(audio)))).to_numpy(zero_copy_only=False)  # type: ignore
+        place = {name: i for i, name in enumerate(sorted(set(audio)))}
+        order = np.argsort(codes, kind="stable")  # what is not asked for is NaN, at the end
+        starts = np.searchsorted(codes[order], np.arange(len(place)))
+        ends = np.searchsorted(codes[order], np.arange(len(place)), side="right")
+        spans = [order[starts[place[name]] : ends[place[name]]] for name in audio]
+        clip = np.repeat(np.arange(len(audio)), [len(span) for span in spans])
+        return Rows(torch.from_numpy(values[np.concatenate(spans)].copy()), clip)
+
+    def write(self, audio: Sequence[str], found: Sequence[Tensor]) -> None:
+        """One part, all of it or none: for each audio its embeddings (W, E)."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not (self.folder / "settings.json").exists():
+            write_text(self.folder / "settings.json", json.dumps(self.settings, indent=2) + "\n")
+        values = torch.cat([value.float().cpu() for value in found]).numpy()
+        names = [name for name, value in zip(audio, found, strict=True) for _ in range(len(value))]
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.float32()), values.shape[1])
+        table = pa.table({"audio": pa.array(names).dictionary_encode(), "embedding": column})
+        part = hashlib.sha256("".join(audio).encode()).hexdigest()[:16]
+        with atomic(self.folder / f"part-{part}.parquet") as beside:
+            pq.write_table(table, beside, use_dictionary=["audio"], compression="none")  # pyright: ignore
+
+    def embed(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
+        """Of each wave (S,), at the encoder's rate: (1, E) for "mean" and "one", (W, E) for "score"."""
+        view = self.view
+        if view.aggregate == "one":
+            size = round(view.temporal_support * self.encoder.sample_rate)
+            starts = [max(0, len(wave) - size) // 2 for wave in waves]
+            waves = [wave[start : start + size] for wave, start in zip(waves, starts, strict=True)]
+        ts = None if view.aggregate == "one" else view.temporal_support
+        hop = None if view.aggregate == "one" else view.hop
+        found = self.encoder.embed_many(
+            waves, self.encoder.sample_rate, ts, hop, remainder=view.remainder, batch_size=self.batch_size
+        )
+        if view.aggregate == "mean":
+            return [each.values.mean(0, keepdim=True) for each in found]
+        return [each.values for each in found]
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+
+def hash_audio(paths: Sequence[Path], workers: int) -> list[str]:
+    """SHA-256 of each file's bytes."""
+
+    def digest(path: Path) -> str:
+        with open(path, "rb") as file:
+            whole = hashlib.sha256()
+            while block := file.read(1 << 20):
+                whole.update(block)
+            return whole.hexdigest()
+
+    return list(in_order(((0, partial(digest, path)) for path in paths), workers))
+
+
+def fill(
+    caches: Sequence[Cache],
+    audio: Sequence[str],
+    paths: Sequence[Path],
+    workers: int,
+    done: Callable[[int], None],
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Embed what is missing in several caches of one encoder, decoding each file once for all of them.
+
+    `audio` are the hashes of `paths`; `done` is told of each number of (clip, cache) pairs that are dealt with. With
+    `share` (rank, of how many) only this process's part of the missing clips is embedded.
+
+    Raises:
+        AudioError: a file that cannot be decoded.
+    """
+    first = dict(zip(reversed(audio), reversed(paths), strict=True))  # the same audio is embedded once
+    missing = [[name for name in first if name not in known] for known in (cache.known() for cache in caches)]
+    wanted = set().union(*missing) if missing else set()
+    done(sum(len(audio) - len(names) for names in missing))
+    clips = [name for name in first if name in wanted]
+    parts = [clips[i : i + _CLIPS] for i in range(0, len(clips), _CLIPS)][share[0] :: share[1]]
+    lacking = [set(names) for names in missing]
+    rate = caches[0].encoder.sample_rate if caches else 0
+    jobs = ((os.stat(first[name]).st_size, partial(read_audio, first[name], rate)) for part in parts for name in part)
+    waves: Iterator[np.ndarray] = in_order(jobs, workers)
+    for part in parts:
+        heard = {name: next(waves) for name in part}
+        for cache, names in zip(caches, lacking, strict=True):
+            mine = [name for name in part if name in names]
+            if mine:
+                cache.write(mine, cache.embed([heard[name] for name in mine]))
+                done(len(mine))
+
+
+def shared_audio(audio: Sequence[str], folds: Sequence[Fold]) -> int:
+    """Clips that are tested in a fold that learns from the same audio, under another name: copies in the data set."""
+    names, shared = np.array(audio), set()
+    for fold in folds:
+        learn = set(names[fold.train].tolist()) | set(names[[] if fold.valid is None else fold.valid].tolist())
+        shared.update(i for i in fold.test.tolist() if names[i] in learn)
+    return len(shared)

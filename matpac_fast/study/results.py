@@ -1,0 +1,224 @@
+"""From probed cells to tables: scores with intervals, paired comparisons, and which temporal support to take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..files import atomic
+from ..tasks import Task
+from .cache import View
+from .cost import Cost
+from .linear import Probed
+from .metrics import RESAMPLES, Draws, interval
+
+CHEAPEST_BY = {"memory": "peak_mib", "time": "ms_per_audio_second", "macs": "macs_per_audio_second"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task, encoder and temporal support: what its probes said, and what it cost at each batch size."""
+
+    task: Task
+    encoder: str
+    encoder_id: str
+    embedding_dim: int
+    view: View
+    probed: Probed
+    windows: float
+    shared_audio: int
+    costs: list[Cost]
+
+    @property
+    def valid_score(self) -> float:
+        """Mean over folds and seeds of the score on validation clips: what a choice may look at."""
+        return self.probed.valid_score.nanmean().item()
+
+
+@dataclass(frozen=True)
+class Tables:
+    """`results`: a row a cell, and one more for each subset of its test clips. `comparisons`: a row a cell, against the
+    best temporal support of its task and encoder. `choices`: a row a task and encoder."""
+
+    results: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+    choices: list[dict[str, Any]]
+
+
+def tabulate(cells: Sequence[Cell], margin: float, cheapest_by: str = "memory", resamples: int = RESAMPLES) -> Tables:
+    """Score, compare and choose.
+
+    The best temporal support is the one of the best validation score, and the cheapest is the one of least cost whose
+    validation score is within `margin` of that; test clips only say what both are worth. Costs are those of the
+    largest batch. The resamples are the same for every cell of a task, so differences are paired.
+    """
+    tables = Tables([], [], [])
+    for task in {cell.task.name: cell.task for cell in cells}.values():
+        draws = Draws.of([task.groups[fold.test] for fold in task.folds], cells[0].probed.valid.shape[1], resamples)
+        targets = [torch.from_numpy(task.targets[fold.test]) for fold in task.folds]
+        of_task = [cell for cell in cells if cell.task.name == task.name]
+        for name in dict.fromkeys(cell.encoder for cell in of_task):
+            mine = sorted((c for c in of_task if c.encoder == name), key=lambda c: c.view.temporal_support)
+            scored = [draws.score(task.metric, cell.probed.scores, targets) for cell in mine]
+            rows = [_row(cell, "", score) for cell, score in zip(mine, scored, strict=True)]
+            best = max(range(len(mine)), key=lambda i: (mine[i].valid_score, -mine[i].view.temporal_support))
+            near = [i for i in range(len(mine)) if mine[i].valid_score >= mine[best].valid_score - margin]
+            column = CHEAPEST_BY[cheapest_by]
+            cheapest = min(near, key=lambda i: (_cost(rows[i], column), mine[i].view.temporal_support))
+            for i, cell in enumerate(mine):
+                tables.results.append(rows[i])
+                for subset, member in task.subsets.items():
+                    within = [torch.from_numpy(member[fold.test]) for fold in task.folds]
+                    score = draws.score(task.metric, cell.probed.scores, targets, within)
+                    tables.results.append(_row(cell, subset, score))
+                tables.comparisons.append(_difference(task, name, mine[i], mine[best], scored[i][0] - scored[best][0]))
+            tables.choices.append(
+                _choice(task, name, rows[best], rows[cheapest], scored[cheapest][0] - scored[best][0])
+            )
+    return tables
+
+
+def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    task, view = cell.task, cell.view
+    (low, high), (low_folds, high_folds) = interval(scored[0]), interval(scored[1])
+    tested = np.unique(np.concatenate([fold.test for fold in task.folds]))
+    counted = tested if not subset else tested[task.subsets[subset][tested]]
+    row: dict[str, Any] = dict(
+        task=task.name,
+        encoder=cell.encoder,
+        encoder_id=cell.encoder_id,
+        temporal_support=view.temporal_support,
+        hop=view.temporal_support if view.hop is None else view.hop,
+        remainder=view.remainder,
+        aggregate=view.aggregate,
+        subset=subset,
+        metric=task.metric,
+        score=scored[0][0].item(),
+        low=low,
+        high=high,
+        low_folds=low_folds if len(task.folds) > 1 else math.nan,
+        high_folds=high_folds if len(task.folds) > 1 else math.nan,
+        valid_score=cell.valid_score,
+        test_clips=len(counted),
+        clips=len(task.paths),
+        left_out=len(task.left_out),
+        shared_audio=cell.shared_audio,
+        classes=len(task.classes),
+        folds=len(task.folds),
+        seeds=cell.probed.valid.shape[1],
+        clip_seconds=float(task.seconds.mean()),
+        seconds_seen=float(np.minimum(task.seconds, view.temporal_support).mean()),
+        windows=cell.windows,
+        embedding_dim=cell.embedding_dim,
+        learning_rates=cell.probed.chosen[..., 0].flatten().tolist(),
+        decays=cell.probed.chosen[..., 1].flatten().tolist(),
+        probe_version=__version__,
+    )
+    return row | _costs(cell)
+
+
+def _costs(cell: Cell) -> dict[str, Any]:
+    """Of the largest batch; the latency is the smallest batch's. All None where nothing was measured."""
+    if not cell.costs:
+        names = ("batch", "latency_ms", "ms_per_audio_second", "ms_per_clip", "peak_mib", "weights_mib", "macs")
+        names += ("macs_per_audio_second", "macs_per_clip", "parameters", "device", "dtype", "threads")
+        return dict.fromkeys(names)
+    small, large = (pick(cell.costs, key=lambda cost: cost.batch) for pick in (min, max))
+    return dict(
+        batch=large.batch,
+        latency_ms=small.batch_ms,
+        ms_per_audio_second=1e3 / large.times_real_time,
+        ms_per_clip=large.batch_ms / large.batch * cell.windows,
+        peak_mib=large.peak_mib,
+        weights_mib=large.weights_mib,
+        macs=large.macs,
+        macs_per_audio_second=large.macs_per_second,
+        macs_per_clip=large.macs * cell.windows,
+        parameters=large.parameters,
+        device=large.device,
+        dtype=large.dtype,
+        threads=large.threads,
+    )
+
+
+def _cost(row: dict[str, Any], column: str) -> float:
+    return row["temporal_support"] if row[column] is None else row[column]
+
+
+def _difference(task: Task, encoder: str, cell: Cell, best: Cell, difference: Tensor) -> dict[str, Any]:
+    low, high = interval(difference)
+    return dict(
+        task=task.name,
+        encoder=encoder,
+        temporal_support=cell.view.temporal_support,
+        best_temporal_support=best.view.temporal_support,
+        metric=task.metric,
+        difference=difference[0].item(),
+        low=low,
+        high=high,
+    )
+
+
+def _choice(
+    task: Task, encoder: str, best: dict[str, Any], cheapest: dict[str, Any], difference: Tensor
+) -> dict[str, Any]:
+    low, high = interval(difference)
+
+    def saved(column: str) -> float | None:
+        if best[column] is None:
+            return None
+        return 1 - cheapest[column] / best[column] if best[column] else 0.0
+
+    return dict(
+        task=task.name,
+        encoder=encoder,
+        metric=task.metric,
+        best_temporal_support=best["temporal_support"],
+        best_score=best["score"],
+        best_low=best["low"],
+        best_high=best["high"],
+        cheapest_temporal_support=cheapest["temporal_support"],
+        cheapest_score=cheapest["score"],
+        cheapest_low=cheapest["low"],
+        cheapest_high=cheapest["high"],
+        difference=difference[0].item(),
+        difference_low=low,
+        difference_high=high,
+        memory_saved=saved("peak_mib"),
+        time_saved=saved("ms_per_audio_second"),
+        macs_saved=saved("macs_per_audio_second"),
+    )
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows of one set of columns as Parquet, all of it or none; NaN is written as null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    plain = [
+        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in rows
+    ]
+    with atomic(path) as beside:
+        pq.write_table(pa.Table.from_pylist(plain), beside)
+
+
+def write_costs(path: Path, costs: Sequence[Cost]) -> None:
+    write_table(path, [dataclasses.asdict(cost) for cost in costs])
+
+
+def read_costs(path: Path) -> list[Cost]:
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return []
+    return [Cost(**row) for row in pq.read_table(path).to_pylist()]

@@ -1,0 +1,188 @@
+"""report.html of a study: one file with its plots, a table that sorts, and what made it; nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text
+from .cost import Cost
+from .report import Section, facts, page
+from .results import Tables
+
+_STYLE = """
+img { display: block; width: 100%; height: auto; border-radius: 8px; background: #fff; }
+figcaption { margin-top: 6px; font-size: 13.5px; color: var(--dim); }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; }
+th[aria-sort] { color: var(--ink); }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+.filter { margin: 0 0 10px; padding: 7px 10px; width: min(320px, 100%); font: inherit; color: inherit;
+  background: var(--page); border: 1px solid var(--line); border-radius: 8px; }
+td.text, th.text { text-align: left; }
+"""
+
+# Click a heading to sort by it, again to turn the order round; cells sort by data-value, empty ones last.
+_SCRIPT = """
+for (const table of document.querySelectorAll('table.sortable')) {
+  const body = table.tBodies[0];
+  const value = (row, i) => row.cells[i].dataset.value ?? '';
+  table.tHead.querySelectorAll('th').forEach((head, i) => {
+    head.querySelector('button').addEventListener('click', () => {
+      const order = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
+      table.tHead.querySelectorAll('th').forEach(other => other.removeAttribute('aria-sort'));
+      head.setAttribute('aria-sort', order === 1 ? 'ascending' : 'descending');
+      const rows = [...body.rows].sort((a, b) => {
+        const x = value(a, i), y = value(b, i);
+        if (x === '' || y === '') return (x === '') - (y === '');
+        const numeric = Number(x) - Number(y);
+        return order * (Number.isNaN(numeric) ? x.localeCompare(y) : numeric);
+      });
+      body.append(...rows);
+    });
+  });
+  const filter = table.parentElement.previousElementSibling;
+  filter.addEventListener('input', () => {
+    const wanted = filter.value.toLowerCase();
+    for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+  });
+}
+"""
+
+# column -> heading, and how a value is written
+_COLUMNS = {
+    "task": ("task", "{}"),
+    "subset": ("test clips of", "{}"),
+    "encoder": ("encoder", "{}"),
+    "temporal_support": ("TS (s)", "{:g}"),
+    "score": ("score", "{:.3f}"),
+    "low": ("95 % from", "{:.3f}"),
+    "high": ("to", "{:.3f}"),
+    "metric": ("metric", "{}"),
+    "test_clips": ("test clips", "{:d}"),
+    "windows": ("windows a clip", "{:.1f}"),
+    "peak_mib": ("peak MiB", "{:.1f}"),
+    "latency_ms": ("latency ms", "{:.1f}"),
+    "ms_per_audio_second": ("ms / s of audio", "{:.2f}"),
+    "macs_per_audio_second": ("MAC / s of audio", "{:.3g}"),
+}
+
+
+def write_report(
+    path: Path,
+    tables: Tables,
+    costs: Sequence[Cost],
+    plots: Sequence[tuple[str, str]],
+    sentences: Sequence[str],
+    made: dict[str, str],
+) -> None:
+    """`plots` are (file name, caption) beside the report; `sentences` say what was found, `made` how."""
+    sections = []
+    scores = [plot for plot in plots if plot[0].startswith(("score-", "pareto-"))]
+    rest = [plot for plot in plots if plot not in scores]
+    if scores:
+        sections.append(
+            Section(
+                "What an embedding gains from what it sees",
+                "Temporal support is the seconds of audio that one embedding sees; a clip's embeddings are averaged "
+                "unless the settings below say otherwise. Bars are 95 % bootstrap intervals over test clips and seeds.",
+                [_image(path.parent, *plot) for plot in scores],
+            )
+        )
+    if rest:
+        sections.append(
+            Section(
+                "What it costs",
+                "Measured on windows of noise, each point in a process of its own. Peak memory is weights and "
+                "activations; multiply-adds are counted as they run.",
+                [_image(path.parent, *plot) for plot in rest],
+            )
+        )
+    if tables.results:
+        sections.append(Section("Every number", "", [sortable("results", _COLUMNS, tables.results)]))
+        sections.append(
+            Section(
+                "Against the best temporal support",
+                "The difference on the same test clips, resampled together: its interval is narrower than the two "
+                "scores' intervals suggest. The best is chosen on validation clips.",
+                [sortable("comparisons", _COMPARED, tables.comparisons)],
+            )
+        )
+    if costs and not tables.results:
+        rows = [
+            dict(
+                cost.__dict__,
+                ms_per_audio_second=1e3 / cost.times_real_time,
+                macs_per_audio_second=cost.macs_per_second,
+            )
+            for cost in costs
+        ]
+        sections.append(Section("Every number", "", [sortable("costs", _COSTS, rows)]))
+    sections.append(Section("How this was made", "", [facts(list(made.items()))]))
+    lead = " ".join(sentences) or "Memory, time and operations of each encoder at each temporal support."
+    text = page("Temporal support: what it gains and what it costs", lead, sections)
+    head, tail = text.split("</style>", 1)
+    body, end = tail.rsplit("</body>", 1)
+    write_text(path, f"{head}{_STYLE}</style>{body}<script>{_SCRIPT}</script></body>{end}")
+
+
+_COMPARED = {
+    "task": ("task", "{}"),
+    "encoder": ("encoder", "{}"),
+    "temporal_support": ("TS (s)", "{:g}"),
+    "best_temporal_support": ("best TS (s)", "{:g}"),
+    "difference": ("difference", "{:+.3f}"),
+    "low": ("95 % from", "{:+.3f}"),
+    "high": ("to", "{:+.3f}"),
+    "metric": ("metric", "{}"),
+}
+_COSTS = {
+    "encoder": ("encoder", "{}"),
+    "temporal_support": ("TS (s)", "{:g}"),
+    "batch": ("windows", "{:d}"),
+    "peak_mib": ("peak MiB", "{:.1f}"),
+    "weights_mib": ("weights MiB", "{:.1f}"),
+    "batch_ms": ("ms", "{:.2f}"),
+    "ms_per_audio_second": ("ms / s of audio", "{:.2f}"),
+    "macs": ("MAC a window", "{:.3g}"),
+    "macs_per_audio_second": ("MAC / s of audio", "{:.3g}"),
+    "parameters": ("parameters", "{:d}"),
+}
+
+
+def sortable(name: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> str:
+    """A table whose headings sort it, and a field above it that keeps the rows with some text."""
+    shown = {key: column for key, column in columns.items() if any(row[key] not in (None, "") for row in rows)}
+    text = {key: " class=text" if form == "{}" else "" for key, (_, form) in shown.items()}
+    head = "".join(
+        f'<th{text[key]}><button type="button">{escape(heading)}</button></th>' for key, (heading, _) in shown.items()
+    )
+    body = "".join(
+        "<tr>" + "".join(_cell(row[key], form, text[key]) for key, (_, form) in shown.items()) + "</tr>" for row in rows
+    )
+    return (
+        f'<input class="filter" type="search" placeholder="rows that contain …" aria-label="filter {escape(name)}">'
+        f'<div class="scroll"><table class="sortable" id="{escape(name)}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any, form: str, text: str) -> str:
+    if value is None or value == "" or value != value:  # NaN
+        return f"<td{text}></td>"
+    return f'<td{text} data-value="{escape(str(value))}">{escape(form.format(value))}</td>'
+
+
+def _image(folder: Path, name: str, caption: str) -> str:
+    data = base64.b64encode((folder / name).read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption>'
+
+
+def as_json(made: dict[str, str], settings: dict[str, Any]) -> str:
+    """settings.json: what was asked for, and what made it."""
+    return json.dumps({"settings": settings, "made": made}, indent=2) + "\n"

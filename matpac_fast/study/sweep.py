@@ -1,0 +1,215 @@
+"""The study: encoders x temporal supports x tasks, each cell probed with an interval, each temporal support costed.
+
+OUT/embeddings/...       see `cache`
+OUT/probes/KEY.npz       scores of every test clip by the chosen probes of one cell
+OUT/cost.parquet         see `cost`
+OUT/results.parquet, comparisons.parquet, settings.json     see `results`
+
+What is there under its key is not done again, so a killed study goes on, and one more encoder costs only itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..audio_encoder import AudioEncoder
+from ..embedding import Windowing
+from ..encoder import load_encoder
+from ..errors import ConfigError
+from ..files import atomic
+from ..tasks import Task, load_task
+from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
+from .cost import Cost, device_name, measure
+from .linear import ProbeConfig, Probed, probe
+from .results import Cell, read_costs, write_costs
+
+# Hears of (stage, parts done, parts in all).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What is studied; see `matpac-fast study --help` for the words."""
+
+    encoders: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    temporal_supports: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
+    hop: float | None = None
+    remainder: str = "keep"
+    aggregate: Aggregate = "mean"
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    cost: bool = True
+    batch_sizes: tuple[int, ...] = (1, 16)
+    batch_size: int = 16  # for embedding
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0  # of the splits that a task does not have
+    partial: bool = False
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("encoders", "temporal_supports"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"study: {name} {values}; expected at least one, each once")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"study: tasks {self.tasks}; expected each once")
+        if not self.tasks and not self.cost:
+            raise ConfigError("study: neither tasks nor costs; expected something to study")
+        if min(self.batch_sizes, default=0) < 1 or self.batch_size < 1 or self.workers < 1:
+            raise ConfigError("study: batch sizes and workers must be 1 or more")
+        for ts in self.temporal_supports:
+            Windowing(ts, self.hop, remainder=self.remainder).samples(1000)
+
+
+def run_study(config: StudyConfig, out: Path, progress: Progress = lambda stage, done, total: None) -> list[Cell]:
+    """Cost, embed and probe everything that is missing in `out`, and return the cells, task by task.
+
+    Under torchrun every process embeds its share and the first one does the rest; the others return no cells.
+
+    Raises:
+        DatasetError: a task's folder is incomplete or altered; nothing was computed.
+        ConfigError, CheckpointError, AudioError: what cannot be studied.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(config.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    tasks = [load_task(spec, config.partial, config.seed) for spec in config.tasks]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ConfigError(f"study: two tasks are called {[task.name for task in tasks]}; rename one's folder")
+    audio = {task.name: hash_audio(task.paths, config.workers) for task in tasks}
+    costs = cost_sweep(config, out, progress) if config.cost and rank == 0 else {}
+    for number, name in enumerate(config.encoders):
+        encoder = load_encoder(name, device, dtype=config.dtype)
+        _embed(config, out, encoder, name, tasks, audio, number, progress, (rank, world))
+    if world > 1:
+        _wait_for_all(rank, world)
+    if rank > 0:
+        return []
+    return _probe_all(config, out, tasks, audio, costs, device, progress)
+
+
+def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple[str, float, int], Cost]:
+    """(encoder, temporal support, batch size) -> its cost; those in cost.parquet on the same machine stand."""
+    path = out / "cost.parquet"
+    known = read_costs(path)
+    threads, device = torch.get_num_threads(), torch.device(config.device)
+    total = len(config.encoders) * len(config.temporal_supports) * len(config.batch_sizes)
+    found: dict[tuple[str, float, int], Cost] = {}
+    for name in config.encoders:
+        identity = load_encoder(name, "cpu", dtype=config.dtype).id
+        for ts in config.temporal_supports:
+            for batch in config.batch_sizes:
+                wanted = dict(
+                    encoder_id=identity, temporal_support=ts, batch=batch, dtype=config.dtype, threads=threads
+                )
+                wanted |= dict(device=device_name(device), torch=torch.__version__, matpac_fast=__version__)
+                same = [cost for cost in known if all(getattr(cost, key) == value for key, value in wanted.items())]
+                if not same:
+                    same = [measure(name, ts, batch, config.device, config.dtype, threads)]
+                    known += same
+                    write_costs(path, known)
+                found[name, ts, batch] = same[0]
+                progress("measuring cost", len(found), total)
+    return found
+
+
+def _views(config: StudyConfig) -> list[View]:
+    return [View(ts, config.hop, config.remainder, config.aggregate) for ts in sorted(config.temporal_supports)]
+
+
+def _caches(config: StudyConfig, out: Path, encoder: AudioEncoder) -> list[Cache]:
+    return [Cache(out / "embeddings", encoder, view, config.batch_size) for view in _views(config)]
+
+
+def _embed(
+    config: StudyConfig,
+    out: Path,
+    encoder: AudioEncoder,
+    name: str,
+    tasks: list[Task],
+    audio: dict[str, list[str]],
+    number: int,
+    progress: Progress,
+    share: tuple[int, int],
+) -> None:
+    each = sum(len(task.paths) for task in tasks) * len(config.temporal_supports)  # clips of an encoder, at every TS
+    done = number * each
+    for task in tasks:
+
+        def more(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("embedding", done, each * len(config.encoders))
+
+        fill(_caches(config, out, encoder), audio[task.name], task.paths, config.workers, more, share)
+
+
+def _probe_all(
+    config: StudyConfig,
+    out: Path,
+    tasks: list[Task],
+    audio: dict[str, list[str]],
+    costs: dict[tuple[str, float, int], Cost],
+    device: torch.device,
+    progress: Progress,
+) -> list[Cell]:
+    cells = []
+    total = len(tasks) * len(config.encoders) * len(config.temporal_supports)
+    for task in tasks:
+        copies = shared_audio(audio[task.name], task.folds)
+        for name in config.encoders:
+            encoder = load_encoder(name, "cpu", dtype=config.dtype)
+            for cache in _caches(config, out, encoder):
+                probed, windows = _probe(config, out, cache, task, audio[task.name], device)
+                mine = [costs[key] for key in costs if key[:2] == (name, cache.view.temporal_support)]
+                cells.append(
+                    Cell(task, name, encoder.id, encoder.embedding_dim, cache.view, probed, windows, copies, mine)
+                )
+                progress("probing", len(cells), total)
+    return cells
+
+
+def _probe(
+    config: StudyConfig, out: Path, cache: Cache, task: Task, audio: list[str], device: torch.device
+) -> tuple[Probed, float]:
+    """The probes of one cell, and the mean number of windows a clip; read where they are there."""
+    made_of = [cache.key, task.fingerprint, hashlib.sha256("".join(audio).encode()).hexdigest()]
+    made_of += [json.dumps(dataclasses.asdict(config.probe), sort_keys=True), task.metric, device.type, __version__]
+    path = out / "probes" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]}.npz"
+    if not path.exists():
+        rows = cache.read(audio)
+        found = probe(
+            rows, task.targets, task.groups, task.folds, len(task.classes), config.probe, task.metric, device  # type: ignore[arg-type]
+        )  # fmt: skip
+        arrays = {f"scores{f}": scores.float().numpy() for f, scores in enumerate(found.scores)}
+        for key in ("valid", "valid_score", "chosen"):
+            arrays[key] = getattr(found, key).double().numpy()
+        with atomic(path) as beside, open(beside, "wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    with np.load(path, allow_pickle=False) as stored:
+        scores = [torch.from_numpy(stored[f"scores{f}"]).double() for f in range(len(task.folds))]
+        valid, valid_score, chosen = (torch.from_numpy(stored[key]) for key in ("valid", "valid_score", "chosen"))
+    view = cache.view
+    spans = Windowing(view.temporal_support, view.hop, remainder=view.remainder)
+    rate = cache.encoder.sample_rate
+    counts = [len(spans.spans(max(1, round(seconds * rate)), rate)) for seconds in task.seconds.tolist()]
+    return Probed(scores, valid, valid_score, chosen), 1.0 if view.aggregate == "one" else float(np.mean(counts))
+
+
+def _wait_for_all(rank: int, world: int) -> None:
+    """Until every process has embedded its share."""
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
