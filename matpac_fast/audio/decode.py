@@ -19,6 +19,7 @@ from . import container, mpeg
 QUALITY = "HQ"  # of soxr; another one changes embeddings
 MAX_PEAK = 32.0  # +30 dBFS; float files beyond it hold garbage, or integers that were never scaled to [-1, 1]
 BLOCK_SECONDS = 10.0
+_BLOCK = 1 << 24  # samples of all channels decoded at a time, at most
 _RATES = (1_000, 1_000_000)  # Hz; a header that says less or more is damaged
 
 _UNCODED = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph"}
@@ -93,7 +94,8 @@ class AudioFile:
     def _mono(self, block_seconds: float) -> Iterator[np.ndarray]:
         """Mono blocks at the rate of the file, checked; the checks of the whole come after the last block."""
         soundfile, _ = _soundfile()
-        n = max(1, round(block_seconds * self.sample_rate))
+        # A damaged header may promise a thousand channels, for whose samples there is no memory.
+        n = max(1, min(round(block_seconds * self.sample_rate), _BLOCK // self.channels))
         promised = self._file.frames
         # To the end that the header states and no further: tags may follow, which a decoder takes for damage. Of Ogg
         # one frame more, for only then does libsndfile note in its log that the end is missing.

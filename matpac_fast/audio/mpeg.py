@@ -6,9 +6,10 @@ the bit rate of the first frame and reads no further than that: a file of variab
 
 from __future__ import annotations
 
-import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 # kbit/s of layer III by bit-rate index, MPEG-1 and MPEG-2/2.5; index 0 is "free", 15 is forbidden.
 _MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
@@ -25,9 +26,26 @@ class Walk:
     cut: bool  # the file ends inside a frame
 
 
+class _Bytes:
+    """A file's bytes by slice, a megabyte of them in memory: a mapped file that shrank would end the process."""
+
+    def __init__(self, file: BinaryIO):
+        self._handle, self._size = file.fileno(), os.fstat(file.fileno()).st_size
+        self._begin, self._held = 0, b""
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, span: slice) -> bytes:
+        if span.start < self._begin or span.stop > self._begin + len(self._held):
+            self._begin, self._held = span.start, os.pread(self._handle, 1 << 20, span.start)
+        return self._held[span.start - self._begin : span.stop - self._begin]
+
+
 def walk(path: Path) -> Walk | None:
     """Count the frames of a layer III file that states no length; None where it states one, or is none of these."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(path, "rb") as file:
+        data = _Bytes(file)
         at = _after_id3(data)
         first = _frame(data, at)
         if first is None:
@@ -52,15 +70,15 @@ def _states_length(head: bytes) -> bool:
     return b"VBRI" in head
 
 
-def _after_id3(data: mmap.mmap) -> int:
+def _after_id3(data: _Bytes) -> int:
     at = 0
-    while data[at : at + 3] == b"ID3" and at + 10 <= len(data):
-        a, b, c, d = data[at + 6 : at + 10]
+    while len(head := data[at : at + 10]) == 10 and head[:3] == b"ID3":
+        a, b, c, d = head[6:]
         at += 10 + (a << 21 | b << 14 | c << 7 | d)
     return at
 
 
-def _frame(data: mmap.mmap, at: int) -> tuple[int, int] | None:
+def _frame(data: _Bytes, at: int) -> tuple[int, int] | None:
     """(bytes, samples) of the layer III frame at a place; None where there is none."""
     head = data[at : at + 4]
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:  # sync, layer III
