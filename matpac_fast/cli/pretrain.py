@@ -8,15 +8,20 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from ..config import PRESETS, MatpacConfig
 from ..errors import ConfigError
 from ..train.config import Precision, TrainConfig, fit_to_run
-from ..train.logs import Record, Reporter
+from ..train.logs import Record, Reporter, Reporters
 from ..train.sampler import Short
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..study.live import LiveProbe
 
 
 def main(
@@ -45,6 +50,10 @@ def main(
     save_every: int | None = None,
     keep_last: int | None = None,
     keep_every: int | None = None,
+    probe_data: Path | None = None,
+    probe_every: int | None = None,
+    probe_clips: int = 500,
+    tensorboard: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Pre-train an encoder on a corpus.
@@ -58,7 +67,7 @@ def main(
 
     Args:
         corpus: folder that `matpac-fast prepare` wrote.
-        out: folder of the run: config.json, log.jsonl, checkpoints/.
+        out: folder of the run: config.json, log.jsonl, curves.png, checkpoints/.
         preset: size of the model; base (768 x 12) is the official one. Default: base.
         steps: optimiser steps; the schedules are stretched to them. Default: 294816, as official.
         batch_size: crops an optimiser step, over all processes. Default: 256 a GPU, 32 on the CPU; official: 2048.
@@ -83,6 +92,11 @@ def main(
         save_every: steps between two checkpoints. Default: 500.
         keep_last: newest checkpoints that stay on disk. Default: 3.
         keep_every: keep those of every so many steps too, a multiple of save-every.
+        probe_data: a folder of audio whose sub-folders are labels: score student and teacher on it as they are trained,
+            by nearest neighbours and a linear probe.
+        probe_every: steps between two scores. Default: those between two checkpoints.
+        probe_clips: clips to score on, evenly over the labels; all are kept in memory.
+        tensorboard: write all that is logged for TensorBoard too, into the run's folder.
         dry_run: print the size of model and run and an estimate of the time, and train nothing.
     """
     from ..audio.corpus import Corpus
@@ -107,6 +121,7 @@ def main(
         save_every=save_every,
         keep_last=keep_last,
         keep_every=keep_every,
+        probe_every=probe_every,
         compile=compile,
         shard=shard,
     )
@@ -131,10 +146,12 @@ def main(
         from ..train.estimate import estimate
 
         if first:
-            print(estimate(clips, model, train, target))
+            print(estimate(clips, model, train, target, int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
     with _Watcher(train, quiet=not first) as watcher, _Signals(watcher) as signals:
-        result = pretrain(clips, out, model, train, target, init, watcher, stop=signals.caught)
+        reporter = _reporters(out, watcher, tensorboard) if first else None
+        probe = _probe(probe_data, probe_clips, target, watcher) if first and probe_data else None
+        result = pretrain(clips, out, model, train, target, init, reporter, signals.caught, probe)
     watcher.say(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {train.steps}: {out}")
     if result.finished:
         watcher.say(f"next: matpac-fast embed AUDIO --encoder {out} --out embeddings/")
@@ -154,6 +171,29 @@ def _frames(seconds: float) -> int:
         near = " or ".join(f"{n / 100:g}" for n in (below, below + 16) if n)
         raise ConfigError(f"--crop-seconds {seconds:g}: expected a multiple of 0.16 s, such as {near}")
     return frames
+
+
+def _reporters(out: Path, watcher: _Watcher, tensorboard: bool) -> Reporter:
+    from ..train.reporters import Curves, TensorBoard
+
+    reporters: list[Reporter] = [watcher]
+    try:
+        reporters.append(Curves())
+    except ConfigError as error:  # the run is worth as much without its picture
+        watcher.say(f"note: {error}")
+    if tensorboard:
+        reporters.append(TensorBoard(out / "tensorboard"))
+    return Reporters(*reporters)
+
+
+def _probe(folder: Path, n_clips: int, device: torch.device, watcher: _Watcher) -> LiveProbe:
+    from ..study.live import LiveProbe
+
+    probe = LiveProbe(folder, n_clips, device=device)
+    watcher.say(f"probing on {len(probe)} clips of {len(probe.labels)} labels")
+    for line in probe.left_out:
+        watcher.say(f"left out of the probe: {line}")
+    return probe
 
 
 class _Signals:
@@ -246,6 +286,10 @@ def _event(record: Record) -> str | None:
             f"{config['batch_size']} crops a step, {config['precision']} on {record['device']}"
             + (f", {record['ranks']} processes" if record["ranks"] > 1 else "")
         )
+    if record["event"] == "probe":
+        scores = ("student_knn", "student_linear", "teacher_knn", "teacher_linear")
+        shown = ", ".join(f"{name.replace('_', ' ')} {float(record[name]):.1%}" for name in scores)
+        return f"probe at step {record['step']}: {shown}"
     if record["event"] == "skipped":
         return f"step {record['step']} skipped: {record['text']}; its clips are in the log"
     if record["event"] == "unreadable":

@@ -21,8 +21,14 @@ from .step import make_optimizer, train_step
 _SAMPLE = {"cpu": 4, "cuda": 256}
 
 
-def estimate(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, device: torch.device) -> str:
-    """Size, work, memory and time of a run, as text. Two steps on noise are timed on a model that is thrown away."""
+def estimate(
+    corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, device: torch.device, world: int = 1
+) -> str:
+    """Size, work, memory and time of a run on `world` devices, as text.
+
+    Two steps on noise are timed on a model that is thrown away, on one device, as if more of them shared no work; the
+    tensors that a third one keeps for its backward pass are counted.
+    """
     precision = resolve_precision(config.precision, device)
     frames = config.crop_frames or (model_config.n_frames,)
     sampler = Sampler(
@@ -32,21 +38,61 @@ def estimate(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, de
     model = Matpac(model_config).to(device).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    crops_per_s = _speed(model, config, precision, device)
+    kept = activation_bytes(model, max(frames), precision, device)
+    piece = config.batch_size // world // config.grad_accumulation  # crops at a time on one device
+    shards = world if config.shard else 1
+    fixed = 4 * (4 * trained + averaged) / shards
+    crops_per_s = world * _speed(model, config, precision, device)
     seconds = config.steps * config.batch_size / crops_per_s
+    place = str(device) if world == 1 else f"{world} processes, were they not to wait for each other,"
     rows = {
         "trained parameters": f"{trained / 1e6:.1f} M",
         "teachers' parameters": f"{averaged / 1e6:.1f} M",
-        "weights, gradients, Adam": f"{4 * (4 * trained + averaged) / 2**20:.0f} MiB, activations not counted",
+        "weights, gradients, Adam": _mib(fixed),
+        "activations": f"{_mib(kept * piece)}, {kept / 2**20:.1f} MiB a crop, {piece} at a time",
+        "memory": f"about {_mib(fixed + kept * piece)} on each device, and what its kernels need in passing",
         "work": f"{flops / config.batch_size / 1e9:.1f} GFLOP a crop, {flops / 1e12:.2f} TFLOP a step",
         "clips": f"{len(sampler)}, {sampler.n_dropped} shorter than a crop are left out",
         "steps": f"{config.steps}, {len(sampler) / config.batch_size:.1f} an epoch",
         "epochs": f"{sampler.epoch(config.steps):.1f}",
-        "speed": f"about {crops_per_s:.1f} crops/s in {precision} on {device} (two steps timed)",
+        "speed": f"about {crops_per_s:.1f} crops/s in {precision} on {place} (two steps timed)",
         "time": f"about {timedelta(seconds=round(seconds))}",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def activation_bytes(model: Matpac, n_frames: int, precision: str, device: torch.device) -> float:
+    """What one crop's forward pass keeps for its backward pass, counted: each storage once, weights not at all.
+
+    Of two sizes of batch the difference, so that what does not grow with the batch, such as weights rounded to bf16,
+    is left out.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes = []
+    for rows in (1, 2):
+        # Kept alive until all are counted, or a freed one's address may be given out twice.
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        spec = torch.randn(rows, model.config.n_mels, n_frames, device=device)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            model(spec)
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    model.center_sum.zero_()
+    model.center_count.zero_()
+    return sizes[1] - sizes[0]
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.0f} MiB"
 
 
 def _speed(model: Matpac, config: TrainConfig, precision: str, device: torch.device) -> float:

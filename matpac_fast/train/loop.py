@@ -201,6 +201,8 @@ class _Run:
         if self.done == c.steps:
             return Result(self.folder.path, self.done, finished=True)
         self.tell(self.header())
+        if self.probed and self.done == 0:
+            self.run_probe()  # what is to be beaten
         since, clock, waited = self.done, time.perf_counter(), 0.0
         for batch in self.feed:
             self.untold += [text for text in batch.unreadable if text not in self.unreadable]

@@ -104,6 +104,16 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
     assert rows["trained parameters"].strip() == "7.6 M"
     assert rows["steps"].strip() == "8, 2.0 an epoch"
     assert "GFLOP a crop" in rows["work"]
+    # Weights, gradients and two moments of what is trained, weights of the teachers: float32, in MiB of millions.
+    trained, averaged = (float(rows[name].split()[0]) for name in ("trained parameters", "teachers' parameters"))
+    fixed = 4 * (4 * trained + averaged) / 1.048576
+    assert int(rows["weights, gradients, Adam"].split()[0]) == pytest.approx(fixed, abs=2)
+    assert rows["activations"].endswith("MiB a crop, 2 at a time")
+    total, *parts = (
+        int(rows[name].strip().removeprefix("about ").split()[0])
+        for name in ("memory", "weights, gradients, Adam", "activations")
+    )
+    assert abs(total - sum(parts)) <= 1
     assert "crops/s in float32 on cpu" in rows["speed"]
     assert list(tmp_path.iterdir()) == []
 
@@ -186,3 +196,26 @@ def test_the_ctrl_c_that_torchrun_passes_on_is_no_second_one(capsys):
         with pytest.raises(KeyboardInterrupt):
             signals._catch(signal.SIGINT, None)
     assert capsys.readouterr().out == ""
+
+
+def test_probe_tensorboard_and_curves_stand_in_the_runs_folder(corpus, tmp_path, capsys):
+    out, rng = tmp_path / "run", np.random.default_rng(0)
+    for i in range(8):
+        (tmp_path / "labelled" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "labelled" / str(i % 2) / f"{i}.wav", rng.uniform(-0.5, 0.5, 6_000), 16_000)
+    options = ["--probe-data", tmp_path / "labelled", "--probe-every", 2, "--tensorboard", "--keep-last", 1]
+    assert run(corpus, "--out", out, "--steps", 4, *SMALL, *options) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "probing on 8 clips of 2 labels"
+    assert [line.split(":")[0] for line in said if line.startswith("probe at")] == [
+        f"probe at step {step}" for step in (0, 2, 4)
+    ]
+    assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "latest",
+        "log.jsonl",
+        "tensorboard",
+    ]
+    assert len(list((out / "tensorboard").iterdir())) == 1

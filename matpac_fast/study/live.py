@@ -1,0 +1,166 @@
+"""A live probe: what the encoders of a run are worth on labelled clips, while they are trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checkpoint
+from ..audio.corpus import to_int16
+from ..audio.decode import find_audio, read_blocks
+from ..config import MatpacConfig
+from ..encoder import Encoder
+from ..errors import AudioError, ConfigError
+from ..nn.statistics import effective_rank
+from .probe import linear_probe
+
+SAMPLE_RATE = 16_000
+# Few strengths and folds, for it is asked again and again; `matpac-fast study` looks closer.
+_L2_GRID = (1.0, 0.1, 0.01, 0.001)
+_FOLDS = 3
+_NEIGHBOURS = 10
+_SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
+
+
+class LiveProbe:
+    """Scores the student's and the teacher's encoder on a folder whose sub-folders are the labels.
+
+    Half of each label's clips, by name, are the training clips of the other half, and the other way round: clips of one
+    recording, whose names are mostly alike, seldom stand on both sides. Every clip is decoded once and kept in memory.
+
+    Args:
+        folder: of audio; a label needs at least four clips.
+        n_clips: use so many at most, as evenly over the labels as they go.
+        seconds: of each clip, from its beginning.
+        device: where the clips are embedded.
+
+    Attributes:
+        labels: the names of the classes.
+        left_out: why files were not used, one line each.
+
+    Raises:
+        AudioError: no such folder.
+        ConfigError: fewer than two labels with four clips that can be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        n_clips: int = 500,
+        seconds: float = 6.08,
+        device: str | torch.device = "cpu",
+    ):
+        folder = Path(folder)
+        by_label: dict[str, list[Path]] = {}
+        for path in find_audio(folder):
+            parts = path.relative_to(folder).parts
+            if len(parts) > 1:
+                by_label.setdefault(parts[0], []).append(path)
+        chosen = _evenly(by_label, n_clips)
+        self._device, self.left_out = torch.device(device), []
+        self._waves: list[np.ndarray] = []
+        self.labels: list[str] = []
+        targets, halves = [], []
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for label, paths in sorted(chosen.items()):
+                read = list(pool.map(lambda path: _read(path, seconds), paths))
+                self.left_out += [str(found) for found in read if isinstance(found, AudioError)]
+                waves = [found for found in read if not isinstance(found, AudioError)]
+                if len(waves) < 4:
+                    self.left_out.append(f"{folder / label}: {len(waves)} clips; a label needs four")
+                    continue
+                targets += [len(self.labels)] * len(waves)
+                halves += [2 * i >= len(waves) for i in range(len(waves))]
+                self.labels.append(label)
+                self._waves += waves
+        if len(self.labels) < 2:
+            raise ConfigError(
+                f"{folder}: {len(self.labels)} labels with four clips or more; expected sub-folders of audio, two or "
+                f"more, whose names are the labels{': ' + self.left_out[0] if self.left_out else ''}"
+            )
+        self._targets, self._second = torch.tensor(targets), torch.tensor(halves)
+
+    def __len__(self) -> int:
+        """Clips."""
+        return len(self._waves)
+
+    def __call__(self, state: Mapping[str, Tensor], config: MatpacConfig) -> dict[str, Any]:
+        """Accuracies of k nearest neighbours and of a linear probe, and the effective rank (RankMe) of the clips'
+        embeddings, of both encoders; NaN where an embedding is not finite.
+
+        Args:
+            state: weights under `Matpac`'s names: frontend, student and teacher.
+            config: the model's.
+        """
+        found: dict[str, Any] = {"clips": len(self), "labels": len(self.labels)}
+        for side in ("student", "teacher"):
+            features = self._embed(state, config, side)
+            scores = self._score(features) if features.isfinite().all() else dict.fromkeys(_SCORES, float("nan"))
+            found |= {f"{side}_{name}": value for name, value in scores.items()}
+        return found
+
+    def _embed(self, state: Mapping[str, Tensor], config: MatpacConfig, side: str) -> Tensor:
+        """(N, E) on the CPU, the mean over time of each clip."""
+        encoder = Encoder(**{size: getattr(config, size) for size in _SIZES}).to(self._device)
+        wanted = ("frontend.", f"{side}.")
+        kept = {name.replace("teacher.", "student.", 1): t for name, t in state.items() if name.startswith(wanted)}
+        checkpoint.load_into(encoder, kept, f"the {side}")
+        return torch.cat([found.values for found in encoder.embed_many(self._waves, SAMPLE_RATE)]).cpu()
+
+    def _score(self, features: Tensor) -> dict[str, float]:
+        centred = features.double() - features.double().mean(0)
+        rank = effective_rank(centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred)
+        near = linear = 0
+        for test in (self._second, ~self._second):
+            sides = features[~test], self._targets[~test], features[test], self._targets[test]
+            near += int(_nearest(*sides).sum())
+            linear += int(linear_probe(*sides, l2_grid=_L2_GRID, n_folds=_FOLDS).correct.sum())
+        return dict(zip(_SCORES, (near / len(self), linear / len(self), rank), strict=True))
+
+
+_SCORES = ("knn", "linear", "rank")
+
+
+def _evenly(by_label: Mapping[str, list[Path]], n_clips: int) -> dict[str, list[Path]]:
+    """At most `n_clips` of the files, as many of each label as of any other that has them, spread over its names."""
+    share, left, waiting = 0, n_clips, len(by_label)
+    shares = {}
+    for label, paths in sorted(by_label.items(), key=lambda item: len(item[1])):
+        share = min(len(paths), left // waiting)
+        shares[label] = share
+        left, waiting = left - share, waiting - 1
+    return {
+        label: [by_label[label][i * len(by_label[label]) // share] for i in range(share)]
+        for label, share in shares.items()
+    }
+
+
+def _read(path: Path, seconds: float) -> np.ndarray | AudioError:
+    """The beginning of a clip as int16 at 16 kHz."""
+    wanted, blocks = round(seconds * SAMPLE_RATE), []
+    try:
+        for block in read_blocks(path, SAMPLE_RATE, min(seconds, 10.0)):
+            blocks.append(block)
+            if sum(map(len, blocks)) >= wanted:
+                break
+    except AudioError as error:
+        return error
+    return to_int16(np.concatenate(blocks)[:wanted])[0]
+
+
+def _nearest(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Tensor:
+    """Which test clips (M,) are classified rightly by their nearest training clips, weighted by their cosine."""
+    mean = train.mean(0)
+    cosine = F.normalize(test - mean, dim=1) @ F.normalize(train - mean, dim=1).T  # (M, N)
+    top, index = cosine.topk(min(_NEIGHBOURS, len(train)), dim=1)
+    votes = torch.zeros(len(test), int(train_labels.max()) + 1)
+    votes.scatter_add_(1, train_labels[index], torch.exp(top / 0.07))
+    return votes.argmax(1) == test_labels

@@ -1,0 +1,103 @@
+"""Reporters that come with the package: curves as a picture beside the checkpoints, and TensorBoard."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..files import atomic
+from .logs import Record, Reporter, read_log
+
+# One panel each: its title, and what it shows of the lines of the log.
+_PANELS = (
+    ("loss", ("loss", "loss_pred", "loss_cls")),
+    ("gradient norm", ("grad_norm",)),
+    ("learning rate", ("lr",)),
+    ("teacher: prototypes", ("teacher_perplexity", "prototypes_used")),
+    ("teacher: effective rank", ("effective_rank",)),
+    ("crops a second", ("crops_per_s",)),
+)
+_PROBE = ("probe accuracy", ("student_knn", "student_linear", "teacher_knn", "teacher_linear"))
+
+
+class Curves(Reporter):
+    """Draws the run's log as curves.png in its folder, after each checkpoint.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"curves.png needs matplotlib ({error}): pip install 'matpac_fast[plots]'") from error
+
+    def saved(self, folder: Path, step: int) -> None:
+        draw_curves(folder / "log.jsonl", folder / "curves.png")
+
+
+def draw_curves(log: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """The curves of a log as a PNG; without matplotlib.pyplot, whose state belongs to the main thread."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_log(log)
+    lines = [record for record in records if "loss" in record]
+    probes = [record for record in records if record.get("event") == "probe"]
+    panels = [(title, names, lines) for title, names in _PANELS] + [(*_PROBE, probes)] * bool(probes)
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, names, shown) in enumerate(panels):
+        axes = figure.add_subplot(rows, 2, i + 1)
+        for name in names:
+            points = [(r["step"], float(r[name])) for r in shown if name in r]  # NaN is a gap in the curve
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker="." if len(points) < 30 else "")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=8)
+    with atomic(out) as beside:
+        figure.savefig(beside, format="png", dpi=100)
+
+
+class TensorBoard(Reporter):
+    """Writes every number of the log for TensorBoard into `folder`, and its events as text.
+
+    Raises:
+        ConfigError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(f"--tensorboard needs it ({error}): pip install 'matpac_fast[tensorboard]'") from error
+        self._folder, self._make = os.fspath(folder), SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def record(self, record: Record) -> None:
+        step = record["step"]
+        if self._writer is None:
+            # What a killed run had written beyond its last checkpoint is done again, and would stand there twice.
+            self._writer = self._make(self._folder, purge_step=step + 1)
+        kind = record.get("event", "train")
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        if "text" in record:
+            self._writer.add_text(kind, record["text"], step)
+
+    def saved(self, folder: Path, step: int) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

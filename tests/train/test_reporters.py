@@ -1,0 +1,109 @@
+"""Curves and TensorBoard: what is on disk is what the log says."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import sys
+
+import pytest
+
+from matpac_fast.errors import ConfigError
+from matpac_fast.train import pretrain, read_log
+from matpac_fast.train.logs import Reporter, Reporters
+from matpac_fast.train.reporters import Curves, TensorBoard, draw_curves
+
+
+def size(png):
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", content[16:24])
+
+
+def test_a_run_leaves_its_curves_and_its_scalars(tmp_path, corpus, model_config, train_config):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    config = dataclasses.replace(train_config, probe_every=4)
+    scores = iter(range(10))
+    stops = iter([False] * 5 + [True])
+
+    def probe(state, model):
+        assert state["teacher.norm.weight"].shape == (model.width,)
+        return {"student_knn": next(scores) / 10, "clips": 7}
+
+    def go(stop):
+        reporter = Reporters(Curves(), TensorBoard(run / "tensorboard"))
+        pretrain(corpus, run, model_config, config, "cpu", reporter=reporter, stop=stop, probe=probe)
+
+    go(lambda: next(stops))
+    first = size(run / "curves.png")
+    go(lambda: False)
+    assert size(run / "curves.png") == first  # the same panels, one of them the probe's
+    draw_curves(run / "log.jsonl", tmp_path / "again.png")
+    # Drawn after the last checkpoint, before the run's last probe was logged.
+    assert size(tmp_path / "again.png") == first
+
+    found = events.EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    records = read_log(run / "log.jsonl")
+    for name in ("loss", "effective_rank", "crops_per_s"):
+        want = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if "loss" in r]
+        assert [(event.step, event.value) for event in found.Scalars(f"train/{name}")] == want
+    assert [(e.step, round(e.value, 3)) for e in found.Scalars("probe/student_knn")] == [
+        (0, 0.0),
+        (4, 0.1),
+        (8, 0.2),
+        (12, 0.3),
+    ]
+
+
+def test_curves_show_what_is_there(tmp_path):
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "loss": 1.0, "lr": 0.1}\n{"step": 2, "loss": "nan", "lr": 0.2}\n{"event": "skipped", "step": 2}\n'
+    )
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "a.png")
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"event": "probe", "step": 2, "student_knn": 0.5}\n')
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "b.png")
+    assert size(tmp_path / "b.png")[1] > size(tmp_path / "a.png")[1]  # one row of panels more
+
+
+@pytest.mark.parametrize(
+    ("module", "make", "says"),
+    [
+        ("matplotlib.figure", Curves, r"pip install 'matpac_fast\[plots\]'"),
+        ("torch.utils.tensorboard", lambda: TensorBoard("x"), r"pip install 'matpac_fast\[tensorboard\]'"),
+    ],
+)
+def test_what_is_not_installed_is_said(monkeypatch, module, make, says):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+def test_reporters_are_told_in_order(tmp_path):
+    told = []
+
+    class Teller(Reporter):
+        def __init__(self, name):
+            self.name = name
+
+        def step(self, step):
+            told.append((self.name, "step", step))
+
+        def record(self, record):
+            told.append((self.name, "record", record["step"]))
+
+        def saved(self, folder, step):
+            told.append((self.name, "saved", step))
+
+        def close(self):
+            told.append((self.name, "close", None))
+
+    both = Reporters(Teller("a"), Teller("b"))
+    both.step(1)
+    both.record({"step": 2})
+    both.saved(tmp_path, 3)
+    both.close()
+    calls = [("step", 1), ("record", 2), ("saved", 3), ("close", None)]
+    assert told == [(name, *call) for call in calls for name in ("a", "b")]
