@@ -125,7 +125,7 @@ def main(
         for name in ("results", "comparisons", "choices"):
             write_table(out / f"{name}.parquet", getattr(tables, name))
     plots = write_plots(out, tables.results, found)
-    write_report(out / "report.html", tables, found, plots, lines, made)
+    write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made)
     write_text(out / "settings.json", as_json(made, dataclasses.asdict(config)))
     show(*(choice_cells(tables) if tables.choices else cost_cells(found)))
     print("\n" + "\n".join([*lines, f"open {out / 'report.html'}"]))
@@ -173,7 +173,7 @@ def choice_cells(tables: Tables) -> tuple[list[str], list[list[str]]]:
             _score(row, "best"),
             f"{row['cheapest_temporal_support']:g} s",
             _score(row, "cheapest"),
-            *("" if row[key] is None else f"{-100 * row[key]:+.0f} %" for key in ("memory_saved", "time_saved")),
+            *("" if not row[key] else f"{-100 * row[key]:+.0f} %" for key in ("memory_saved", "time_saved")),
         ]
         for row in tables.choices
     ]
@@ -222,9 +222,7 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
     found = []
     for row in tables.choices:
         best, cheapest = row["best_temporal_support"], row["cheapest_temporal_support"]
-        text = (
-            f"{row['task']}, {row['encoder']}: {best:g} s is best on validation clips ({_score(row, 'best')} on test)"
-        )
+        text = f"{row['task']}, {row['encoder']}: {best:g} s is best on validation clips, {_score(row, 'best')} on test"
         if cheapest == best:
             text += f"; nothing cheaper is within {margin:g} of it."
         else:

@@ -41,18 +41,16 @@ def write_plots(
         drawn.append((f"score-{task}.png", f"{task}: {rows[0]['metric']} against temporal support, 95 % intervals"))
         _score(plt, out / drawn[-1][0], rows, look)
         if all(row["peak_mib"] is not None for row in rows):
-            drawn.append(
-                (f"pareto-{task}.png", f"{task}: {rows[0]['metric']} against what it costs; the front is joined")
-            )
+            caption = f"{task}: {rows[0]['metric']} against what it costs; points that none beats in both are joined"
+            drawn.append((f"pareto-{task}.png", caption))
             _pareto(plt, out / drawn[-1][0], rows, look)
     if costs:
         largest = max(cost.batch for cost in costs) if batch is None else batch
         drawn.append(("cost.png", f"Cost against temporal support, {largest} windows at a time"))
         _cost(plt, out / "cost.png", [cost for cost in costs if cost.batch == largest], look)
         smallest = min(cost.batch for cost in costs)
-        drawn.append(
-            ("latency.png", f"Milliseconds from {'a window' if smallest == 1 else f'{smallest} windows'} to the end")
-        )
+        some = "one window" if smallest == 1 else f"{smallest} windows"
+        drawn.append(("latency.png", f"Latency: from {some} to the embedding; bars are quartiles"))
         _latency(plt, out / "latency.png", [cost for cost in costs if cost.batch == smallest], look)
     return drawn
 
@@ -73,6 +71,15 @@ def _ts_axis(axis: Any, values: Sequence[float]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _log_axis(axis: Any) -> None:
+    """Logarithmic, with plain numbers; an axis of less than a decade has ticks too."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -84,7 +91,7 @@ def _legend(figure: Any, axis: Any) -> None:
 
 
 def _score(plt: Any, path: Path, rows: list[dict[str, Any]], look: dict[str, Any]) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     here = [name for name in look if any(row["encoder"] == name for row in rows)]
     for i, name in enumerate(here):
         mine = sorted((row for row in rows if row["encoder"] == name), key=lambda row: row["temporal_support"])
@@ -128,6 +135,7 @@ def _pareto(plt: Any, path: Path, rows: list[dict[str, Any]], look: dict[str, An
                 fontsize=7, color="0.35",
             )  # fmt: skip
         axis.set_xscale("log")
+        _log_axis(axis.xaxis)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25, which="major")
         axis.spines[["top", "right"]].set_visible(False)
@@ -149,13 +157,14 @@ def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None
             axis.plot([c.temporal_support for c in mine], [value(c) for c in mine], markersize=5, **style)
         _ts_axis(axis, [c.temporal_support for c in costs])
         axis.set_yscale("log")
+        _log_axis(axis.yaxis)
         axis.set_ylabel(label)
     _legend(figure, axes[0])
     _save(plt, figure, path)
 
 
 def _latency(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for name, style in look.items():
         mine = sorted((c for c in costs if c.encoder == name), key=lambda c: c.temporal_support)
         y = [c.batch_ms for c in mine]
@@ -163,6 +172,7 @@ def _latency(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> N
         axis.errorbar([c.temporal_support for c in mine], y, bars, capsize=2, elinewidth=1, markersize=5, **style)
     _ts_axis(axis, [c.temporal_support for c in costs])
     axis.set_yscale("log")
+    _log_axis(axis.yaxis)
     axis.set_ylabel("milliseconds")
     _legend(figure, axis)
     _save(plt, figure, path)

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..files import write_text
 from .cost import Cost
-from .report import Section, facts, page
+from .report import Section, facts, page, table
 from .results import Tables
 
 _STYLE = """
+.pieces.n2 { display: block; }
 img { display: block; width: 100%; height: auto; border-radius: 8px; background: #fff; }
 figcaption { margin-top: 6px; font-size: 13.5px; color: var(--dim); }
 th button { all: unset; cursor: pointer; }
@@ -22,6 +23,7 @@ th button:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; }
 th[aria-sort] { color: var(--ink); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
+ul { margin: 12px 0 0; padding-left: 20px; max-width: 80ch; color: var(--dim); }
 .filter { margin: 0 0 10px; padding: 7px 10px; width: min(320px, 100%); font: inherit; color: inherit;
   background: var(--page); border: 1px solid var(--line); border-radius: 8px; }
 td.text, th.text { text-align: left; }
@@ -78,11 +80,16 @@ def write_report(
     tables: Tables,
     costs: Sequence[Cost],
     plots: Sequence[tuple[str, str]],
+    choices: tuple[Sequence[str], Sequence[Sequence[str]]],
     sentences: Sequence[str],
     made: dict[str, str],
 ) -> None:
-    """`plots` are (file name, caption) beside the report; `sentences` say what was found, `made` how."""
+    """`plots` are (file name, caption) beside the report; `choices` header and body of the table of temporal supports
+    to take; `sentences` say what was found, `made` how."""
     sections = []
+    if tables.choices:
+        text = "Both are chosen on validation clips; their scores are those of test clips, with 95 % intervals."
+        sections.append(Section("Which temporal support to take", text, [table(*choices), _list(sentences)]))
     scores = [plot for plot in plots if plot[0].startswith(("score-", "pareto-"))]
     rest = [plot for plot in plots if plot not in scores]
     if scores:
@@ -104,13 +111,14 @@ def write_report(
             )
         )
     if tables.results:
+        compared = [row for row in tables.comparisons if row["temporal_support"] != row["best_temporal_support"]]
         sections.append(Section("Every number", "", [sortable("results", _COLUMNS, tables.results)]))
         sections.append(
             Section(
                 "Against the best temporal support",
                 "The difference on the same test clips, resampled together: its interval is narrower than the two "
                 "scores' intervals suggest. The best is chosen on validation clips.",
-                [sortable("comparisons", _COMPARED, tables.comparisons)],
+                [sortable("comparisons", _COMPARED, compared)],
             )
         )
     if costs and not tables.results:
@@ -124,7 +132,7 @@ def write_report(
         ]
         sections.append(Section("Every number", "", [sortable("costs", _COSTS, rows)]))
     sections.append(Section("How this was made", "", [facts(list(made.items()))]))
-    lead = " ".join(sentences) or "Memory, time and operations of each encoder at each temporal support."
+    lead = "How many seconds of audio must an embedding see, and what does each second cost?"
     text = page("Temporal support: what it gains and what it costs", lead, sections)
     head, tail = text.split("</style>", 1)
     body, end = tail.rsplit("</body>", 1)
@@ -176,6 +184,10 @@ def _cell(value: Any, form: str, text: str) -> str:
     if value is None or value == "" or value != value:  # NaN
         return f"<td{text}></td>"
     return f'<td{text} data-value="{escape(str(value))}">{escape(form.format(value))}</td>'
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def _image(folder: Path, name: str, caption: str) -> str:

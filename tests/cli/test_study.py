@@ -1,0 +1,163 @@
+"""`matpac-fast study` and `probe`: what they write, what they say, and the report in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from matpac_fast import cli, load_encoder
+from matpac_fast.study import sweep
+from matpac_fast.study.cost import measure_here
+from tests.study.conftest import clips, encoder_file  # noqa: F401
+from tests.tasks import miniature
+
+pytest.importorskip("matplotlib")
+
+
+def measured_here(name, ts, batch, *_):
+    return measure_here(load_encoder(name, "cpu"), name, ts, batch)
+
+
+@pytest.fixture(scope="module")
+def study(encoder_file, clips, tmp_path_factory):  # noqa: F811
+    """A study of two encoders, its costs measured in this process."""
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "measure", measured_here)
+        patch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
+        other = shutil.copy(encoder_file, out / "copy.safetensors")
+        arguments = ["study", "--encoders", f"{encoder_file},{other}", "--tasks", f"folder:{clips}", "--out", str(out)]
+        arguments += ["--temporal-support", "0.2,0.5", "--batch-sizes", "1,2", "--resamples", "50", "--device", "cpu"]
+        assert cli.main([*arguments, "--workers", "1"]) == 0
+    return out
+
+
+def test_everything_is_written(study):
+    rows = pq.read_table(study / "results.parquet").to_pylist()
+    assert len(rows) == 2 * 2 * 3  # encoders, temporal supports, all clips and two subsets
+    assert all(row["peak_mib"] > 0 and row["macs"] > 0 and row["encoder_id"] for row in rows)
+    scores = [row["score"] for row in rows]
+    assert scores[:6] == scores[6:]  # the same weights under two names
+    assert len(pq.read_table(study / "comparisons.parquet")) == 4
+    assert len(pq.read_table(study / "choices.parquet")) == 2
+    for name in ("score-tones", "pareto-tones", "cost", "latency"):
+        assert (study / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    made = json.loads((study / "settings.json").read_text())["made"]
+    assert {"command", "device", "torch", "libsndfile"} <= set(made)
+
+
+def test_the_report_needs_nothing_from_outside(study):
+    text = (study / "report.html").read_text()
+    assert text.count('src="data:image/png;base64,') == 4
+    bare = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert not re.search(r"https?://|@import|url\(|<link|src=\"(?!\")", bare)
+
+
+_CHECK = """<script>
+const said = {errors: window.failed, images: [...document.images].map(i => i.naturalWidth), order: {}};
+const table = document.getElementById('results');
+const heads = [...table.tHead.rows[0].cells];
+const column = heads.findIndex(h => h.textContent === 'peak MiB');
+const values = () => [...table.tBodies[0].rows].map(r => Number(r.cells[column].dataset.value));
+heads[column].querySelector('button').click();
+said.order.up = values();
+heads[column].querySelector('button').click();
+said.order.down = values();
+const filter = table.parentElement.previousElementSibling;
+filter.value = 'copy.safetensors';
+filter.dispatchEvent(new Event('input'));
+said.shown = [...table.tBodies[0].rows].filter(r => !r.hidden).length;
+const out = document.createElement('pre');
+out.id = 'said';
+out.textContent = JSON.stringify(said);
+document.body.append(out);
+</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_the_report_in_a_browser(study, tmp_path):
+    text = (study / "report.html").read_text()
+    watch = "<script>window.failed = []; window.onerror = message => { window.failed.push(message); };</script>"
+    page = tmp_path / "report.html"
+    page.write_text(text.replace("<head>", "<head>" + watch, 1).replace("</body>", _CHECK + "</body>", 1))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    found = re.search(r'<pre id="said">(.*?)</pre>', done.stdout)
+    assert found, done.stderr[-500:]
+    said = json.loads(html.unescape(found[1]))
+    assert said["errors"] == []
+    assert len(said["images"]) == 4
+    assert min(said["images"]) > 500
+    assert said["order"]["up"] == sorted(said["order"]["up"])
+    assert said["order"]["down"] == sorted(said["order"]["up"], reverse=True)
+    assert len(set(said["order"]["up"])) > 1
+    assert said["shown"] == 6
+
+
+def test_probe_says_the_studys_score(study, encoder_file, clips, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sweep, "probe", lambda *_: pytest.fail("the study's probes were not found"))
+    arguments = ["probe", "--encoder", str(encoder_file), "--task", f"folder:{clips}", "--temporal-support", "0.5"]
+    assert cli.main([*arguments, "--cache", str(study), "--resamples", "50", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()[-3:]
+    rows = [r for r in pq.read_table(study / "results.parquet").to_pylist() if r["temporal_support"] == 0.5][:3]
+    for line, row in zip(lines, rows, strict=True):
+        assert f"accuracy {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f})" in line
+    assert "tones, even" in lines[1]
+
+
+def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sweep, "measure", measured_here)
+    monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
+    arguments = ["study", "--encoders", str(encoder_file), "--cost-only", "--temporal-support", "0.2,0.5"]
+    assert cli.main([*arguments, "--batch-sizes", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "times real time" in capsys.readouterr().out
+    assert len(pq.read_table(tmp_path / "cost.parquet")) == 2
+    assert 'id="costs"' in (tmp_path / "report.html").read_text()
+    assert not (tmp_path / "results.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--encoders", "e"], "--tasks is missing"),
+        (["--encoders", "nobody", "--tasks", "folder:CLIPS"], "no encoder 'nobody'"),
+        (["--encoders", "untrained-tiny", "--tasks", "esc51:x"], "task 'esc51:x'; expected NAME:FOLDER"),
+        (["--encoders", "untrained-tiny", "--cost-only", "--temporal-support", "a,1"], "expected numbers"),
+    ],
+)
+def test_errors_are_one_line(arguments, said, clips, tmp_path, capsys):  # noqa: F811
+    arguments = [word.replace("CLIPS", str(clips)) for word in arguments]
+    assert cli.main(["study", *arguments, "--no-cost", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_incomplete_data_set_is_named_file_by_file(tmp_path, capsys):
+    miniature.esc50(tmp_path / "esc")
+    for path in sorted(Path(tmp_path / "esc/audio").iterdir())[:7]:
+        path.unlink()
+    arguments = [
+        "study",
+        "--encoders",
+        "untrained-tiny",
+        "--tasks",
+        f"esc50:{tmp_path / 'esc'}",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main([*arguments, "--device", "cpu"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    named = (tmp_path / "problems.txt").read_text().splitlines()
+    assert named[0] == "meta/esc50.csv: altered: 15 clips, officially 2000"
+    assert sum(line.endswith(": missing") for line in named) == 7

@@ -1,0 +1,48 @@
+"""A small encoder in a file, and a small folder of clips that it can tell apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from matpac_fast.encoder import Encoder
+from tests.tasks import miniature
+
+SMALL = dict(n_frames=64, width=16, depth=1, num_heads=2)
+
+
+def save_encoder(path: Path, seed: int = 0) -> Path:
+    encoder = Encoder(**SMALL)
+    generator = torch.Generator().manual_seed(seed)
+    for p in encoder.parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    encoder.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def encoder_file(tmp_path_factory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """Three classes of ten clips of 1 s, tones in noise; test clips in two subsets."""
+    root, random = tmp_path_factory.mktemp("clips") / "tones", np.random.default_rng(0)
+    root.mkdir()
+    rows = []
+    for k in range(3):
+        for i in range(10):
+            time = np.arange(16_000) / 16_000
+            wave = 0.1 * np.sin(2 * np.pi * 300 * (1 + k + 0.3 * random.normal()) * time)
+            soundfile.write(root / f"{k}-{i}.wav", wave + 0.05 * random.normal(size=16_000), 16_000)
+            split = "test" if i < 4 else "valid" if i < 6 else "train"
+            rows.append(
+                dict(path=f"{k}-{i}.wav", label=f"class {k}", split=split, subset="even" if i % 2 == 0 else "odd")
+            )
+    miniature.table(root / "clips.csv", rows)
+    return root

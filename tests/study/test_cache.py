@@ -1,0 +1,95 @@
+"""Cached embeddings are the encoder's, and are found again by what they depend on and by nothing else."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from matpac_fast import load_encoder
+from matpac_fast.audio.decode import read_audio
+from matpac_fast.study.cache import Cache, View, fill, hash_audio, shared_audio
+from matpac_fast.tasks import Fold, load_task
+from tests.study.conftest import save_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_file):
+    return load_encoder(encoder_file, "cpu")
+
+
+@pytest.fixture
+def some(clips):
+    paths = load_task(f"folder:{clips}").paths[:7]
+    return paths, hash_audio(paths, 2)
+
+
+def none_done(count: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "score", "one"])
+def test_rows_are_the_encoders(tmp_path, encoder, some, aggregate):
+    paths, audio = some
+    cache = Cache(tmp_path, encoder, View(0.3, aggregate=aggregate))
+    fill([cache], audio, paths, 1, none_done)
+    order = [3, 0, 6, 3]
+    rows = cache.read([audio[i] for i in order])
+    for number, i in enumerate(order):
+        wave = read_audio(paths[i])
+        if aggregate == "one":
+            expected = encoder.embed(wave[5600:10400], 16_000).values
+        else:
+            expected = encoder.embed(wave, 16_000, 0.3).values
+            expected = expected.mean(0, keepdim=True) if aggregate == "mean" else expected
+        assert torch.allclose(rows.values[rows.clip == number], expected, atol=1e-5)
+
+
+def test_what_is_there_is_not_embedded_again_under_whatever_name(tmp_path, encoder, some, monkeypatch):
+    paths, audio = some
+    views = [View(0.3), View(0.5)]
+    told: list[int] = []
+    fill([Cache(tmp_path / "e", encoder, view) for view in views], audio, paths, 1, told.append)
+    assert sum(told) == 14
+    moved = [shutil.copy(path, tmp_path / f"{i}.bin") for i, path in enumerate(paths)]
+    assert hash_audio(moved, 2) == audio
+    told.clear()
+    monkeypatch.setattr(type(encoder), "embed_many", lambda *_, **__: pytest.fail("embedded again"))
+    fill([Cache(tmp_path / "e", encoder, view) for view in views], hash_audio(moved, 2), moved, 1, told.append)
+    assert sum(told) == 14
+
+
+def test_the_key_is_all_that_embeddings_depend_on(tmp_path, encoder, encoder_file):
+    base = Cache(tmp_path, encoder, View(0.5)).key
+    others = [
+        Cache(tmp_path, encoder, view).key
+        for view in (View(0.6), View(0.5, 0.25), View(0.5, remainder="drop"), View(0.5, aggregate="score"))
+    ]
+    other = load_encoder(save_encoder(tmp_path / encoder_file.name, seed=1), "cpu")  # the same name
+    assert other.name == encoder.name
+    others.append(Cache(tmp_path, other, View(0.5)).key)
+    others.append(Cache(tmp_path, load_encoder(encoder_file, "cpu", dtype="bfloat16"), View(0.5)).key)
+    assert len({base, *others}) == 1 + len(others)
+    copy = load_encoder(shutil.copy(encoder_file, tmp_path / "copy.safetensors"), "cpu")
+    assert Cache(tmp_path, copy, View(0.5)).key == base
+
+
+def test_shares_of_several_processes_are_apart_and_whole(tmp_path, encoder, some, monkeypatch):
+    paths, audio = some
+    monkeypatch.setattr("matpac_fast.study.cache._CLIPS", 2)
+    known = []
+    for rank in range(2):
+        cache = Cache(tmp_path / str(rank), encoder, View(0.5))
+        fill([cache], audio, paths, 1, none_done, (rank, 2))
+        known.append(cache.known())
+    assert not known[0] & known[1]
+    assert known[0] | known[1] == set(audio)
+
+
+def test_copies_across_a_split_are_counted():
+    audio = ["a", "b", "c", "a", "d"]
+    import numpy as np
+
+    fold = Fold(np.array([0, 1]), np.array([3, 4]), np.array([2]))
+    assert shared_audio(audio, [fold]) == 1

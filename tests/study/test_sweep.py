@@ -1,0 +1,197 @@
+"""A study end to end: its numbers, its choices, going on after a stop, and its cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from matpac_fast import load_encoder
+from matpac_fast.errors import ConfigError
+from matpac_fast.study import cache as cache_module
+from matpac_fast.study import sweep
+from matpac_fast.study.cache import View
+from matpac_fast.study.cost import Cost, count_macs, measure, measure_here
+from matpac_fast.study.linear import ProbeConfig, Probed
+from matpac_fast.study.results import Cell, read_costs, tabulate, write_costs, write_table
+from matpac_fast.study.sweep import StudyConfig, run_study
+from matpac_fast.tasks import load_task
+
+PROBE = ProbeConfig(learning_rates=(0.3,), decays=(1e-3, 1e-1), seeds=2, steps=60)
+
+
+def config(encoder_file, clips, **changes) -> StudyConfig:
+    base = StudyConfig((str(encoder_file),), (f"folder:{clips}",), (0.2, 0.5), probe=PROBE, cost=False, workers=1)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def studied(encoder_file, clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    return out, run_study(config(encoder_file, clips), out)
+
+
+def test_scores_are_those_of_the_test_clips(studied):
+    _, cells = studied
+    tables = tabulate(cells, 0.01, resamples=200)
+    assert [(row["temporal_support"], row["subset"]) for row in tables.results] == [
+        (ts, subset) for ts in (0.2, 0.5) for subset in ("", "even", "odd")
+    ]
+    task = cells[0].task
+    for cell, row in zip(cells, tables.results[::3], strict=True):
+        said = cell.probed.scores[0].argmax(2).numpy()  # (S, N)
+        right = said == task.targets[task.folds[0].test]
+        assert row["score"] == pytest.approx(right.mean())
+        assert row["low"] <= row["score"] <= row["high"]
+        assert row["score"] > 0.5  # chance is a third
+        assert (row["test_clips"], row["clips"], row["windows"]) == (12, 30, 5 if row["temporal_support"] == 0.2 else 2)
+    even = tables.results[1]
+    assert even["test_clips"] == 6
+
+
+def test_a_stopped_study_goes_on_and_ends_the_same(studied, encoder_file, clips, tmp_path, monkeypatch):
+    _, whole = studied
+    monkeypatch.setattr(cache_module, "_CLIPS", 8)
+    heard: list[tuple[str, int, int]] = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*told) -> None:
+        heard.append(told)
+        if len(heard) == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_study(config(encoder_file, clips), tmp_path, stop)
+    embedded = []
+    real = cache_module.Cache.embed
+
+    def counted(self, waves):
+        embedded.append(len(waves))
+        return real(self, waves)
+
+    monkeypatch.setattr(cache_module.Cache, "embed", counted)
+    again = run_study(config(encoder_file, clips), tmp_path, lambda *told: heard.append(told))
+    assert 0 < sum(embedded) < 60
+    assert heard[-1] == ("probing", 2, 2)
+    assert ("embedding", 60, 60) in heard
+    for one, two in zip(whole, again, strict=True):
+        assert torch.allclose(one.probed.scores[0], two.probed.scores[0], atol=1e-3)
+    monkeypatch.setattr(sweep, "probe", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr(cache_module.Cache, "embed", lambda *_: pytest.fail("embedded again"))
+    third = run_study(config(encoder_file, clips), tmp_path)
+    assert all(torch.equal(a.probed.scores[0], b.probed.scores[0]) for a, b in zip(again, third, strict=True))
+
+
+@pytest.mark.parametrize("aggregate", ["score", "one"])
+def test_other_ways_of_one_answer_for_a_clip(encoder_file, clips, tmp_path, aggregate):
+    (cell,) = run_study(config(encoder_file, clips, aggregate=aggregate, temporal_supports=(0.5,)), tmp_path)
+    assert cell.probed.scores[0].shape == (2, 12, 3)
+    assert torch.allclose(cell.probed.scores[0].sum(2), torch.ones(2, 12, dtype=torch.float64), atol=1e-5)
+    assert cell.windows == (2 if aggregate == "score" else 1)
+
+
+def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
+    """A cell whose first `right` test clips are right."""
+    task = load_task(f"folder:{clips}")
+    said = torch.from_numpy(task.targets[task.folds[0].test].copy())
+    said[right:] = (said[right:] + 1) % 3
+    scores = torch.nn.functional.one_hot(said, 3).double()[None]
+    probed = Probed([scores], torch.zeros(1, 1), torch.tensor([[valid]]), torch.zeros(1, 1, 2))
+    cost = Cost("e", "id", ts, 4, "cpu", "float32", 1, 10, 1000, 4e3 * ts, 1.0, 1.0, 5, peak, 1.0, 16_000, 8, "2", "0")
+    return Cell(task, "e", "id", 8, View(ts), probed, 1.0, 0, [cost])
+
+
+def test_validation_clips_choose_and_test_clips_tell(clips):
+    cells = [
+        made_cell(clips, 0.5, 0.895, 6, 10.0),
+        made_cell(clips, 1.0, 0.85, 12, 15.0),
+        made_cell(clips, 2.0, 0.9, 9, 20.0),
+    ]
+    (choice,) = tabulate(cells, 0.01, resamples=300).choices
+    assert (choice["best_temporal_support"], choice["cheapest_temporal_support"]) == (2.0, 0.5)
+    assert (choice["best_score"], choice["cheapest_score"]) == (0.75, 0.5)
+    assert choice["difference"] == pytest.approx(-0.25)
+    assert choice["difference_low"] < -0.25 < choice["difference_high"] <= 0
+    assert choice["memory_saved"] == 0.5
+    (choice,) = tabulate(cells, 0.001, resamples=10).choices
+    assert choice["cheapest_temporal_support"] == 2.0
+    (choice,) = tabulate(cells, 0.1, "time", resamples=10).choices
+    assert choice["cheapest_temporal_support"] == 0.5  # all take as long a second; then the smaller
+
+
+def test_paired_differences_are_narrower_than_scores(clips):
+    cells = [made_cell(clips, 0.5, 0.8, 8, 1.0), made_cell(clips, 1.0, 0.9, 8, 1.0)]
+    tables = tabulate(cells, 0.01, resamples=300)
+    assert [row["difference"] for row in tables.comparisons] == [0.0, 0.0]
+    assert [row["low"] for row in tables.comparisons] == [0.0, 0.0]
+    assert tables.results[0]["low"] < tables.results[0]["score"]
+
+
+def test_tables_are_parquet(studied, tmp_path):
+    tables = tabulate(studied[1], 0.01, resamples=20)
+    write_table(tmp_path / "results.parquet", tables.results)
+    read = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["score"] for row in read] == [row["score"] for row in tables.results]
+    assert read[0]["low_folds"] is None  # one fold: nothing to resample
+    assert read[0]["peak_mib"] is None
+
+
+def test_multiply_adds_are_counted_right(encoder_file):
+    encoder = load_encoder(encoder_file, "cpu")
+    n = encoder.log_mel_config.n_samples(64)  # 5 x 4 patches and CLS
+    tokens, width = 21, 16
+    block = tokens * width * width * (4 + 2 * 4) + 2 * tokens * tokens * width
+    found = count_macs(encoder, torch.zeros(1, n))
+    assert found in (block, block + (tokens - 1) * 256 * width)  # the patch embedding may be a fused operator
+    assert count_macs(encoder, torch.zeros(3, n)) == 3 * found
+
+
+def test_cost_in_a_fresh_process(encoder_file, tmp_path):
+    small = measure(str(encoder_file), 0.6, 1, "cpu", threads=1)
+    large = measure(str(encoder_file), 0.6, 256, "cpu", threads=1)
+    assert small.weights_mib <= small.peak_mib < large.peak_mib
+    assert large.peak_mib > 256 * 0.6 * 16_000 * 4 / 2**20 / 4  # of the waves alone a quarter: they are made before
+    assert small.macs == large.macs > 0
+    assert small.batch_ms_low <= small.batch_ms <= small.batch_ms_high
+    assert small.encoder_id == load_encoder(encoder_file, "cpu").id
+    write_costs(tmp_path / "cost.parquet", [small, large])
+    assert read_costs(tmp_path / "cost.parquet") == [small, large]
+    with pytest.raises(ConfigError, match="no encoder"):
+        measure("nobody", 0.6, 1, "cpu")
+
+
+def test_costs_that_are_known_are_not_measured_again(encoder_file, tmp_path, monkeypatch):
+    asked = []
+
+    def here(name, ts, batch, device, dtype, threads):
+        asked.append((ts, batch))
+        return measure_here(load_encoder(name, device), name, ts, batch)
+
+    monkeypatch.setattr(sweep, "measure", here)
+    monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
+    study = StudyConfig((str(encoder_file),), (), (0.2, 0.5), batch_sizes=(1, 2))
+    found = sweep.cost_sweep(study, tmp_path, lambda *_: None)
+    assert asked == [(0.2, 1), (0.2, 2), (0.5, 1), (0.5, 2)]
+    more = sweep.cost_sweep(dataclasses.replace(study, temporal_supports=(0.2, 0.5, 0.6)), tmp_path, lambda *_: None)
+    assert asked[4:] == [(0.6, 1), (0.6, 2)]
+    assert all(more[key] == cost for key, cost in found.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(encoders=()), dict(temporal_supports=(1.0, 1.0)), dict(temporal_supports=(0.0,)), dict(tasks=(), cost=False)],
+)
+def test_studies_that_cannot_be(change):
+    with pytest.raises(ConfigError):
+        dataclasses.replace(StudyConfig(("a",), ("folder:x",)), **change)
+
+
+def test_two_tasks_of_one_name_are_refused(encoder_file, clips, tmp_path):
+    with pytest.raises(ConfigError, match="two tasks"):
+        run_study(config(encoder_file, clips, tasks=(f"folder:{clips}", f"folder:{clips}/")), tmp_path)
+    assert not np.any([path.is_file() for path in tmp_path.rglob("*")])
