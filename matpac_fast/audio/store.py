@@ -156,7 +156,7 @@ class Store:
         if not rejected.equals(written[1]):
             self._write(rejected.select(_OF_REJECTED), self.out / REJECTED)
         if (self.out / PARTS).exists():
-            for part in (self.out / PARTS).glob("*.parquet"):
+            for part in (self.out / PARTS).iterdir():  # also what an interruption left half-written
                 part.unlink()
             (self.out / PARTS).rmdir()
             sync_folder(self.out)

@@ -371,6 +371,9 @@ def test_ctrl_c_while_rows_are_written_loses_none(source, tmp_path, monkeypatch,
         monkeypatch.setattr(store.Store, "_write", write)
         if after:
             write(self, table, path)
+        else:  # between making the temporary file and knowing its name
+            path.parent.mkdir(exist_ok=True)
+            (path.parent / f".{path.name}.x.tmp").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store.Store, "_write", interrupted)
@@ -381,6 +384,7 @@ def test_ctrl_c_while_rows_are_written_loses_none(source, tmp_path, monkeypatch,
     prepare(source, out, shard_seconds=1.1)
     assert Corpus(out).paths == list(GOOD)
     assert not (out / "parts").exists()
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_two_at_once_are_refused(source, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,37 @@ def test_an_error_passes_through_the_quiet(capfd):
     assert sys.stderr is before
     os.write(2, b"heard")
     assert capfd.readouterr().err == "heard"
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(source, tmp_path):
+    out = tmp_path / "corpus"
+    for i in range(297):
+        os.link(source / "0.wav", source / f"more {i}.wav")
+    command = [sys.executable, "-P", "-m", "matpac_fast.cli", "prepare", str(source), str(out), "--shard-seconds", "4"]
+
+    def start() -> subprocess.Popen[str]:
+        # A background job ignores SIGINT, and so would what it starts.
+        reset = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=reset)
+
+    process = start()
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("shards/*.i16"))) < 2:  # so the first one is in the index
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)
+    assert process.returncode == cli.INTERRUPTED, said
+    assert said[1].splitlines() == [
+        "the shards that are finished are kept; the same command goes on from there",
+        "matpac-fast prepare: interrupted",
+    ]
+    assert "next:" not in said[0]
+    again = start()
+    said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert len(Corpus(out)) == 300
+    added = int(said[0].partition(" added")[0].rpartition("; ")[2])
+    assert 0 < added < 300
