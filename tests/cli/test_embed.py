@@ -1,0 +1,128 @@
+"""`matpac-fast embed`: what is said, in what words, with which exit code; which device each worker takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from matpac_fast import cli
+from matpac_fast.cli import embed
+from matpac_fast.embed import writer
+from matpac_fast.embed.extract import Progress, Report
+from tests.embed import crew
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for i in range(6):
+        soundfile.write(folder / f"{i}.wav", crew.noise(4_000, seed=i), 16_000)
+    return folder
+
+
+def command(source: Path, out: Path, *more: str) -> list[str]:
+    start = ["embed", str(source), "--encoder", "untrained-tiny", "--device", "cpu", "--temporal-support", "0.1"]
+    return [*start, "--out", str(out), "--workers", "1", *more]
+
+
+def test_the_summary_says_who_did_what_and_what_was_the_limit():
+    report = Report(
+        files=40,
+        rows=200,
+        audio_seconds=7200.0,
+        model_seconds=30.0,
+        waited_seconds=10.0,
+        total=100,
+        before=35,
+        failed=3,
+        out=Path("o"),
+    )
+    assert embed.summary(report) == [
+        "97 files embedded in o, 35 of them before, 25 of them by other workers",
+        "200 embeddings of 2.00 h of audio in 40.0 s, 180 times real time; the model was the limit",
+        "3 files could not be used; o/errors.parquet says why",
+    ]
+    report = Report(files=2, total=2, rows=5, model_seconds=1.0, waited_seconds=2.0, out=Path("o"))
+    assert embed.summary(report)[0] == "2 files embedded in o"
+    assert embed.summary(report)[1].endswith("decoding was the limit")
+
+
+def test_progress_is_told_in_total_and_of_this_worker(monkeypatch):
+    told = []
+    now = iter([0.0, 10.0, 10.0])
+    monkeypatch.setattr(embed.time, "monotonic", lambda: next(now))
+    tell = embed._told(lambda done, total, note="": told.append((done, total, note)))
+    tell(Progress(seconds=61.7, total_seconds=600.2, files=5, total_files=50))
+    tell(Progress(61.7, 600.2, 5, 50, own_files=2, own_seconds=25.0, workers=3))
+    assert told == [
+        (61, 600, "5/50 files"),
+        (61, 600, "5/50 files, 3 workers, this one 2 files at 2.5/s"),
+    ]
+
+
+def test_each_worker_of_a_machine_takes_its_own_gpu(monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert embed._device("cuda:1") == "cuda:1"
+    assert embed._device("auto") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("SLURM_LOCALID", "6")
+    assert embed._device("auto") == "cuda:2"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert embed._device("auto") == "cuda:3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert embed._device("auto") is None
+
+
+def test_ctrl_c_keeps_what_is_finished_and_gives_back_the_rest(source, tmp_path, capsys, monkeypatch):
+    write = writer.Rows.write
+
+    def interrupted(self, out, shard, *rest):
+        if shard == 3:
+            raise KeyboardInterrupt
+        return write(self, out, shard, *rest)
+
+    monkeypatch.setattr(writer.Rows, "write", interrupted)
+    assert cli.main(command(source, tmp_path / "out", "--files-per-shard", "1")) == cli.INTERRUPTED
+    assert capsys.readouterr().err.splitlines() == [
+        "the shards that are finished are kept; the same command goes on from there",
+        "matpac-fast embed: interrupted",
+    ]
+    assert len(list((tmp_path / "out").glob("shard-*"))) == 3
+    assert not (tmp_path / "out" / "leases").exists()
+    monkeypatch.undo()
+    assert cli.main(command(source, tmp_path / "out", "--files-per-shard", "1")) == 0
+    assert "6 files embedded" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("shard-*"))) == 6
+
+
+def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys):
+    for more, line in (
+        (["--temporal-support", "-1"], "temporal_support is -1.0 s"),
+        (["--files-per-shard", "0"], "files_per_shard is 0"),
+        (["--encoder", "nothing"], "no encoder 'nothing'"),
+    ):
+        assert cli.main(command(source, tmp_path / "out", *more)) == cli.FAILED
+        said = capsys.readouterr()
+        assert line in said.err
+        assert len(said.err.strip().splitlines()) == 1
+    assert cli.main(command(tmp_path / "nowhere", tmp_path / "out")) == cli.FAILED
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_option_reaches_the_collection(source, tmp_path, capsys):
+    more = ["--format", "npy", "--dtype", "float16", "--layers", "all", "--pool", "none", "--hop", "0.05"]
+    assert cli.main(command(source, tmp_path / "out", *more, "--remainder", "pad", "--shard-seconds", "0.6")) == 0
+    assert len(list((tmp_path / "out").glob("shard-*.npy"))) == 3
+    values = np.load(tmp_path / "out" / "shard-00000.npy", mmap_mode="r")
+    assert values.dtype == np.float16
+    assert values.ndim == 3  # frames, layers, numbers
+    assert os.path.exists(tmp_path / "out" / "shard-00000.index.parquet")
