@@ -173,7 +173,9 @@ def draw_notes(zones: dict[int, list[list[int]]], count: int, seed: int) -> list
     return events
 
 
-def draw_mixture(zones: dict[int, list[list[int]]], rng: np.random.Generator) -> tuple[list[Event], list[str]]:
+def draw_mixture(
+    zones: dict[int, list[list[int]]], rng: np.random.Generator, seconds: float = MIXTURE_SECONDS
+) -> tuple[list[Event], list[str]]:
     """Four chords of a major key for one to three instruments and, half the time, drums; and the families heard."""
     beat = 60 / rng.uniform(75, 150)
     tonic = int(rng.integers(12))
@@ -189,7 +191,7 @@ def draw_mixture(zones: dict[int, list[list[int]]], rng: np.random.Generator) ->
         allowed = np.array([pitch for zone in zones[program] for pitch in zone])
         centre = rng.uniform(np.quantile(allowed, 0.25), np.quantile(allowed, 0.75))
         step = rng.choice({"bass": [1.0, 2.0], "chords": [1.0, 2.0, 4.0], "melody": [0.5, 1.0, 2.0]}[part])  # beats
-        for time in np.arange(0.05, MIXTURE_SECONDS - 0.3, step * beat):
+        for time in np.arange(0.05, seconds - 0.3, step * beat):
             root = (tonic + degrees[int(time / (4 * beat)) % 4]) % 12
             chord = [root, *((root + third) % 12 for third in thirds[(root - tonic) % 12])]
             classes = {"bass": chord[:1], "chords": chord, "melody": [chord[rng.integers(3)]]}[part]
@@ -204,7 +206,7 @@ def draw_mixture(zones: dict[int, list[list[int]]], rng: np.random.Generator) ->
                     events.append(Event(channel, program, pitch, int(rng.integers(60, 115)), time, time + length))
                     families.append(family)
     if rng.random() < 0.5:
-        for i, time in enumerate(np.arange(0.05, MIXTURE_SECONDS - 0.2, beat / 2)):
+        for i, time in enumerate(np.arange(0.05, seconds - 0.2, beat / 2)):
             kick_snare_hat = [36] * (i % 4 == 0) + [38] * (i % 4 == 2) + [42]
             events += [Event(9, 0, pitch, int(rng.integers(50, 100)), time, time + 0.1) for pitch in kick_snare_hat]
     return events, sorted(set(families), key=FAMILIES.index)

@@ -172,8 +172,8 @@ def log_mel_fwd_kernel(
 
     wide = tl.zeros([BLOCK_F, WIDE], dtype=tl.float32)
     narrow = tl.zeros([BLOCK_F, NARROW], dtype=tl.float32)
-    for odd in tl.static_range(2):
-        for first in tl.static_range(0, BINS, BLOCK_K):
+    for odd in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
+        for first in tl.static_range(0, BINS, BLOCK_K):  # pyright: ignore[reportGeneralTypeIssues]
             i = first + tl.arange(0, BLOCK_K)
             powers = _powers(wave, start, valid, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
             high, low = _split(powers * unscale * unscale, tl.bfloat16)
