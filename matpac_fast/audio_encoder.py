@@ -36,6 +36,8 @@ class AudioEncoder(nn.Module):
         frame_samples: from one frame embedding to the next; None where there are none, only whole windows.
         native_window: (size, hop) in samples of the pieces that a longer window is cut into, where a piece of the
             window is the same as a window of its own; else None.
+        native_seconds: the longest stretch of audio that the network sees at once; None where it is any.
+        beyond: what becomes of a window longer than that, for people to read.
         settings: what beside the weights decides the embeddings; part of `id`.
     """
 
@@ -46,6 +48,8 @@ class AudioEncoder(nn.Module):
     min_samples: int = 1
     frame_samples: int | None = None
     native_window: tuple[int, int] | None = None
+    native_seconds: float | None = None
+    beyond: str = "seen whole"
     settings: dict[str, Any]
 
     def columns(self, n_samples: int) -> list[int]:
@@ -67,6 +71,18 @@ class AudioEncoder(nn.Module):
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
         """`forward_pieces` for one batch of pieces of several shapes, one tensor a shape."""
         return [self.forward_pieces(pieces, pool, layers) for pieces in groups]
+
+    def facts(self) -> dict[str, Any]:
+        """What a user chooses an encoder by: rate in Hz, sizes, and the seconds of frames and windows."""
+        return {
+            "sample_rate": self.sample_rate,
+            "embedding_dim": self.embedding_dim,
+            "layers": self.n_layers,
+            "frame_seconds": None if self.frame_samples is None else self.frame_samples / self.sample_rate,
+            "min_seconds": self.min_samples / self.sample_rate,
+            "native_seconds": self.native_seconds,
+            "beyond": self.beyond,
+        }
 
     @property
     def device(self) -> torch.device:

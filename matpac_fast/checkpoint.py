@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,7 +179,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Ma
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read weights onto the CPU: (state, metadata). safetensors, or a torch file of plain tensors.
 
-    A fairseq training checkpoint gives its "model" entry. Metadata is empty for files that this package did not write.
+    A training checkpoint gives its "model" entry, and its "cfg" as metadata. Metadata is empty for other files that
+    this package did not write.
 
     Raises:
         CheckpointError: no such file, damaged, or a pickle that would run code.
@@ -194,7 +196,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     if len(start) == 9 and start[8:] == b"{":
         return _load_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        return _load_pickle(path), {}
+        return _load_pickle(path)
     raise CheckpointError(f"{path}: neither a safetensors file nor a torch checkpoint")
 
 
@@ -209,11 +211,19 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path}: damaged safetensors file: {error}") from None
 
 
-def _load_pickle(path: Path) -> dict[str, Any]:
-    # argparse.Namespace is what older fairseq keeps its arguments in; it holds data and runs nothing.
+def unpickle(path: str | os.PathLike[str]) -> Any:
+    """The content of a torch file, whatever it is, as long as it is data: nothing in the file is run.
+
+    Raises:
+        CheckpointError: a file that would run code, or is damaged.
+    """
+    # argparse.Namespace is what older fairseq keeps its arguments in; it holds data and runs nothing. numpy's numbers
+    # and arrays lie beside the weights in some released files.
+    data = [argparse.Namespace, collections.OrderedDict, np.ndarray, np.dtype, *_numpy_names()]
+    data += [type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, collections.OrderedDict]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(data):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"an object of {name[1]}" if name else "more than tensors"
@@ -223,13 +233,25 @@ def _load_pickle(path: Path) -> dict[str, Any]:
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged torch checkpoint: {str(error).splitlines()[0]}") from None
+
+
+def _numpy_names() -> list[Any]:
+    """numpy's two functions that rebuild numbers and arrays, under the names that numpy 1 and 2 give their module."""
+    rebuild: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0])
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    return [(function, f"{module}.{function.__name__}") for function in rebuild for module in modules]
+
+
+def _load_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    content, metadata = unpickle(path), {}
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        metadata = {"cfg": content["cfg"]} if isinstance(content.get("cfg"), Mapping) else {}
         content = content["model"]
     if not isinstance(content, Mapping) or not all(isinstance(v, (Tensor, Mapping)) for v in content.values()):
         raise CheckpointError(
             f"{path}: expected a dictionary of tensors, or a training checkpoint with one under 'model'"
         )
-    return dict(content)
+    return dict(content), metadata
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:

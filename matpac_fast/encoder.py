@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
+import inspect
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -23,10 +25,13 @@ from .nn.frontend import Frontend
 from .nn.vit import Attention, Block, Transformer
 from .reference import LogMelConfig
 
-__all__ = ["Embeddings", "Encoder", "list_encoders", "load_encoder"]
+__all__ = ["Embeddings", "Encoder", "list_encoders", "load_encoder", "register_encoder"]
 
 _SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
 _UNTRAINED = "untrained-"
+_ALIASES = {"random-init": "untrained-tiny"}
+# What a file must be that is named "m2d:FILE"; without it, any kind.
+_KINDS = {"matpac": "MATPAC", "m2d": "M2D"}
 _ENTRY_POINTS = "matpac_fast.encoders"
 _RELEASES = "https://github.com/aurianworld/matpac/releases"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,6 +51,8 @@ class Encoder(AudioEncoder):
         n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio: sizes, as in `MatpacConfig`.
         front_end: what differs from MATPAC's log-mel: `mean`, `std` and `framing` of `LogMelConfig`.
     """
+
+    beyond = "averaged over pieces of that length"
 
     def __init__(
         self,
@@ -177,14 +184,49 @@ def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -
     return attention.proj(torch.cat(out))
 
 
+# (argument, device, dtype) -> the encoder, in evaluation mode on the device; it may take num_heads by name.
+Loader: TypeAlias = "Callable[..., AudioEncoder]"
+
+
+@dataclass(frozen=True)
+class _Registered:
+    load: Loader | importlib.metadata.EntryPoint
+    mark: str | None = None
+
+
+_registry: dict[str, _Registered] = {}
+
+
+def register_encoder(name: str, load: Loader | str, mark: str | None = None) -> None:
+    """Make `load_encoder("name")` and `load_encoder("name:argument")` known, in this process.
+
+    A package whose encoders should be known everywhere, the command line and its worker processes among them, has
+    an entry point instead: a name and "module:function" in the group `matpac_fast.encoders`.
+
+    Args:
+        name: without a colon. One that is known already is replaced.
+        load: a function (argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncoder, or where it is,
+            "module:function", which is imported when it is needed. The argument is "" where none was given. Where
+            it has a parameter `num_heads`, that is what `load_encoder` was given.
+        mark: a name that weights files of this kind hold and no others, by which `load_encoder("FILE")` knows them.
+
+    Raises:
+        ConfigError: a name that cannot be.
+    """
+    if not name or ":" in name or name in (*_KINDS, *_ALIASES) or name.startswith(_UNTRAINED):
+        raise ConfigError(f"register_encoder: name is {name!r}; expected one without a colon that is not built in")
+    lazy = importlib.metadata.EntryPoint(name, load, _ENTRY_POINTS) if isinstance(load, str) else load
+    _registry[name] = _Registered(lazy, mark)
+
+
 def list_encoders(pattern: str = "*") -> list[str]:
     """Names that `load_encoder` knows without a file, by shell pattern.
 
-    They are the untrained presets, and what installed packages register in the entry-point group
-    `matpac_fast.encoders`: a name, and a function (argument: str, device: torch.device, dtype: torch.dtype) ->
-    AudioEncoder, which `load_encoder("name:argument")` calls.
+    They are the untrained presets; the encoders of other methods that this package brings, see docs/encoders.md; and
+    what was registered, with `register_encoder` or in the entry-point group `matpac_fast.encoders`.
     """
-    return fnmatch.filter([_UNTRAINED + name for name in PRESETS] + sorted(_registered()), pattern)
+    others = sorted(set(_entry_points()) - set(_registry))
+    return fnmatch.filter([*(_UNTRAINED + name for name in PRESETS), *_ALIASES, *_registry, *others], pattern)
 
 
 def load_encoder(
@@ -203,8 +245,8 @@ def load_encoder(
     Args:
         name_or_path: a run folder of `matpac-fast pretrain` (its newest checkpoint); a checkpoint or encoder file of
             this package, the latter checked against the SHA-256 it was saved with; an official training checkpoint
-            or released encoder file, of MATPAC, MATPAC++ or M2D; or a name of `list_encoders`, "name:argument" where
-            it takes one.
+            or released encoder file, of MATPAC, MATPAC++, M2D, PaSST, BEATs or CNN14; or a name of `list_encoders`,
+            "name:argument" where it takes one, such as "passt:FILE". "matpac:FILE" and "m2d:FILE" insist on the kind.
         device: where to put it; by default CUDA where there is one.
         num_heads: attention heads, for official files off the rule of 64 channels a head.
         weights: "student", as the official package takes, or "teacher", where a training checkpoint holds one.
@@ -214,7 +256,7 @@ def load_encoder(
 
     Raises:
         CheckpointError: no such name or file, a file that is damaged, unsafe, or no encoder.
-        ConfigError: an option that cannot be.
+        ConfigError: an option that cannot be, or that this encoder does not have.
     """
     name = os.fspath(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -223,13 +265,24 @@ def load_encoder(
     dtype = _DTYPES[str(dtype).removeprefix("torch.")]
     if weights not in ("student", "teacher"):
         raise ConfigError(f"load_encoder: weights is {weights!r}; expected 'student' or 'teacher'")
-    if not os.path.exists(name) and (entry := _registered().get(name.partition(":")[0])):
-        return _load_registered(entry, name, device, dtype)
-    if name in [_UNTRAINED + preset for preset in PRESETS]:
-        config = MatpacConfig.preset(name.removeprefix(_UNTRAINED))
-        state, sizes, known_id = Matpac(config).state_dict(), _sizes_of(config), None
+    path, kind, known_id = name, None, None
+    if not os.path.exists(name):
+        name = path = _ALIASES.get(name, name)
+        prefix, _, argument = name.partition(":")
+        if prefix in _KINDS and argument:
+            path, kind = argument, _KINDS[prefix]
+        elif (entry := _find(prefix)) is not None:
+            return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
+    if path in [_UNTRAINED + preset for preset in PRESETS] and kind is None:
+        config = MatpacConfig.preset(path.removeprefix(_UNTRAINED))
+        state, sizes = Matpac(config).state_dict(), _sizes_of(config)
     else:
-        state, sizes, known_id = _read(name, num_heads)
+        state, metadata = _read(path)
+        foreign = kind is None and not {"sizes", "config"} & set(metadata)
+        for other in _registry.values():
+            if foreign and other.mark is not None and other.mark in state:
+                return _load_registered(other, name, path, device, dtype, num_heads, weights, compile)
+        state, sizes, known_id = _interpret(state, metadata, path, kind, num_heads)
     wanted = ("frontend.", f"{weights}.")
     kept = {k.replace("teacher.", "student.", 1): v for k, v in state.items() if k.startswith(wanted)}
     encoder = Encoder(**sizes)
@@ -246,45 +299,73 @@ def _sizes_of(config: MatpacConfig) -> dict[str, Any]:
     return {size: getattr(config, size) for size in _SIZES}
 
 
-def _read(name: str, num_heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
-    """Weights under our names, the encoder's sizes, and its SHA-256 where the file says it."""
-    if not os.path.exists(name):
+def _read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not os.path.exists(path):
         raise CheckpointError(
-            f"no encoder {name!r}: neither a file nor one of {', '.join(list_encoders())}; nothing is downloaded, so "
+            f"no encoder {path!r}: neither a file nor one of {', '.join(list_encoders())}; nothing is downloaded, so "
             f"fetch a released file yourself, e.g. from {_RELEASES}"
         )
-    state, metadata = checkpoint.load(checkpoint.find_weights(name))
+    return checkpoint.load(checkpoint.find_weights(path))
+
+
+def _interpret(
+    state: dict[str, Any], metadata: dict[str, Any], path: str, kind: str | None, num_heads: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Weights under our names, the encoder's sizes, and its SHA-256 where the file says it."""
+    ours = "sizes" in metadata or "config" in metadata
+    found = "MATPAC" if ours else "M2D" if m2d.is_m2d(state) else "MATPAC" if checkpoint.is_official(state) else None
+    if found is None or found != (kind or found):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of {kind or 'MATPAC or M2D'}; its first names are {', '.join(list(state)[:3])}"
+        )
     if "sizes" in metadata:
         return state, metadata["sizes"], metadata.get("id")
     if "config" in metadata:
         return state, _sizes_of(MatpacConfig.from_dict(metadata["config"])), None
-    if m2d.is_m2d(state):
-        state, sizes = m2d.from_m2d(state, name)
-    elif checkpoint.is_official(state):
+    if found == "M2D":
+        state, sizes = m2d.from_m2d(state, path)
+    else:
         heads = ("head.", "head_norm.")
         state = checkpoint.from_official_names({k: v for k, v in state.items() if not k.startswith(heads)})
         sizes = checkpoint.read_sizes(state)
-    else:
-        raise CheckpointError(
-            f"{name}: not a MATPAC or M2D checkpoint; its first names are {', '.join(list(state)[:3])}"
-        )
     sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
     kept = (*_SIZES, "mean", "std", "framing")
     return state, {size: sizes[size] for size in kept if size in sizes}, None
 
 
-def _registered() -> dict[str, importlib.metadata.EntryPoint]:
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
 
 
+def _find(name: str) -> _Registered | None:
+    entry = None if name in _registry else _entry_points().get(name)
+    return _registry.get(name) if entry is None else _Registered(entry)
+
+
 def _load_registered(
-    entry: importlib.metadata.EntryPoint, name: str, device: torch.device, dtype: torch.dtype
+    entry: _Registered,
+    name: str,
+    argument: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int | None,
+    weights: str,
+    compile: bool,
 ) -> AudioEncoder:
-    try:
-        load = entry.load()
-    except Exception as error:  # another package's module may fail in any way at its import
-        raise CheckpointError(f"encoder {name!r}: {entry.value} does not load: {error}") from error
-    encoder = load(name.partition(":")[2], device, dtype)
+    load, where = entry.load, getattr(entry.load, "__qualname__", repr(entry.load))
+    if isinstance(load, importlib.metadata.EntryPoint):
+        where = load.value
+        try:
+            load = load.load()
+        except Exception as error:  # another package's module may fail in any way at its import
+            raise CheckpointError(f"encoder {name!r}: {where} does not load: {error}") from error
+    options = {}
+    if num_heads is not None and "num_heads" in inspect.signature(load).parameters:
+        options["num_heads"] = num_heads
+    refused = [("num_heads", num_heads is not None and not options), ("compile", compile)]
+    if named := [option for option, given in [*refused, ("weights", weights != "student")] if given]:
+        raise ConfigError(f"load_encoder: {name!r} has no option {', '.join(named)}; leave it out")
+    encoder = load(argument, device, dtype, **options)
     if not isinstance(encoder, AudioEncoder):
-        raise CheckpointError(f"encoder {name!r}: {entry.value} gave a {type(encoder).__name__}, not an AudioEncoder")
+        raise CheckpointError(f"encoder {name!r}: {where} gave a {type(encoder).__name__}, not an AudioEncoder")
     return encoder

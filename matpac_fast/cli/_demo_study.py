@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..audio.windows import windows
 from ..audio_encoder import AudioEncoder
 from ..samples import SAMPLE_RATE, Samples
 from ..study.probe import Interval, ProbeResult, bootstrap_interval, linear_probe
+from ..zoo.statistics import LogMelStatistics
 
 STATISTICS, UNTRAINED, TRAINED = "log-mel statistics", "untrained encoder", "pre-trained encoder"
 # Of each note, so that windows of every temporal support are whole and all of them hear the same audio.
@@ -79,12 +78,7 @@ def embed(encoder: AudioEncoder, waves: Tensor, temporal_support: float) -> Tens
 
 def statistics(waves: Tensor, temporal_support: float) -> Tensor:
     """(N, S) -> (N, 160): mean and standard deviation of each of 80 mels over a window's time; mean over windows."""
-    size = round(temporal_support * SAMPLE_RATE)
-    found = []
-    for start, end in windows(waves.shape[1], size, size).tolist():
-        spec = ops.log_mel(waves[:, start:end].contiguous())  # (N, 80, T)
-        found.append(torch.cat([spec.mean(2), spec.std(2, correction=0)], dim=1))
-    return torch.stack(found).mean(0)
+    return embed(LogMelStatistics(), waves, temporal_support)
 
 
 def window_ms(encoder: AudioEncoder, wave: Tensor, temporal_support: float) -> float:

@@ -1,0 +1,171 @@
+"""Any installed package that speaks the HEAR 2021 API as an encoder: OpenL3, BYOL-A, wav2vec 2 and dozens more.
+
+`load_encoder("hear:MODULE")` imports MODULE, which runs its code, and asks its `load_model()` for a model;
+`load_encoder("hear:MODULE:WEIGHTS")` hands WEIGHTS, a path or whatever MODULE takes, to `load_model`. A window is
+embedded whole, whatever its length, by `get_scene_embeddings`; `pool="none"` gives `get_timestamp_embeddings`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..audio_encoder import AudioEncoder
+from ..errors import CheckpointError, ConfigError
+
+_FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
+_ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
+_PROBE_SECONDS = 2.0
+
+
+class HearEncoder(AudioEncoder):
+    """A model of a HEAR module; what the API does not tell is found by asking it.
+
+    The shortest window is the smallest power of two, in samples, for which the module gives finite numbers. There are
+    frame embeddings where scene and timestamp embeddings have one size and the timestamps of two seconds of silence
+    come at one distance; a frame is told to start `frame_samples` after the one before, the first at 0.
+
+    Args:
+        module: with the functions of the API.
+        model: what its `load_model` gave.
+        settings: what beside the model's weights decides the embeddings.
+
+    Raises:
+        CheckpointError: a model without the attributes of the API, or which embeds no silence of up to two seconds.
+    """
+
+    beyond = "embedded whole, as the module does"
+
+    def __init__(self, module: ModuleType, model: Any, settings: dict[str, Any]):
+        super().__init__()
+        if missing := [name for name in _ATTRIBUTES if not isinstance(getattr(model, name, None), int)]:
+            raise CheckpointError(f"hear:{module.__name__}: the model has no whole number {', '.join(missing)}")
+        self.settings = settings
+        self.model = model  # a torch module's weights become this one's
+        self._module = module
+        self.sample_rate, self.embedding_dim = model.sample_rate, model.scene_embedding_size
+        # Without weights that torch knows, this is what tells the device.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.count_frames = functools.lru_cache(maxsize=256)(self._count_frames)
+
+    def probe(self) -> HearEncoder:
+        """Find the shortest window and the frames, on the device where the model is."""
+        longest, n, problem = round(_PROBE_SECONDS * self.sample_rate), 1, ""
+        while True:
+            n = min(n, longest)
+            try:
+                self.min_samples = n
+                if torch.isfinite(self._scene(torch.zeros(1, n, device=self.device))).all():
+                    break
+                problem = "NaN or infinite numbers"
+            except Exception as error:  # another package's code may fail in any way on what is too short for it
+                problem = f"{type(error).__name__}: {error}"
+            if n == longest:
+                raise CheckpointError(
+                    f"hear:{self._module.__name__}: gives no embedding of {_PROBE_SECONDS:g} s of silence: {problem}"
+                )
+            n *= 2
+        if self.model.timestamp_embedding_size == self.embedding_dim:
+            _, times = self._timestamps(torch.zeros(1, longest, device=self.device))
+            steps = times[0].double().diff() * self.sample_rate / 1000
+            if len(steps) and (steps - steps[0]).abs().max() < 1 and round(steps[0].item()) > 0:
+                self.frame_samples = round(steps[0].item())
+        return self
+
+    def columns(self, n_samples: int) -> list[int]:
+        return [1 if self.frame_samples is None else self.count_frames(max(n_samples, self.min_samples))]
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        if pool == "mean":
+            return (self._scene(pieces) * self.columns(pieces.shape[1])[0])[:, None]
+        frames, _ = self._timestamps(pieces)
+        expected = self.columns(pieces.shape[1])[0]
+        if frames.shape[1] != expected:
+            raise CheckpointError(
+                f"hear:{self._module.__name__}: {frames.shape[1]} timestamps for {pieces.shape[1]} samples, and "
+                f"{expected} for as much silence; expected a number that depends on the length alone"
+            )
+        return frames[:, None]
+
+    def _count_frames(self, n_samples: int) -> int:
+        # The API does not tell, so silence of that length, once.
+        return self._timestamps(torch.zeros(1, n_samples, device=self.device))[0].shape[1]
+
+    def _scene(self, waves: Tensor) -> Tensor:
+        found = self._ask("get_scene_embeddings", waves)
+        return self._checked(found, (len(waves), self.embedding_dim), "get_scene_embeddings")
+
+    def _timestamps(self, waves: Tensor) -> tuple[Tensor, Tensor]:
+        found, times = self._ask("get_timestamp_embeddings", waves)
+        shape = (len(waves), times.shape[-1], self.embedding_dim)
+        return self._checked(found, shape, "get_timestamp_embeddings"), times.reshape(len(waves), -1)
+
+    def _ask(self, function: str, waves: Tensor) -> Any:
+        return getattr(self._module, function)(waves, self.model)
+
+    def _checked(self, found: Any, shape: tuple[int, ...], what: str) -> Tensor:
+        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+            came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise CheckpointError(f"hear:{self._module.__name__}: {what} gave {came}; expected a tensor {shape}")
+        return found.to(self.device, torch.float32)
+
+
+def load(argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncoder:
+    """`load_encoder("hear:MODULE")` or `load_encoder("hear:MODULE:WEIGHTS")`.
+
+    Raises:
+        ConfigError: no module, or bfloat16.
+        CheckpointError: a module that cannot be imported, lacks the API, or loads no model.
+    """
+    name, _, weights = argument.partition(":")
+    if not name:
+        raise ConfigError("hear: expected hear:MODULE or hear:MODULE:WEIGHTS, such as hear:openl3_hear")
+    if dtype != torch.float32:
+        raise ConfigError(f"hear:{name}: it computes in its own dtype; got {dtype}, expected float32")
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # another package's module may fail in any way at its import
+        raise CheckpointError(
+            f"hear:{name}: the module cannot be imported ({error}); install the package that has it"
+        ) from error
+    if missing := [function for function in _FUNCTIONS if not callable(getattr(module, function, None))]:
+        raise CheckpointError(f"hear:{name}: the module has no {', '.join(missing)}, so it does not speak the HEAR API")
+    try:
+        model = module.load_model(weights) if weights else module.load_model()
+    except Exception as error:
+        raise CheckpointError(f"hear:{argument}: load_model failed: {type(error).__name__}: {error}") from error
+    if isinstance(model, nn.Module):
+        model = model.to(device).requires_grad_(False).eval()
+    encoder = HearEncoder(module, model, _settings(name, module, weights)).to(device).eval()
+    encoder.name = f"hear:{argument}"
+    with torch.no_grad():
+        return encoder.probe()  # type: ignore[operator] # Module.to and eval are typed as Module's
+
+
+def _settings(name: str, module: ModuleType, weights: str) -> dict[str, Any]:
+    """The module, its package's version or else its file, and the weights' content where they are a file."""
+    settings = {"kind": "hear", "module": name, "weights": weights}
+    top = name.partition(".")[0]
+    versions = [importlib.metadata.version(p) for p in importlib.metadata.packages_distributions().get(top, ())]
+    settings["version"] = ",".join(versions)
+    if not versions and module.__file__:
+        settings["version"] = _sha256(module.__file__)
+    if weights and os.path.isfile(weights):
+        settings["weights"] = _sha256(weights)
+    return settings
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
