@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, ops, reference
+from . import checkpoint, ops
 from .config import MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.ema import ema_update, linear_anneal
@@ -138,7 +138,7 @@ class Matpac(nn.Module):
 
         temperature = self.mcl_temperature(step) if c.mcl_heads else None
         with span("losses"):
-            loss_pred, best = reference.prediction_loss(prediction, target, temperature)
+            loss_pred, best = ops.prediction_loss(prediction, target, temperature)
         # The classification branch takes the best head's guess of each token.
         guess = prediction
         if best is not None:

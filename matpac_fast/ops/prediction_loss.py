@@ -1,0 +1,95 @@
+"""prediction_loss: 2 - 2 cos between what the predictor says and what the teacher makes of the masked patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backend, reference
+from ._check import check_shape, check_tensor
+
+_OP = "prediction_loss"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_EPS = 1e-12  # of torch's normalize
+
+
+def _check(prediction: Tensor, target: Tensor, temperature: float | None) -> None:
+    check_tensor(_OP, "prediction", prediction, 2 if temperature is None else 3, _DTYPES)
+    check_tensor(_OP, "target", target, 2, _DTYPES, like=prediction)
+    expected = (prediction.shape[0], prediction.shape[-1])
+    check_shape(_OP, "target", target, expected, "(N, D) of the prediction")
+    if prediction.ndim == 3 and prediction.shape[1] < 1:
+        raise ValueError(f"{_OP}: prediction has no heads; expected (N, H, D) with H at least 1")
+    if temperature is not None and not temperature >= 0:
+        raise ValueError(f"{_OP}: temperature is {temperature}; expected a number from 0, or None without heads")
+
+
+class _Distance(torch.autograd.Function):
+    """(N, [H,] D) and the target (N, D) -> 2 - 2 cos, (N, [H]).
+
+    The unit vectors of the prediction, which are as large as itself, are never stored: the cosine takes two passes
+    over the prediction and its gradient two more, where autograd of the formula takes a dozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+        work = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+        with torch.autocast(prediction.device.type, enabled=False):
+            unit = F.normalize(target.to(work), dim=-1)
+            if prediction.ndim == 3:
+                unit = unit[:, None]  # (N, 1, D)
+            norm = torch.linalg.vector_norm(prediction, dim=-1, dtype=work).clamp_min(_EPS)
+            if prediction.is_cuda:
+                cosine = (prediction * unit).sum(-1) / norm  # a product could be TF32's
+            else:
+                cosine = (prediction.to(work).unsqueeze(-2) @ unit.unsqueeze(-1))[..., 0, 0] / norm
+        ctx.save_for_backward(prediction, unit, norm, cosine)
+        return 2 - 2 * cosine
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        prediction, unit, norm, cosine = ctx.saved_tensors
+        along_target = -2 * grad / norm
+        # Of a vector shorter than _EPS the length is a constant.
+        along_itself = torch.where(norm > _EPS, -along_target * cosine / norm, 0.0)
+        out = (prediction * along_itself[..., None]).addcmul_(unit, along_target[..., None])
+        return out.to(prediction.dtype), None
+
+
+def prediction_loss(
+    prediction: Tensor, target: Tensor, temperature: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """2 - 2 cos(prediction, target) a masked patch; with the heads of MATPAC++, their soft or hard minimum.
+
+    The prediction loss of MATPAC (2502.12031) and its multiple-choice form (MATPAC++, 2508.12709). It has no kernel:
+    written as here it takes a few thousandths of a step, of which a kernel could save half (docs/profiling.md).
+
+    Args:
+        prediction: (N, D), or (N, H, D) with heads; float32, float64, bfloat16 or float16.
+        target: (N, D); it gets a gradient only through the PyTorch reference, which is then what runs.
+        temperature: with heads: they are weighed by softmax(-loss / temperature), which carries no gradient; 0 takes
+            the minimum. None without heads.
+
+    Returns:
+        loss (N,), in float32 or float64, and the best head (N,) int64, or None without heads.
+
+    Raises:
+        TypeError: an argument that is no tensor, or a dtype that is not listed.
+        ValueError: shapes or devices that do not fit, a negative temperature.
+
+    The gradient reaches the prediction, once differentiable, the same bits every time. Autocast does not apply inside.
+    """
+    _check(prediction, target, temperature)
+    if backend._forced == "reference" or (torch.is_grad_enabled() and target.requires_grad):
+        return reference.prediction_loss(prediction, target, temperature)
+    loss = _Distance.apply(prediction, target)
+    if temperature is None:
+        return loss, None
+    least, best = loss.min(dim=-1)
+    if temperature > 0:
+        return (torch.softmax(-loss / temperature, dim=-1).detach() * loss).sum(-1), best
+    return least, best
