@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,10 +66,31 @@ def variants(
         Case(op, size, "reference", lambda: make(plain), work, dtype),
         Case(op, size, "compiled reference", compiled, work, dtype),
     ]
-    for launcher in backend.LAUNCHERS[op][DEVICE.type]:
+    for launcher in launchers(op):
         if backend.unavailable(launcher) is None:
             cases.append(Case(op, size, launcher, lambda: make(fast), work, dtype))
     return cases
+
+
+def launchers(op: str) -> tuple[str, ...]:
+    """The kernels of `op` on DEVICE; none for a formula that has no kernel."""
+    return backend.LAUNCHERS.get(op, {}).get(DEVICE.type, ())
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Whether a peer imports; one that is built for another torch may be installed and not load."""
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """The median of some times and their quartiles, in ms."""
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return {"ms": 1e3 * statistics.median(seconds), "spread_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]]}
 
 
 def clock() -> float:
@@ -131,8 +154,7 @@ def _status_kib(name: str) -> int:
 
 def run(benchmark: Any, case: Case) -> None:
     """Time `case` with pytest-benchmark and leave all that the table needs in its `extra_info`."""
-    launchers = backend.LAUNCHERS[case.op][DEVICE.type]
-    with use_backend(case.variant if case.variant in launchers else "auto"):
+    with use_backend(case.variant if case.variant in launchers(case.op) else "auto"):
         call = case.make()
         start = clock()
         call()

@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _official_inference
+import _timing
 
 from matpac_fast import __version__, load_encoder
 from matpac_fast.encoder import Encoder
@@ -99,8 +100,7 @@ def compare(variants: dict[str, Callable], clips: int, options: argparse.Namespa
     print("".join(f"{f'over {base}':>32}" for base in bases))
     rows = []
     for name, seconds in times.items():
-        row = {"clips": clips, "seconds": options.seconds, "variant": name, "ms": 1e3 * statistics.median(seconds)}
-        row["spread_ms"] = [1e3 * min(seconds), 1e3 * max(seconds)]
+        row = {"clips": clips, "seconds": options.seconds, "variant": name, **_timing.summary(seconds)}
         for base in bases:
             row[f"over {base}"] = statistics.median(b / s for b, s in zip(times[base], seconds, strict=True))
         print(f"{name:<36}{row['ms']:>9.1f}" + "".join(f"{row[f'over {base}']:>31.2f}x" for base in bases))

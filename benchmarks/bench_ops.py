@@ -1,14 +1,19 @@
-"""The op table: every launcher that runs here against the reference, torch.compile of it, and the official chain.
+"""The op table: every launcher that runs here against the reference, torch.compile of it, and what others would use.
 
 pytest benchmarks/bench_ops.py --benchmark-only --benchmark-quiet
+
+Peers: the official model's chain of operations, and of log_mel librosa and torchaudio where they are installed.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
+import _timing
 import floors
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,9 +35,34 @@ def log_mel_cases() -> list[Case]:
             wave = 0.1 * torch.randn(clips, samples, device=DEVICE)
             return lambda: function(wave)
 
+        size = f"{clips} x 10 s"
         work = floors.log_mel(clips, samples, config.n_mels, config.n_frames(samples))
-        cases += variants("log_mel", f"{clips} x 10 s", make, ops.log_mel, reference.log_mel, work)
+        cases += variants("log_mel", size, make, ops.log_mel, reference.log_mel, work)
+        for name, peer in (("librosa", librosa_log_mel), ("torchaudio", torchaudio_log_mel)):
+            if _timing.installed(name) and not (GPU and name == "librosa"):
+                cases.append(Case("log_mel", size, name, lambda make=make, peer=peer: make(peer(config)), work))
     return cases
+
+
+def librosa_log_mel(config: LogMelConfig) -> Op:
+    librosa = importlib.import_module("librosa")
+    options = {"sr": config.sample_rate, "n_fft": config.n_fft, "hop_length": config.hop, "center": False}
+    bands = {"n_mels": config.n_mels, "fmin": config.f_min, "fmax": config.f_max}
+
+    def log_mel(wave: Tensor) -> Any:
+        mel = librosa.feature.melspectrogram(y=wave.numpy(), **options, **bands)
+        return (np.log(mel + np.float32(config.log_offset)) - config.mean) / config.std
+
+    return log_mel
+
+
+def torchaudio_log_mel(config: LogMelConfig) -> Op:
+    options = {"n_fft": config.n_fft, "win_length": config.win_length, "hop_length": config.hop, "center": False}
+    bands = {"n_mels": config.n_mels, "f_min": config.f_min, "f_max": config.f_max}
+    scale = {"norm": "slaney", "mel_scale": "slaney"}
+    transforms = importlib.import_module("torchaudio.transforms")
+    mel = transforms.MelSpectrogram(config.sample_rate, **options, **bands, **scale).to(DEVICE)
+    return lambda wave: ((mel(wave) + config.log_offset).log() - config.mean) / config.std
 
 
 def mask_shuffle_cases() -> list[Case]:
@@ -132,10 +162,42 @@ def prototype_loss_cases() -> list[Case]:
     return cases
 
 
-CASES = log_mel_cases() + mask_shuffle_cases() + masked_patch_embed_cases() + prototype_loss_cases()
+def prediction_loss_cases() -> list[Case]:
+    """Forward and backward. It has no kernel: "by hand" is the op, whose gradient is written out in PyTorch."""
+    cases = []
+    for heads in (0, 5):
+        rows, width = (34_048, 768) if GPU else (1064, 768)
+
+        def make(function: Op, heads: int = heads, rows: int = rows, width: int = width) -> Callable[[], Any]:
+            generator = torch.Generator().manual_seed(0)
+            shape = (rows, heads, width) if heads else (rows, width)
+            prediction = torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
+            target = torch.randn(rows, width, generator=generator).to(DEVICE)
+            upstream = torch.full((rows,), 1 / rows, device=DEVICE)
+
+            def call() -> Any:
+                loss, _ = function(prediction, target, 0.1 if heads else None)
+                return torch.autograd.grad(loss, prediction, upstream)
+
+            return call
+
+        work = floors.prediction_loss(rows, width, max(1, heads), backward=True)
+        size = f"{rows} x {heads} x {width}, forward + backward" if heads else f"{rows} x {width}, forward + backward"
+        cases += variants("prediction_loss", size, make, ops.prediction_loss, reference.prediction_loss, work)
+        cases.append(Case("prediction_loss", size, "by hand", lambda make=make: make(ops.prediction_loss), work))
+    return cases
 
 
-@pytest.mark.benchmark(timer=clock, max_time=1.0, min_rounds=5, warmup=False)
+CASES = (
+    log_mel_cases()
+    + mask_shuffle_cases()
+    + masked_patch_embed_cases()
+    + prototype_loss_cases()
+    + prediction_loss_cases()
+)
+
+
+@pytest.mark.benchmark(timer=clock, max_time=0.5 if GPU else 1.0, min_rounds=5, warmup=False)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.size}-{case.variant}")
 def test_op(benchmark: Any, case: Case) -> None:
     run(benchmark, case)

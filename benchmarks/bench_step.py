@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _official_training
+import _timing
 
 from matpac_fast import __version__, ops, use_backend
 from matpac_fast.config import PRESETS, MatpacConfig
@@ -132,7 +133,7 @@ def report(
     for name, seconds in times.items():
         crops = options.batch_size / statistics.median(seconds)
         rows[name] = {
-            "ms": 1e3 * statistics.median(seconds),
+            **_timing.summary(seconds),
             "crops_per_s": crops,
             "gflop_per_s": crops * step_flops(config) / 1e9,
             "speedup": statistics.median(b / s for b, s in zip(times[base], seconds, strict=True)),

@@ -47,3 +47,9 @@ def masked_patch_embed(
 def prototype_loss(rows: int, prototypes: int, features: int, itemsize: int = 4) -> Work:
     """Forward and backward from features: the logits of both sides, and the student's two gradients."""
     return Work(itemsize * 3 * (rows + prototypes) * features, 4 * 2 * rows * prototypes * features)
+
+
+def prediction_loss(rows: int, width: int, heads: int = 1, backward: bool = False) -> Work:
+    """Read the heads' predictions and the target; backwards once more, and write the predictions' gradient; float32."""
+    read = 4 * rows * width * (heads + 1)
+    return Work(2 * read + 4 * rows * width * heads if backward else read)
