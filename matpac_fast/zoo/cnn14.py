@@ -37,31 +37,35 @@ CNN14_LOG_MEL = LogMelConfig(
     std=math.log(10.0) / 10.0,  # decibels of power
 )
 _CHANNELS = (64, 128, 256, 512, 1024, 2048)
-_SHRINK = 2 ** (len(_CHANNELS) - 1)  # frames of the log-mel to one of the last block
+_SHRINK = 2 ** (len(_CHANNELS) - 1)  # frames of the log-mel to one of the last block's
 _MAX_SECONDS = 60
 _STFT = "spectrogram_extractor."
 _HEADS = ("fc_audioset.", _STFT)
 
 
 class Cnn14(Network):
-    """CNN14 under its official parameter names; its mel filters come from the checkpoint too."""
+    """CNN14 under its official parameter names; its mel filters come from the checkpoint too.
+
+    Args:
+        channels: of each of the six blocks.
+    """
 
     sample_rate = CNN14_LOG_MEL.sample_rate
-    embedding_dim = 2048
     min_samples = CNN14_LOG_MEL.n_samples(_SHRINK)
     max_samples = _MAX_SECONDS * CNN14_LOG_MEL.sample_rate
 
-    def __init__(self):
+    def __init__(self, channels: tuple[int, ...] = _CHANNELS):
         super().__init__()
         self.settings = {"kind": "cnn14"}
+        self.embedding_dim = channels[-1]
         self.logmel_extractor = nn.Module()
         self.logmel_extractor.melW = nn.Parameter(
             torch.empty(CNN14_LOG_MEL.n_fft // 2 + 1, CNN14_LOG_MEL.n_mels)
         )  # (bins, mels)
         self.bn0 = nn.BatchNorm2d(CNN14_LOG_MEL.n_mels)
-        for i, (inputs, outputs) in enumerate(zip((1, *_CHANNELS), _CHANNELS, strict=False)):
+        for i, (inputs, outputs) in enumerate(zip((1, *channels), channels, strict=False)):
             self.add_module(f"conv_block{i + 1}", ConvBlock(inputs, outputs))
-        self.fc1 = nn.Linear(_CHANNELS[-1], self.embedding_dim)
+        self.fc1 = nn.Linear(channels[-1], channels[-1])
 
     def frames(self, n_samples: int) -> int:
         return CNN14_LOG_MEL.n_frames(n_samples) // _SHRINK
@@ -80,13 +84,13 @@ class Cnn14(Network):
             x = self.get_submodule(f"conv_block{i + 1}")(x)
             x = F.avg_pool2d(x, 2) if i + 1 < len(_CHANNELS) else x
         frames = x.shape[2]
-        x = x.float().mean(3)  # (N, 2048, T // 32)
+        x = x.float().mean(3)  # (N, C, T // 32)
         x = F.relu(self.fc1(x.amax(2) + x.mean(2)))
         yield x.float()[:, None] * frames  # one embedding a piece stands for as many frames as the piece weighs
 
 
 def from_official(state: Mapping[str, Tensor], source: str) -> Cnn14:
-    """A CNN14 with the weights of the official file; its classification head is left out.
+    """A CNN14 whose channels are read off the shapes; its classification head is left out.
 
     The file also holds the Fourier transform as a convolution; it must be that of a periodic Hann window of 1024
     samples, for which an FFT stands in.
@@ -94,8 +98,12 @@ def from_official(state: Mapping[str, Tensor], source: str) -> Cnn14:
     Raises:
         CheckpointError: no CNN14, one with another front end, or entries that are missing, left over or misshapen.
     """
-    if "conv_block6.conv1.weight" not in state:
-        raise CheckpointError(f"{source}: not a CNN14 checkpoint; its first names are {first_names(state)}")
+    try:
+        channels = tuple(state[f"conv_block{i + 1}.conv1.weight"].shape[0] for i in range(len(_CHANNELS)))
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source}: not a CNN14 checkpoint ({error}); its first names are {first_names(state)}"
+        ) from None
     n_fft = CNN14_LOG_MEL.n_fft
     turns = torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * torch.arange(n_fft) / n_fft
     window = mel_window(CNN14_LOG_MEL)
@@ -110,7 +118,7 @@ def from_official(state: Mapping[str, Tensor], source: str) -> Cnn14:
                 "window; only CNN14 at 32 kHz is supported"
             )
     with torch.device("meta"):
-        model = Cnn14()
+        model = Cnn14(channels)
     fill(model, state, source, _HEADS)
     return model
 
