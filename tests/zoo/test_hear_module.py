@@ -1,0 +1,162 @@
+"""Encoders of packages that speak the HEAR API, by a small module that does, with its own faults on request."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from matpac_fast import load_encoder
+from matpac_fast.errors import CheckpointError, ConfigError
+from tests.zoo.official import noise
+
+MODULE = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    sample_rate, scene_embedding_size, timestamp_embedding_size = 8_000, 6, 6
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(400, 6)
+
+    def forward(self, audio):  # frames of 50 ms
+        return self.linear(audio.unfold(1, 400, 400))
+
+
+def load_model(path=""):
+    torch.manual_seed(0)
+    model = Model()
+    if path:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def get_timestamp_embeddings(audio, model):
+    found = model(audio)
+    times = 25 + 50.0 * torch.arange(found.shape[1])
+    return found, times.expand(len(audio), -1)
+
+
+def get_scene_embeddings(audio, model):
+    return model(audio).mean(1)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """module("name", more code) writes a module that can be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+
+    def write(name: str, more: str = "") -> str:
+        (tmp_path / f"{name}.py").write_text(MODULE + textwrap.dedent(more), encoding="utf-8")
+        names.append(name)
+        return name
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def frames(model: torch.nn.Module, wave: torch.Tensor) -> torch.Tensor:
+    return model.linear(wave.unfold(0, 400, 400)).detach()
+
+
+def test_windows_and_frames_are_the_modules(module):
+    encoder = load_encoder(f"hear:{module('fake_hear')}", "cpu")
+    assert encoder.name == "hear:fake_hear"
+    assert (encoder.sample_rate, encoder.embedding_dim, encoder.min_samples) == (8_000, 6, 512)
+    assert encoder.frame_samples == 400
+    assert not any(p.requires_grad for p in encoder.parameters())
+    wave = noise(20_000)
+    want = frames(encoder.model, wave)
+    torch.testing.assert_close(encoder.embed(wave, 8_000).values[0], want.mean(0), rtol=0, atol=1e-6)
+    found = encoder.embed(wave, 8_000, pool="none")
+    torch.testing.assert_close(found.values, want, rtol=0, atol=1e-6)
+    assert found.start[:3].tolist() == [0.0, 0.05, 0.1]
+    windows = encoder.embed(wave, 8_000, temporal_support=0.5)
+    torch.testing.assert_close(windows.values[1], frames(encoder.model, wave[4_000:8_000]).mean(0), rtol=0, atol=1e-6)
+    clips = [noise(n, seed=n) for n in (1, 700, 4_000, 4_100, 9_000, 4_000)]
+    singles = [encoder.embed(clip, 8_000).values for clip in clips]
+    for got, want in zip(encoder.embed(clips, 8_000, batch_size=4), singles, strict=True):
+        torch.testing.assert_close(got.values, want, rtol=0, atol=1e-6)
+
+
+def test_weights_are_handed_over_and_decide_the_id(module, tmp_path):
+    name = module("fake_hear")
+    plain = load_encoder(f"hear:{name}", "cpu")
+    weights = {key: 2 * value for key, value in plain.model.state_dict().items()}
+    torch.save(weights, tmp_path / "w.pt")
+    other = load_encoder(f"hear:{name}:{tmp_path / 'w.pt'}", "cpu")
+    assert other.id != plain.id
+    assert load_encoder(f"hear:{name}", "cpu").id == plain.id
+    wave = noise(8_000)
+    torch.testing.assert_close(other.embed(wave, 8_000).values, 2 * plain.embed(wave, 8_000).values, rtol=0, atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"hear:fake_hear:no\.pt: load_model failed: FileNotFoundError"):
+        load_encoder(f"hear:{name}:no.pt", "cpu")
+
+
+def test_no_frames_where_timestamps_have_another_size_or_no_distance(module):
+    bigger = "Model.timestamp_embedding_size = 12"
+    uneven = """
+        def get_timestamp_embeddings(audio, model):
+            found = model(audio)
+            return found, (torch.arange(found.shape[1]) ** 2.0).expand(len(audio), -1)
+    """
+    for i, more in enumerate((bigger, uneven)):
+        encoder = load_encoder(f"hear:{module(f'fake_hear_{i}', more)}", "cpu")
+        assert encoder.frame_samples is None
+        assert encoder.embed(noise(8_000), 8_000).values.shape == (1, 6)
+        with pytest.raises(ConfigError, match="has no frame embeddings"):
+            encoder.embed(noise(8_000), 8_000, pool="none")
+
+
+def test_frames_must_depend_on_the_length_alone(module):
+    fickle = """
+        def get_timestamp_embeddings(audio, model):
+            found = model(audio)[:, 1 if audio.any() else 0 :]
+            return found, (50.0 * torch.arange(found.shape[1])).expand(len(audio), -1)
+    """
+    encoder = load_encoder(f"hear:{module('fake_hear', fickle)}", "cpu")
+    with pytest.raises(CheckpointError, match="19 timestamps for 8000 samples, and 20 for as much silence"):
+        encoder.embed(noise(8_000), 8_000, pool="none")
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ("del get_scene_embeddings", "has no get_scene_embeddings, so it does not speak the HEAR API"),
+        ("Model.sample_rate = '8k'", "the model has no whole number sample_rate"),
+        ("Model.scene_embedding_size = 7", "2 s of silence: CheckpointError: .* gave .*; expected a tensor"),
+        ("def get_scene_embeddings(a, m): return m(a).mean(1) / 0", "2 s of silence: NaN or infinite numbers"),
+        ("raise RuntimeError('no licence')", r"cannot be imported \(no licence\)"),
+        ("def load_model(): raise OSError('no weights')", "load_model failed: OSError: no weights"),
+    ],
+)
+def test_faults_are_told(module, more, line):
+    with pytest.raises(CheckpointError, match=line):
+        load_encoder(f"hear:{module('fake_hear', more)}", "cpu")
+
+
+def test_what_cannot_be(module):
+    with pytest.raises(ConfigError, match="expected hear:MODULE or hear:MODULE:WEIGHTS"):
+        load_encoder("hear", "cpu")
+    with pytest.raises(CheckpointError, match=r"hear:no_such_module: the module cannot be imported .*; install"):
+        load_encoder("hear:no_such_module", "cpu")
+    with pytest.raises(ConfigError, match=r"hear:fake_hear: .* got torch\.bfloat16, expected float32"):
+        load_encoder(f"hear:{module('fake_hear')}", "cpu", dtype="bfloat16")
+
+
+def test_this_package_speaks_it_too():
+    with pytest.raises(CheckpointError, match="load_model failed: ConfigError: load_model: no model_file_path"):
+        load_encoder("hear:matpac_fast.hear", "cpu")
+    ours = load_encoder("hear:matpac_fast.hear:untrained-tiny", "cpu")
+    tiny = load_encoder("untrained-tiny", "cpu")
+    wave = noise(20_000)
+    torch.testing.assert_close(ours.embed(wave, 16_000).values, tiny.embed(wave, 16_000).values, rtol=0, atol=1e-5)
+    assert ours.frame_samples == tiny.frame_samples // 4
