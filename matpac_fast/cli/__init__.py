@@ -25,7 +25,7 @@ COMMANDS = {
     "doctor": ("doctor", "what runs here, what is missing for what, and the command that mends it"),
 }
 
-# Exit codes: 0 done, 1 done with some inputs failed, 2 the command could not do its work, 130 interrupted (Ctrl-C).
+# Exit codes: 0 done, 2 the command could not do its work, 130 interrupted (Ctrl-C); others are a command's own.
 FAILED = 2
 INTERRUPTED = 130
 
@@ -50,11 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"matpac-fast: no command {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
         return FAILED
-    module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
-    import tyro
-
     try:
-        return tyro.cli(module.main, prog=f"matpac-fast {argv[0]}", args=argv[1:]) or 0
+        module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
+        import tyro
+
+        from ._options import described
+
+        return tyro.cli(described(module.main), prog=f"matpac-fast {argv[0]}", args=argv[1:]) or 0
     except KeyboardInterrupt:
         print(f"matpac-fast {argv[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -63,5 +65,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         # Of the processes that torchrun starts each says what ails it.
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"matpac-fast {argv[0]}{rank}: {error}", file=sys.stderr)
+        print(f"matpac-fast {argv[0]}{rank}: {_line(error).removeprefix(f'{argv[0]}: ')}", file=sys.stderr)
         return FAILED
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, in one line; of the system's errors the file first, without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    # Of two names the second is the one that was asked for; the first is that of a file in the making.
+    name = error.filename if error.filename2 is None else error.filename2
+    return error.strerror if name is None else f"{os.fsdecode(name)}: {error.strerror}"

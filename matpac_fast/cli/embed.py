@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ..errors import ConfigError
 from ._progress import Update, progress
 from ._quiet import quiet_libraries
 
@@ -112,12 +113,12 @@ def main(
 
 def summary(report: Report) -> list[str]:
     """What is embedded, by whom and when, how fast, what was the limit, and what could not be used."""
-    total = report.total - report.failed
+    before, here, elsewhere = report.embedded
     if report.stopped:
         lines = ["stopped: too many files could not be used; the shards that are finished are kept"]
     else:
-        done = f"{total} files embedded in {report.out}"
-        parts = [(report.before, "before"), (report.elsewhere, "by other workers")]
+        done = f"{before + here + elsewhere} files embedded in {report.out}"
+        parts = [(before, "before"), (elsewhere, "by other workers")]
         lines = [done + "".join(f", {n} of them {whom}" for n, whom in parts if n)]
     if report.rows:
         seconds = report.model_seconds + report.waited_seconds
@@ -145,12 +146,19 @@ def _told(update: Update) -> Callable[[Progress], None]:
 
 def _device(name: str) -> str | None:
     """The device that is meant: with "auto", of many workers on one machine each its own GPU."""
+    import torch
+
     if name != "auto":
+        try:
+            found = torch.device(name)
+        except RuntimeError:
+            raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+        here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found.type == "cuda" and (found.index or 0) >= here:
+            raise ConfigError(f"device is {name!r}; torch finds {here} CUDA devices here")
         return name
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
     if rank is None:
         return None
-    import torch
-
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return f"cuda:{int(rank) % count}" if count else None

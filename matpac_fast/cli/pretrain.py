@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def main(
     corpus: Annotated[Path, tyro.conf.Positional],
     out: Path,
-    preset: Literal["tiny", "small", "base", "large"] | None = None,
+    preset: Literal["nano", "tiny", "small", "base", "large"] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     grad_accumulation: int | None = None,
@@ -74,26 +74,28 @@ def main(
         grad_accumulation: compute a batch in so many pieces, one after the other: less memory, the same step.
         lr: peak learning rate. Default: 3e-4.
         warmup: steps to the peak. Default: 1/15 of the run, as official.
-        stretch_decays: False keeps the official decays of teachers and MCL temperature a step, however short the run.
+        stretch_decays: --no-stretch-decays keeps the official decays of teachers and MCL temperature a step, however
+            short the run. Default: stretched to it.
         crop_seconds: length of a crop, a multiple of 0.16 s; several lengths are drawn in turn. Default: 6.08.
         pad_short: clips shorter than a crop: leave them out, repeat them, or add silence. Default: drop.
         mask_ratio: share of the patches that the student does not see. Default: 0.7.
         mcl_heads: heads of multiple choice learning; 5 is MATPAC++. Default: 0, MATPAC.
-        teacher_init: start the teacher from random weights (official) or as a copy of the student.
-        center_of: centre by the teacher's probabilities (official) or by its logits, as DINO.
-        precision: auto is bf16 where the device computes in it, else float32.
+        teacher_init: start the teacher from random weights or as a copy of the student. Default: random, as official.
+        center_of: centre by the teacher's probabilities or by its logits, as DINO. Default: probabilities, as official.
+        precision: auto is bf16 where the device computes in it, else float32. Default: auto.
         seed: names the initial weights, the order, the crops and the masks. Default: 0.
-        init: start a new run from these weights: a run, a file, or an official training checkpoint.
+        init: start a new run from these weights: a run, a file, or an official training checkpoint. Default: random.
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
         compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
+            Default: not.
         shard: under torchrun, cut weights, gradients and Adam's moments into one part a process (FSDP2): for models
-            that do not fit on one GPU.
+            that do not fit on one GPU. Default: each process holds all of them (DDP).
         log_every: steps between two lines of the log. Default: 20.
         save_every: steps between two checkpoints. Default: 500.
         keep_last: newest checkpoints that stay on disk. Default: 3.
-        keep_every: keep those of every so many steps too, a multiple of save-every.
+        keep_every: keep those of every so many steps too, a multiple of save-every. Default: none of them.
         probe_data: a folder of audio whose sub-folders are labels: score student and teacher on it as they are trained,
-            by nearest neighbours and a linear probe.
+            by nearest neighbours and a linear probe. Default: no scores.
         probe_every: steps between two scores. Default: those between two checkpoints.
         probe_clips: clips to score on, evenly over the labels; all are kept in memory.
         tensorboard: write all that is logged for TensorBoard too, into the run's folder.
@@ -168,7 +170,7 @@ def _frames(seconds: float) -> int:
     frames = round(100 * seconds)
     if frames < 16 or frames % 16:
         below = frames // 16 * 16
-        near = " or ".join(f"{n / 100:g}" for n in (below, below + 16) if n)
+        near = " or ".join(f"{n / 100:g}" for n in (max(0, below), max(0, below) + 16) if n)
         raise ConfigError(f"--crop-seconds {seconds:g}: expected a multiple of 0.16 s, such as {near}")
     return frames
 

@@ -52,13 +52,16 @@ class Report(Work):
     total: int = 0  # files of the collection
     before: int = 0  # of these, done before this call
     failed: int = 0  # of the collection
+    failed_before: int = 0  # of these, before this call
+    failed_here: int = 0  # of these, in this worker's hands
     stopped: bool = False  # for too many failures
     out: Path = Path()
 
     @property
-    def elsewhere(self) -> int:
-        """Files that other workers did meanwhile."""
-        return max(0, self.total - self.before - self.files)
+    def embedded(self) -> tuple[int, int, int]:
+        """Files that have embeddings: from before this call, from this worker, from others meanwhile."""
+        before, here = self.before - self.failed_before, self.files - self.failed_here
+        return before, here, max(0, self.total - self.failed - before - here)
 
     @property
     def limit(self) -> str:
@@ -224,6 +227,8 @@ class _Worker:
         self._failed: list[tuple[str, str]] = []  # of the shard in hand
         self._errors_left = None if max_errors is None else max_errors - len(manifest.errors(out, self._kind))
         homes = manifest.homes()
+        self._done_before = set(range(len(manifest.shards))) - set(self._missing)
+        self._done_here: set[int] = set()
         report.total = len(manifest)
         report.before = report.total - sum(homes[e.path] == i for i in self._missing for e in manifest.shards[i])
         self._sizes = [  # of each shard: its file's name, its files and their seconds
@@ -253,7 +258,11 @@ class _Worker:
         self._look()
         manifest = read_manifest(self._out) or self._manifest  # others may have added to it
         errors = manifest.errors(self._out, self._kind) + self._failed
+        homes = self._manifest.homes()
+        shards = [homes.get(path) for path, _ in errors]  # None: of what stands in no shard
         self._report.failed = len(errors)
+        self._report.failed_before = sum(shard is None or shard in self._done_before for shard in shards)
+        self._report.failed_here = sum(shard in self._done_here for shard in shards)
         write_errors(self._out, errors)
 
     def run_only(self, shards: Sequence[int], threads: int) -> None:
@@ -272,6 +281,7 @@ class _Worker:
             rows.write(self._out, shard, self._kind, self._settings)
         self._claimed.popleft()
         self._missing.pop(shard)
+        self._done_here.add(shard)
         self._leases.release(_name(shard))
         self._failed, self._in_hand = [], [0, 0.0]
         self._look()

@@ -40,13 +40,15 @@ def test_the_summary_says_who_did_what_and_what_was_the_limit():
         waited_seconds=10.0,
         total=100,
         before=35,
-        failed=3,
+        failed=6,
+        failed_before=2,
+        failed_here=1,
         out=Path("o"),
     )
     assert embed.summary(report) == [
-        "97 files embedded in o, 35 of them before, 25 of them by other workers",
+        "94 files embedded in o, 33 of them before, 22 of them by other workers",
         "200 embeddings of 2.00 h of audio in 40.0 s, 180 times real time; the model was the limit",
-        "3 files could not be used; o/errors.parquet says why",
+        "6 files could not be used; o/errors.parquet says why",
     ]
     report = Report(files=2, total=2, rows=5, model_seconds=1.0, waited_seconds=2.0, out=Path("o"))
     assert embed.summary(report)[0] == "2 files embedded in o"
@@ -69,10 +71,12 @@ def test_progress_is_told_in_total_and_of_this_worker(monkeypatch):
 def test_each_worker_of_a_machine_takes_its_own_gpu(monkeypatch):
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
-    assert embed._device("cuda:1") == "cuda:1"
+    assert embed._device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert embed._device("auto") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert embed._device("cuda:1") == "cuda:1"
     monkeypatch.setenv("SLURM_LOCALID", "6")
     assert embed._device("auto") == "cuda:2"
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -108,6 +112,8 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys):
         (["--temporal-support", "-1"], "temporal_support is -1.0 s"),
         (["--files-per-shard", "0"], "files_per_shard is 0"),
         (["--encoder", "nothing"], "no encoder 'nothing'"),
+        (["--device", "cuda:99"], "device is 'cuda:99'; torch finds"),
+        (["--device", "gpu"], "device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
     ):
         assert cli.main(command(source, tmp_path / "out", *more)) == cli.FAILED
         said = capsys.readouterr()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 
 from matpac_fast import __version__, cli
-from matpac_fast.errors import CorpusError
+from matpac_fast.cli._options import described
+from matpac_fast.errors import ConfigError, CorpusError
 
 
 def test_help_lists_every_command(capsys):
@@ -27,7 +31,12 @@ def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
     assert ended.value.code == 0
-    assert f"matpac-fast {name}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Example: matpac-fast {name}" in said
+    # What may be left out says what happens then; a switch is no choice between three words.
+    assert "default: None" not in said
+    assert "{None" not in said
+    assert "True,False" not in said
 
 
 def test_an_unknown_command_is_named(capsys):
@@ -39,7 +48,10 @@ def test_an_unknown_command_is_named(capsys):
     ("error", "code", "line"),
     [
         (CorpusError("corpus/ holds no index; run matpac-fast prepare"), 2, "corpus/ holds no index"),
-        (OSError(28, "No space left on device", "out.parquet"), 2, "No space left on device: 'out.parquet'"),
+        (OSError(28, "No space left on device", "out.parquet"), 2, "demo: out.parquet: No space left on device"),
+        (IsADirectoryError(21, "Is a directory", ".a.tmp", None, "a.onnx"), 2, "demo: a.onnx: Is a directory"),
+        (OSError("no device"), 2, "demo: no device"),
+        (ConfigError("demo: hop is 0"), 2, "matpac-fast demo: hop is 0"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -53,3 +65,17 @@ def test_errors_are_one_line_without_traceback(monkeypatch, capsys, error, code,
     err = capsys.readouterr().err
     assert line in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_switch_is_left_as_it_is_where_nothing_is_said():
+    seen = []
+
+    def main(
+        source: Annotated[Path, tyro.conf.Positional], fast: bool | None = None, sizes: tuple[float, ...] | None = None
+    ) -> None:
+        """Do it."""
+        seen.append((str(source), fast, sizes))
+
+    for more in ([], ["--fast"], ["--no-fast", "--sizes", "1", "2.5"]):
+        tyro.cli(described(main), args=["here", *more])
+    assert seen == [("here", None, None), ("here", True, None), ("here", False, (1.0, 2.5))]

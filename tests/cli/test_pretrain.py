@@ -128,6 +128,7 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         (["--device", "cuda:99"], "device is 'cuda:99'; torch finds"),
         (["--device", "gpu"], "device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
         (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["--mcl-heads", "-1"], "mcl_heads is -1; expected 0 or more"),
     ],
 )
 def test_what_cannot_be_is_one_line(corpus, tmp_path, capsys, options, says):
@@ -169,7 +170,7 @@ def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_pat
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "matpac_fast.cli", "pretrain", corpus, "--out", str(tmp_path / "run"), "--steps", "4"]
     ended = subprocess.run(
-        [*command, *SMALL], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*command, *SMALL], capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout.splitlines()

@@ -1,0 +1,30 @@
+"""How a command's signature becomes its options."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+
+def described(main: Callable[..., Any]) -> Callable[..., Any]:
+    """`main`, annotated so that tyro shows it plainly.
+
+    An option whose default is None is one that may be left out, and its text says what happens then: no "None" among
+    its values, no "(default: None)" behind it, and a switch, which may be None too, is --name or --no-name. What has
+    no option's name is called by its own: usage: ... SOURCE OUT.
+    """
+    hints = typing.get_type_hints(main, include_extras=True)
+    for name, parameter in inspect.signature(main).parameters.items():
+        if parameter.default is None:
+            hints[name] = Annotated[hints[name], tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
+        if tyro.conf.Positional in typing.get_args(hints[name]):
+            hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
+    main.__annotations__ = hints
+    # tyro would break the help where the docstring breaks its lines.
+    main.__doc__ = re.sub(r"\n {12}(?=\S)", " ", main.__doc__ or "")
+    return main
