@@ -268,7 +268,9 @@ def load_encoder(
     path, kind, known_id = name, None, None
     if not os.path.exists(name):
         name = path = _ALIASES.get(name, name)
-        prefix, _, argument = name.partition(":")
+        prefix, colon, argument = name.partition(":")
+        if colon and not argument:
+            raise ConfigError(f"load_encoder: {name!r} ends with its colon; expected what comes after it, or no colon")
         if prefix in _KINDS and argument:
             path, kind = argument, _KINDS[prefix]
         elif (entry := _find(prefix)) is not None:

@@ -1,6 +1,7 @@
 """The encoders that this package brings beside MATPAC's: the names of `load_encoder`, one line each.
 
-`matpac_fast` imports this table; the file behind a name is imported when it is loaded.
+`matpac_fast` imports this table; the file behind a name is imported when it is loaded. An encoder whose weights come
+with this package is one line more, and a file whose `load` takes no argument, as `statistics.load`.
 """
 
 from __future__ import annotations

@@ -119,6 +119,27 @@ def test_bfloat16_is_near(name, files):
         assert low.id != exact.id
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "logmel-stats"])
+def test_every_tensor_is_where_the_encoder_is(name, files):
+    encoder = make(name, files)
+    wave = noise(encoder.sample_rate // 2)
+    (piece,) = encoder.pieces(wave, np.array([[0, len(wave)]]))
+    here = list(encoder.states(encoder.front_end(piece[None])))
+    elsewhere = list(encoder.to("meta").states(encoder.front_end(piece[None].to("meta"))))
+    assert [state.shape for state in elsewhere] == [state.shape for state in here]
+    assert all(state.device.type == "meta" for state in elsewhere)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_gives_what_the_cpu_gives(name, files):
+    encoder = make(name, files)
+    clips = [noise(n, seed=n) for n in (1, encoder.sample_rate // 3, encoder.sample_rate)]
+    want = [encoder.embed(clip, encoder.sample_rate).values for clip in clips]
+    for found, expected in zip(encoder.cuda().embed(clips, encoder.sample_rate), want, strict=True):
+        torch.testing.assert_close(found.values.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["passt", "beats"])
 def test_layers_end_with_the_last(name, files):
     encoder = make(name, files)

@@ -176,6 +176,8 @@ def test_options_that_an_encoder_does_not_have(golden, tmp_path):
     path = official.beats_file(golden("beats"), tmp_path)
     with pytest.raises(ConfigError, match="'beats' has no option weights; leave it out"):
         load_encoder(f"beats:{path}", "cpu", weights="teacher")
+    with pytest.raises(ConfigError, match="'beats:' ends with its colon"):
+        load_encoder("beats:", "cpu")  # not an untrained one, where a shell variable was empty
     with pytest.raises(ConfigError, match="has no option num_heads, compile"):
         load_encoder("logmel-stats", "cpu", num_heads=2, compile=True)
     assert checkpoint.load(path)[1]["cfg"]["max_distance"] == 128
