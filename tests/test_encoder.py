@@ -170,7 +170,8 @@ def test_encoders_load_from_official_training_checkpoints(model, tmp_path):
 
 
 def test_untrained_encoders_have_names():
-    assert list_encoders()[:4] == ["untrained-tiny", "untrained-small", "untrained-base", "untrained-large"]
+    known = {"untrained-tiny", "untrained-small", "untrained-base", "untrained-large"}
+    assert known <= set(list_encoders("untrained-*"))
     assert list_encoders("*tiny") == ["untrained-tiny"]
     assert load_encoder("random-init", "cpu").embedding_dim == 960
     encoder = load_encoder("untrained-tiny", "cpu")
