@@ -158,7 +158,10 @@ class MatpacConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MatpacConfig:
-        """nano (192 x 6), tiny (192 x 12), small (384 x 12), base (768 x 12, official) or large (1024 x 24); the rest in proportion."""
+        """nano (192 x 6), tiny (192 x 12), small (384 x 12), base (768 x 12, official) or large (1024 x 24).
+
+        The rest in proportion.
+        """
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

@@ -292,7 +292,7 @@ def test_presets_have_the_size_they_should(name, millions):
         (dict(predictor_heads=0), "predictor_heads is 0"),
         (dict(mask_ratio=0.999), "leaves 0 visible"),
         (dict(mask_ratio=1.0), "mask_ratio is 1.0; expected a share above 0 and below 1"),
-        (dict(mask_ratio=0.001), "at least one visible and one masked"),
+        (dict(mask_ratio=0.01, n_mels=16, n_frames=16), "of 1 patches it leaves 0 visible, expected at least one"),
         (dict(width=66, num_heads=1), "width is 66; expected a multiple of 4"),
         (dict(teacher_temp=0.0), "teacher_temp is 0.0; expected a positive temperature"),
         (dict(center_of="means"), "center_of is 'means'; expected 'probabilities' or 'logits'"),
