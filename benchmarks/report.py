@@ -1,8 +1,9 @@
 """Tables for the README from recorded results, and comparisons of two of them.
 
     python benchmarks/report.py                       print the tables of the newest result of every device
-    python benchmarks/report.py --readme              put them into README.md, between its two markers
-    python benchmarks/report.py --compare OLD NEW     ratios of two results of one device
+    python benchmarks/report.py --readme              put them into README.md, between its two markers, and the curves
+                                                      of temporal support into docs/
+    python benchmarks/report.py --compare OLD NEW     ratios of two results of one device, with their spread
 
 `sheet.py` makes the results. A result of a changed tree, of a failing stage or without tests is refused.
 """
@@ -14,6 +15,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import _plots
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- benchmarks: begin, made by benchmarks/report.py -->", "<!-- benchmarks: end -->"
@@ -79,18 +82,27 @@ def tables(result: Result) -> list[str]:
         ]
         lines += table([f"embedding, {result['embed']['encoder']}", "ms", *(f"over {base}" for base in bases)], cells)
     if "temporal_support" in result:
-        found = result["temporal_support"]
-        heads = [f"temporal support, {found['preset']}, batch {found['batch_size']}"]
-        heads += ["ms a clip", "ms a second", "peak MiB", "GMAC a clip", "GMAC a second"]
-        rows = [
-            [f"{row['kind']}, {row['seconds']:g} s"]
-            + [f"{row[c]:,.1f}" for c in ("ms", "ms_per_second", "peak_mib", "gmacs", "gmacs_per_second")]
-            for row in found["rows"]
-        ]
-        lines += table(heads, rows)
+        lines += support_table(result["temporal_support"])
+    if profile := result.get("profile"):
+        lines += ["A training step of `base` taken apart, by `matpac-fast bench --profile`:", ""]
+        lines += ["```", *profile, "```", ""]
     if result["left_out"]:
         lines += ["Left out: " + "; ".join(result["left_out"].values()) + ".", ""]
     return lines
+
+
+def support_table(found: Result) -> list[str]:
+    """Of the fastest backend and the largest batch that was timed; the JSON and the curves have the rest."""
+    batch = max(row["batch_size"] for row in found["rows"])
+    heads = [f"temporal support, {found['preset']}, batch {batch}"]
+    heads += ["ms a clip", "ms a second", "peak MiB", "GMAC a clip", "GMAC a second", "largest batch"]
+    columns = ("ms", "ms_per_second", "peak_mib", "gmacs", "gmacs_per_second")
+    rows = [
+        [f"{row['kind']}, {row['seconds']:g} s", *(f"{row[c]:,.1f}" for c in columns), row["largest_batch"]]
+        for row in sorted(found["rows"], key=lambda row: row["kind"])
+        if row["backend"] == found["rows"][0]["backend"] and row["batch_size"] == batch
+    ]
+    return table(heads, rows)
 
 
 def op_table(ops: list[Result]) -> list[str]:
@@ -112,29 +124,53 @@ def op_table(ops: list[Result]) -> list[str]:
     return table(["op", "ms", "rate", "of floor", "over reference", "extra MiB"], rows)
 
 
-def timings(result: Result) -> dict[str, float]:
-    """Milliseconds by name, of everything that was timed."""
-    found = {f"{row['op']} {row['size']} {row['variant']}": row["median_ms"] for row in result.get("ops", [])}
-    found |= {f"step {name}": row["ms"] for name, row in result.get("step", {"rows": {}})["rows"].items()}
+Times = tuple[float, float, float]  # median, lower and upper quartile, ms
+
+
+def timings(result: Result) -> dict[str, Times]:
+    """By name, of everything that was timed."""
+    found = {}
+    for row in result.get("ops", []):
+        found[f"{row['op']} {row['size']} {row['variant']}"] = (row["median_ms"], *row["spread_ms"])
+    for name, row in result.get("step", {"rows": {}})["rows"].items():
+        found[f"step {name}"] = (row["ms"], *row["spread_ms"])
     for row in result.get("embed", {"rows": []})["rows"]:
-        found[f"embed {row['clips']} x {row['seconds']:g} s {row['variant']}"] = row["ms"]
+        found[f"embed {row['clips']} x {row['seconds']:g} s {row['variant']}"] = (row["ms"], *row["spread_ms"])
     for row in result.get("temporal_support", {"rows": []})["rows"]:
-        found[f"{row['kind']} at {row['seconds']:g} s"] = row["ms"]
+        name = f"{row['kind']} {row['batch_size']} x {row['seconds']:g} s {row['backend']}"
+        found[name] = (row["ms"], *row["spread_ms"])
     return found
 
 
 def compare(old: Result, new: Result) -> list[str]:
-    """How many times as fast the new one is, of everything that both have timed."""
+    """How many times as fast the new one is, of everything that both have timed.
+
+    Behind each ratio of the medians, the ratios of opposite quartiles: where 1 lies between, the two do not differ.
+    """
     if old["device"] != new["device"]:
         sys.exit(f"results of different devices do not compare: {old['device']} and {new['device']}")
     before, after = timings(old), timings(new)
     both = [name for name in after if name in before]
-    lines = [f"{old['commit'][:9]} -> {new['commit'][:9]} on {new['device']}: times as fast"]
-    lines += [f"{before[name] / after[name]:>8.2f}x  {name}" for name in both]
-    ratios = sorted(before[name] / after[name] for name in both)
+    lines = [f"{old['commit'][:9]} -> {new['commit'][:9]} on {new['device']}: times as fast, and between which ratios"]
+    for name in both:
+        (median, low, high), (median_now, low_now, high_now) = before[name], after[name]
+        least, most = low / high_now, high / low_now
+        same = "  no difference" if least <= 1 <= most else ""
+        lines.append(f"{median / median_now:>8.2f}x  ({least:.2f} to {most:.2f})  {name}{same}")
+    ratios = sorted(before[name][0] / after[name][0] for name in both)
     if ratios:
         lines.append(f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f}")
     return lines
+
+
+def curves(path: Path, result: Result) -> list[str]:
+    """Draw the curves of a result into docs/, and the line that shows them; none without matplotlib or the numbers."""
+    if "temporal_support" not in result:
+        return []
+    image = HERE.parent / "docs" / f"temporal-support-{path.parent.name}.png"
+    image.parent.mkdir(exist_ok=True)
+    _plots.temporal_support(result["temporal_support"], image)
+    return [f"![Time, memory and largest batch against temporal support](docs/{image.name})", ""]
 
 
 def main() -> None:
@@ -145,7 +181,10 @@ def main() -> None:
     if options.compare:
         print("\n".join(compare(*map(read, options.compare))))
         return
-    lines = [line for path in newest() for line in tables(read(path))]
+    lines = []
+    for path in newest():
+        result = read(path)
+        lines += tables(result) + (curves(path, result) if options.readme else [])
     if not lines:
         sys.exit(f"no result under {HERE / 'results'}; python benchmarks/sheet.py makes one")
     if not options.readme:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,11 +84,26 @@ def _trace(step: Callable[[], Any], path: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler, recorded():
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler, recorded():
         step()
         step()
     with atomic(path) as beside:
         profiler.export_chrome_trace(str(beside))
+        trace = json.loads(beside.read_text())
+        trace["traceEvents"] += memory_timeline(trace["traceEvents"])
+        beside.write_text(json.dumps(trace))
+
+
+def memory_timeline(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Perfetto's counters of allocated memory, one a device, from the allocations that the profiler saw."""
+    timeline = []
+    for event in events:
+        if event.get("name") == "[memory]":
+            told = event["args"]
+            name = f"allocated on the {'GPU' if told['Device Type'] else 'CPU'}"
+            held = {"MiB": told["Total Allocated"] / 2**20}
+            timeline.append({"ph": "C", "ts": event["ts"], "pid": event["pid"], "name": name, "args": held})
+    return timeline
 
 
 def _memory(step: Callable[[], Any], path: Path) -> None:

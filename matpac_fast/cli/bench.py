@@ -45,8 +45,9 @@ def main(
         batch_size: crops of 6.08 s a step.
         seconds: how long to measure, over all rows.
         device: auto, cpu, cuda or cuda:1.
-        profile: also take a training step apart: a table of its parts, and trace.json for https://ui.perfetto.dev, in
-            this folder; on a GPU memory.pickle too, for https://docs.pytorch.org/memory_viz.
+        profile: also take a training step apart: a table of its parts, and trace.json for https://ui.perfetto.dev, with
+            the memory allocated over time, in this folder; on a GPU memory.pickle too, for
+            https://docs.pytorch.org/memory_viz.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}; expected at least 1")

@@ -26,6 +26,8 @@ def test_every_part_of_a_step_is_told(tmp_path, monkeypatch):
     assert sum(shares) == pytest.approx(100, abs=1)
     events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
     assert set(spans.PARTS) <= {event.get("name") for event in events}
+    memory = [e["args"]["MiB"] for e in events if (e.get("ph"), e["name"]) == ("C", "allocated on the CPU")]
+    assert max(memory) > min(memory)
     with spans.span("student"):  # off again
         assert spans._open is None
 
