@@ -224,3 +224,32 @@ def test_the_official_head_and_probes(golden, released, tmp_path):
     want = (g["odd/precise/pooled/concat/emb"] @ probe["weight"].T).softmax(-1)
     torch.testing.assert_close(probs, want, rtol=1e-4, atol=1e-6)
     assert labels[1][0].startswith(f"class {int(want[1].argmax())} (")
+
+
+@pytest.mark.parametrize(
+    ("task", "classes", "several"),
+    [
+        ("openmic", 20, True),
+        ("fsd50k", 200, True),
+        ("jamendo instrument", 40, True),
+        ("jamendo mood/theme", 56, True),
+        ("jamendo genre", 87, True),
+        ("jamendo top 50", 50, True),
+        ("magnatagatune", 50, True),
+        ("esc-50", 50, False),
+        ("gtzan", 10, False),
+        ("urbansound8k", 10, False),
+        ("nsynth", 11, False),
+    ],
+)
+def test_all_eleven_released_probes_load(golden, released, tmp_path, task, classes, several):
+    generator = torch.Generator().manual_seed(classes)
+    weight, bias = torch.randn(classes, 160, generator=generator), torch.randn(classes, generator=generator)
+    torch.save({"0.weight": weight, "0.bias": bias}, tmp_path / "probe.pth")
+    told = {"multi_label": several} if classes == 50 else {}  # two kinds of task have 50
+    model = get_matpac(released, probe_checkpoint_paths=tmp_path / "probe.pth", num_heads=2, device="cpu", **told)
+    g = golden("infer")
+    probs, _ = model.probe_forward(g["odd/wave"])
+    logits = g["odd/precise/pooled/concat/emb"] @ weight.T + bias
+    want = logits.sigmoid() if several else logits.softmax(-1)
+    torch.testing.assert_close(probs, want, rtol=1e-4, atol=1e-6)

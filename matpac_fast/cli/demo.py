@@ -63,6 +63,9 @@ def main(
             raise ConfigError(f"--temporal-supports {ts:g}: expected seconds that divide {CLIP_SECONDS} s")
     if not minutes > 0:
         raise ConfigError(f"--minutes is {minutes:g}; expected a positive number")
+    # Its report must not take the place of a file of someone else's.
+    if out.is_dir() and not (out / "run" / "config.json").exists() and {p.name for p in out.iterdir()} - {"run"}:
+        raise ConfigError(f"{out} is not empty and holds no demo; give a new folder to --out")
     target = pick_device(device)
     notes, mixtures = load_samples("train"), load_samples("mixtures")
     corpus = Corpus.from_arrays([*notes.waves, *mixtures.waves])

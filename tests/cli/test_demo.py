@@ -102,6 +102,13 @@ def test_a_second_run_goes_on_with_the_first(
     assert asked[UNTRAINED].native_seconds == asked[TRAINED].native_seconds == 0.32
 
 
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.html").write_text("my thesis")
+    assert cli.main(["demo", "--out", str(tmp_path)]) == cli.FAILED
+    assert f"demo: {tmp_path} is not empty and holds no demo; give a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
 def test_minutes_become_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained: list[int] = []
 
