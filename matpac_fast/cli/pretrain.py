@@ -289,8 +289,8 @@ def _event(record: Record) -> str | None:
             + (f", {record['ranks']} processes" if record["ranks"] > 1 else "")
         )
     if record["event"] == "probe":
-        scores = ("student_knn", "student_linear", "teacher_knn", "teacher_linear")
-        shown = ", ".join(f"{name.replace('_', ' ')} {float(record[name]):.1%}" for name in scores)
+        scores = [f"{side}_{score}" for side in ("student", "teacher", "statistics") for score in ("knn", "linear")]
+        shown = ", ".join(f"{name.replace('_', ' ')} {float(record[name]):.1%}" for name in scores if name in record)
         return f"probe at step {record['step']}: {shown}"
     if record["event"] == "skipped":
         return f"step {record['step']} skipped: {record['text']}; its clips are in the log"

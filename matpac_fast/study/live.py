@@ -16,10 +16,12 @@ from torch import Tensor
 from .. import checkpoint
 from ..audio.corpus import to_int16
 from ..audio.decode import find_audio, read_blocks
+from ..audio_encoder import AudioEncoder
 from ..config import MatpacConfig
 from ..encoder import Encoder
 from ..errors import AudioError, ConfigError
 from ..nn.statistics import effective_rank
+from ..zoo.statistics import LogMelStatistics
 from .probe import linear_probe
 
 SAMPLE_RATE = 16_000
@@ -87,6 +89,9 @@ class LiveProbe:
                 f"more, whose names are the labels{': ' + self.left_out[0] if self.left_out else ''}"
             )
         self._targets, self._second = torch.tensor(targets), torch.tensor(halves)
+        # What is worth as much without learning anything.
+        floor = self._score(_embed(LogMelStatistics().to(self._device), self._waves))
+        self._floor = {f"statistics_{name}": floor[name] for name in ("knn", "linear")}
 
     def __len__(self) -> int:
         """Clips."""
@@ -94,7 +99,8 @@ class LiveProbe:
 
     def __call__(self, state: Mapping[str, Tensor], config: MatpacConfig) -> dict[str, Any]:
         """Accuracies of k nearest neighbours and of a linear probe, and the effective rank (RankMe) of the clips'
-        embeddings, of both encoders; NaN where an embedding is not finite.
+        embeddings, of both encoders; NaN where an embedding is not finite. Beside them the accuracies of log-mel
+        statistics, which no training changes.
 
         Args:
             state: weights under `Matpac`'s names: frontend, student and teacher.
@@ -105,15 +111,14 @@ class LiveProbe:
             features = self._embed(state, config, side)
             scores = self._score(features) if features.isfinite().all() else dict.fromkeys(_SCORES, float("nan"))
             found |= {f"{side}_{name}": value for name, value in scores.items()}
-        return found
+        return found | self._floor
 
     def _embed(self, state: Mapping[str, Tensor], config: MatpacConfig, side: str) -> Tensor:
-        """(N, E) on the CPU, the mean over time of each clip."""
         encoder = Encoder(**{size: getattr(config, size) for size in _SIZES}).to(self._device)
         wanted = ("frontend.", f"{side}.")
         kept = {name.replace("teacher.", "student.", 1): t for name, t in state.items() if name.startswith(wanted)}
         checkpoint.load_into(encoder, kept, f"the {side}")
-        return torch.cat([found.values for found in encoder.embed_many(self._waves, SAMPLE_RATE)]).cpu()
+        return _embed(encoder, self._waves)
 
     def _score(self, features: Tensor) -> dict[str, float]:
         centred = features.double() - features.double().mean(0)
@@ -127,6 +132,11 @@ class LiveProbe:
 
 
 _SCORES = ("knn", "linear", "rank")
+
+
+def _embed(encoder: AudioEncoder, waves: list[np.ndarray]) -> Tensor:
+    """(N, E) on the CPU, the mean over time of each clip."""
+    return torch.cat([found.values for found in encoder.embed_many(waves, SAMPLE_RATE)]).cpu()
 
 
 def _evenly(by_label: Mapping[str, list[Path]], n_clips: int) -> dict[str, list[Path]]:

@@ -19,7 +19,7 @@ _PANELS = (
     ("teacher: effective rank", ("effective_rank",)),
     ("crops a second", ("crops_per_s",)),
 )
-_PROBE = ("probe accuracy", ("student_knn", "student_linear", "teacher_knn", "teacher_linear"))
+_PROBE = ("probe accuracy", ("student_knn", "student_linear", "teacher_knn", "teacher_linear", "statistics_linear"))
 
 
 class Curves(Reporter):

@@ -72,6 +72,7 @@ def test_it_tells_tones_apart_and_says_what_it_left_out(tones):
     for side in ("student", "teacher"):
         assert found[f"{side}_knn"] == found[f"{side}_linear"] == 1.0
         assert 1 < found[f"{side}_rank"] < 24
+    assert found["statistics_linear"] == found["statistics_knn"] == 1.0
     assert (found["clips"], found["labels"]) == (24, 3)
     assert found == probe(state, CONFIG)
     assert found["student_rank"] != found["teacher_rank"]  # two encoders, not one twice
@@ -86,7 +87,7 @@ def test_on_labels_that_mean_nothing_it_is_at_chance(tmp_path):
     for i in range(80):
         write(tmp_path / "noise", f"{i % 2}/{i:02d}.wav", 0.1 * rng.standard_normal(3_000))
     found = LiveProbe(tmp_path / "noise")(Matpac(CONFIG).state_dict(), CONFIG)
-    for name in ("student_knn", "student_linear", "teacher_knn", "teacher_linear"):
+    for name in ("student_knn", "student_linear", "teacher_knn", "teacher_linear", "statistics_linear"):
         assert 0.3 < found[name] < 0.7
 
 
