@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ..errors import ConfigError
+from ..weights import DEFAULT
 from ._progress import Update, progress
 from ._quiet import quiet_libraries
 
@@ -23,8 +24,8 @@ TOO_MANY_ERRORS = 3  # exit code
 
 def main(
     source: Annotated[Path, tyro.conf.Positional],
-    encoder: str,
     out: Path,
+    encoder: str = DEFAULT,
     temporal_support: float | None = None,
     hop: float | None = None,
     pool: Literal["mean", "none"] = "mean",
@@ -46,7 +47,7 @@ def main(
 ) -> int:
     """Embed every audio file of a folder or a list, alone or beside other workers.
 
-    Example: matpac-fast embed ~/audio --encoder runs/a --temporal-support 2 --out embeddings/
+    Example: matpac-fast embed ~/audio --temporal-support 2 --out embeddings/
 
     Writes shard-*.parquet with a row an embedding: path, start and end in seconds, temporal_support, encoder and
     embedding; and errors.parquet with the files that could not be used and why. Killed and run again, it goes on. The
@@ -55,7 +56,8 @@ def main(
 
     Args:
         source: folder of audio, searched with all its sub-folders; or a text file with one path a line.
-        encoder: a run folder, a checkpoint, an official file, or a name such as untrained-tiny.
+        encoder: a run folder, a checkpoint, an official file, or a name such as passt:FILE. Default: this package's
+            own pre-trained one.
         out: folder for the embeddings.
         temporal_support: seconds of audio that one embedding sees. Default: the whole file.
         hop: seconds from one window to the next. Default: the temporal support.
@@ -105,6 +107,10 @@ def main(
             )
     except KeyboardInterrupt:
         print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)
+        raise
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(out)  # a write that fails, as on a full disk, does not say where
         raise
     print("\n".join(summary(report)))
     too_many = max_errors is not None and report.failed > max_errors

@@ -132,3 +132,13 @@ def test_every_option_reaches_the_collection(source, tmp_path, capsys):
     assert values.dtype == np.float16
     assert values.ndim == 3  # frames, layers, numbers
     assert os.path.exists(tmp_path / "out" / "shard-00000.index.parquet")
+
+
+def test_a_full_disk_is_one_line_with_the_folder(source, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matpac_fast.embed.writer.Rows.add", full)
+    assert cli.main(command(source, tmp_path / "out")) == cli.FAILED
+    assert capsys.readouterr().err == f"matpac-fast embed: {tmp_path / 'out'}: No space left on device\n"
+    assert not list((tmp_path / "out").glob("shard-*"))
