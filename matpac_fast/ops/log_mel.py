@@ -17,6 +17,9 @@ from ._check import check_tensor, shape_of
 
 _WAVE_DTYPES = (torch.float32, torch.float64, torch.int16)
 _NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.int16: 2, torch.bfloat16: 3}
+# A block of the CUDA kernel keeps 32 frames of samples; with longer hops than this they would not fit into the 99 KiB
+# of shared memory of sm_86, 89 and 120 (csrc/log_mel_block.h counts them).
+_CUDA_HOP = 347
 
 
 def _check(wave: Tensor, config: LogMelConfig, dtype: torch.dtype | None) -> torch.dtype:
@@ -45,6 +48,8 @@ def _obstacle(launcher: str, wave: Tensor, config: LogMelConfig) -> str | None:
         return "the configuration has another framing, pre-emphasis or a floor; kernels have none"
     if launcher != "cpp" and wave.dtype == torch.float64:
         return "it has no float64"
+    if launcher == "cuda" and config.hop > _CUDA_HOP:
+        return f"it has hops of at most {_CUDA_HOP} samples, not {config.hop}"
     if launcher == "triton" and config.n_mels > 128:
         return f"it has at most 128 mels, not {config.n_mels}"
     return None
@@ -59,6 +64,8 @@ def _choose(wave: Tensor, config: LogMelConfig) -> str:
         return launcher
     if backend._forced != "auto":
         raise BackendError(f"log_mel: backend {backend._forced!r} is forced and has no kernel for this: {reason}")
+    if launcher == "cuda" and backend.unavailable("triton") is None and _obstacle("triton", wave, config) is None:
+        return "triton"
     return "reference"
 
 

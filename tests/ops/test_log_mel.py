@@ -243,6 +243,33 @@ def test_the_cuda_kernel_block_by_block(config):
     )
 
 
+def shared_bytes(hop: int) -> int:
+    """Of the CUDA kernel, as csrc/log_mel_block.h lays its memory out: tables, spectrum, samples or powers."""
+    hop = min(hop, 400)
+    samples = (32 + 399 // hop) * (hop | 1)
+    return 16 * 13 * 16 + 13 * 4 * 16 + 4 * (16 * 25 * 32 + max(samples, 201 * 32))
+
+
+def test_the_cuda_kernel_fits_into_the_shared_memory_of_every_gpu(monkeypatch):
+    least = 101_376  # bytes of sm_86, 89 and 120
+    assert max(shared_bytes(hop) for hop in range(1, op_module._CUDA_HOP + 1)) <= least
+    assert shared_bytes(op_module._CUDA_HOP + 1) > least
+    # What does not fit goes to Triton where that is.
+    missing = {"cuda": None, "triton": None}
+    monkeypatch.setattr(op_module, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(op_module.backend, "_forced", "auto")
+    monkeypatch.setattr(op_module.backend, "unavailable", missing.__getitem__)
+    wave = noise(1, 1_000)
+    assert op_module._choose(wave, LogMelConfig(hop=347)) == "cuda"
+    assert op_module._choose(wave, LogMelConfig(hop=348)) == "triton"
+    assert op_module._choose(wave, LogMelConfig(hop=348, n_mels=129)) == "reference"
+    missing["triton"] = "not installed"
+    assert op_module._choose(wave, LogMelConfig(hop=348)) == "reference"
+    monkeypatch.setattr(op_module.backend, "_forced", "cuda")
+    with pytest.raises(BackendError, match="'cuda' is forced .* hops of at most 347 samples, not 348"):
+        op_module._choose(wave, LogMelConfig(hop=348))
+
+
 def test_the_cuda_kernel_on_what_is_not_finite():
     wave = noise(1, 6_000)
     clean = run_emulated(wave, CONFIG, torch.float32, 1, False)
