@@ -24,8 +24,9 @@ from .model import Matpac
 from .nn.frontend import Frontend
 from .nn.vit import Attention, Block, Transformer
 from .reference import LogMelConfig
+from .weights import DEFAULT, PACKAGED
 
-__all__ = ["Embeddings", "Encoder", "list_encoders", "load_encoder", "register_encoder"]
+__all__ = ["DEFAULT", "Embeddings", "Encoder", "list_encoders", "load_encoder", "register_encoder"]
 
 _SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
 _UNTRAINED = "untrained-"
@@ -168,11 +169,25 @@ class Encoder(AudioEncoder):
             self._compiled = torch.compile(self._forward)
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the encoder alone as safetensors, all of it or none; `load_encoder` reads it and checks its id."""
+    def save(self, path: str | os.PathLike[str], dtype: str = "float32") -> None:
+        """Write the encoder alone as safetensors, all of it or none; `load_encoder` reads it and checks its id.
+
+        Args:
+            path: the file.
+            dtype: "float32"; or "float16", half the size: then the file is another encoder, of rounded weights, with
+                an id of its own.
+
+        Raises:
+            ConfigError: another dtype, or an encoder that was loaded in bfloat16.
+        """
+        if dtype not in ("float32", "float16"):
+            raise ConfigError(f"save: dtype is {dtype!r}; expected 'float32' or 'float16'")
         if self.dtype != torch.float32:
             raise ConfigError(f"save: the weights are rounded to {self.dtype}; load the encoder in float32 to save it")
-        checkpoint.save(path, self.state_dict(), {"kind": "encoder", "sizes": self.sizes, "id": self.id})
+        stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in self.state_dict().items()}
+        rounded = Encoder(**self.sizes)
+        rounded.load_state_dict(stored)
+        checkpoint.save(path, stored, {"kind": "encoder", "sizes": self.sizes, "id": rounded.id})
 
 
 def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
@@ -213,7 +228,7 @@ def register_encoder(name: str, load: Loader | str, mark: str | None = None) -> 
     Raises:
         ConfigError: a name that cannot be.
     """
-    if not name or ":" in name or name in (*_KINDS, *_ALIASES) or name.startswith(_UNTRAINED):
+    if not name or ":" in name or name in (*_KINDS, *_ALIASES, *PACKAGED) or name.startswith(_UNTRAINED):
         raise ConfigError(f"register_encoder: name is {name!r}; expected one without a colon that is not built in")
     lazy = importlib.metadata.EntryPoint(name, load, _ENTRY_POINTS) if isinstance(load, str) else load
     _registry[name] = _Registered(lazy, mark)
@@ -222,15 +237,17 @@ def register_encoder(name: str, load: Loader | str, mark: str | None = None) -> 
 def list_encoders(pattern: str = "*") -> list[str]:
     """Names that `load_encoder` knows without a file, by shell pattern.
 
-    They are the untrained presets; the encoders of other methods that this package brings, see docs/encoders.md; and
-    what was registered, with `register_encoder` or in the entry-point group `matpac_fast.encoders`.
+    They are the pre-trained encoder of this package and the untrained presets; the encoders of other methods, see
+    docs/encoders.md; and what was registered, with `register_encoder` or in the entry-point group
+    `matpac_fast.encoders`.
     """
     others = sorted(set(_entry_points()) - set(_registry))
-    return fnmatch.filter([*(_UNTRAINED + name for name in PRESETS), *_ALIASES, *_registry, *others], pattern)
+    untrained = [_UNTRAINED + name for name in PRESETS]
+    return fnmatch.filter([*PACKAGED, *untrained, *_ALIASES, *_registry, *others], pattern)
 
 
 def load_encoder(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] = DEFAULT,
     device: str | torch.device | None = None,
     num_heads: int | None = None,
     weights: str = "student",
@@ -243,9 +260,10 @@ def load_encoder(
     Nothing is downloaded or cached: it works offline, always.
 
     Args:
-        name_or_path: a run folder of `matpac-fast pretrain` (its newest checkpoint); a checkpoint or encoder file of
-            this package, the latter checked against the SHA-256 it was saved with; an official training checkpoint
-            or released encoder file, of MATPAC, MATPAC++, M2D, PaSST, BEATs or CNN14; or a name of `list_encoders`,
+        name_or_path: by default this package's own pre-trained encoder, whose model card is weights/README.md. Else a
+            run folder of `matpac-fast pretrain` (its newest checkpoint); a checkpoint or encoder file of this package,
+            the latter checked against the SHA-256 it was saved with; an official training checkpoint or released
+            encoder file, of MATPAC, MATPAC++, M2D, PaSST, BEATs or CNN14; or a name of `list_encoders`,
             "name:argument" where it takes one, such as "passt:FILE". "matpac:FILE" and "m2d:FILE" insist on the kind.
         device: where to put it; by default CUDA where there is one.
         num_heads: attention heads, for official files off the rule of 64 channels a head.
@@ -271,7 +289,9 @@ def load_encoder(
         prefix, colon, argument = name.partition(":")
         if colon and not argument:
             raise ConfigError(f"load_encoder: {name!r} ends with its colon; expected what comes after it, or no colon")
-        if prefix in _KINDS and argument:
+        if name in PACKAGED:
+            path = os.fspath(PACKAGED[name])
+        elif prefix in _KINDS and argument:
             path, kind = argument, _KINDS[prefix]
         elif (entry := _find(prefix)) is not None:
             return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)

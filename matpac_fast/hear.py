@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .audio_encoder import AudioEncoder
-from .encoder import Encoder, load_encoder
+from .encoder import DEFAULT, Encoder, load_encoder
 from .errors import AudioError, ConfigError
 
 # HEAR asks for a timestamp at least every 50 ms. A frame embedding sees 160 ms, so the audio goes through the network
@@ -36,15 +36,12 @@ class HearModel(nn.Module):
 
 
 def load_model(model_file_path: str | os.PathLike[str] = "") -> HearModel:
-    """Load what `load_encoder` loads; there is no default model, so a path or name must be given.
+    """Load what `load_encoder` loads: a path or a name; by default the pre-trained encoder of this package.
 
     Raises:
-        ConfigError: no path.
         CheckpointError: no encoder.
     """
-    if not os.fspath(model_file_path):
-        raise ConfigError("load_model: no model_file_path; give an encoder file, or a name such as 'untrained-tiny'")
-    return HearModel(load_encoder(model_file_path))
+    return HearModel(load_encoder(model_file_path or DEFAULT))
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:

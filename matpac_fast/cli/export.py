@@ -7,9 +7,12 @@ import warnings
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..weights import DEFAULT
 
 
-def main(encoder: str, onnx: Path | None = None, torch: Path | None = None, num_heads: int | None = None) -> int:
+def main(
+    encoder: str = DEFAULT, onnx: Path | None = None, torch: Path | None = None, num_heads: int | None = None
+) -> int:
     """Export an encoder, log-mel included, and check the file against PyTorch at several lengths.
 
     Example: matpac-fast export --encoder runs/a --onnx encoder.onnx
@@ -18,7 +21,8 @@ def main(encoder: str, onnx: Path | None = None, torch: Path | None = None, num_
     (batch, E), for any batch and any length from 25 ms up.
 
     Args:
-        encoder: a run folder, a checkpoint, an official file, or a name such as untrained-tiny.
+        encoder: a run folder, a checkpoint, an official file, or a name such as passt:FILE. Default: this package's
+            own pre-trained one.
         onnx: write this ONNX file; it needs pip install 'matpac_fast[export]'.
         torch: write this file for torch.export.load.
         num_heads: attention heads, for official checkpoints off the rule of 64 channels a head.

@@ -11,12 +11,13 @@ from ..study.linear import ProbeConfig
 from ..study.results import tabulate
 from ..study.sweep import StudyConfig, run_study
 from ..train.loop import pick_device
+from ..weights import DEFAULT
 from .study import _numbers, _stages
 
 
 def main(
-    encoder: str,
     task: str,
+    encoder: str = DEFAULT,
     temporal_support: float = 2.0,
     hop: float | None = None,
     remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
@@ -42,7 +43,8 @@ def main(
     recording device. See matpac-fast study --help for the tasks, and for what the options mean.
 
     Args:
-        encoder: a run folder, a checkpoint, an official file, or a name such as untrained-tiny.
+        encoder: a run folder, a checkpoint, an official file, or a name such as passt:FILE. Default: this package's
+            own pre-trained one.
         task: NAME:FOLDER.
         temporal_support: seconds of audio that one embedding sees.
         hop: seconds from one window to the next. Default: the temporal support.
