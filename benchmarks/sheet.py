@@ -71,7 +71,7 @@ def stages(out: Path, dry: bool) -> tuple[list[Stage], dict[str, str]]:
     supports = script("temporal_support", "--limit", "5" if dry else "150" if GPU else "420", *shortest, *plot)
     profile = [*python, "-m", "matpac_fast.cli", "bench", *model, "--seconds", "0.1" if dry else "6"]
     found = [
-        Stage("tests", 400, [*pytest, *tests, *some]),
+        Stage("tests", 600, [*pytest, *tests, *some]),
         Stage("ops", 600, [*op_table, f"--benchmark-json={out / 'ops.json'}"], lines=90),
         Stage("step", 400, script("step", *model, *rounds)),
         Stage("embed", 300, script("embed", *one_clip, *rounds)),
