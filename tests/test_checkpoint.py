@@ -133,7 +133,8 @@ def test_a_failed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left on device: .*m.safetensors"):  # also where, which a write leaves out
+    # Also where, which a failing write does not say by itself.
+    with pytest.raises(OSError, match="No space left on device: .*m.safetensors"):
         model.save(tmp_path / "m.safetensors")
     assert os.listdir(tmp_path) == ["m.safetensors"]
     assert (tmp_path / "m.safetensors").read_bytes() == before

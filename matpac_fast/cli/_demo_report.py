@@ -24,9 +24,7 @@ from ..train.config import TrainConfig
 from ..train.logs import Record, versions
 from ..train.sampler import Sampler
 from ..train.state import read_config
-from ._demo_study import CLIP_SECONDS, STATISTICS, TRAINED, UNTRAINED, Row, verdicts
-
-NAMES = (TRAINED, UNTRAINED, STATISTICS)
+from ._demo_study import CLIP_SECONDS, NAMES, STATISTICS, TRAINED, UNTRAINED, Row, verdicts
 
 
 def percent(interval: Interval) -> str:
@@ -35,12 +33,12 @@ def percent(interval: Interval) -> str:
 
 def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and body of the table, the same on the screen and in the report."""
-    header = ["temporal support", "windows a clip", STATISTICS, UNTRAINED, TRAINED, "ms a clip", "ms a window"]
+    header = ["temporal support", "windows a clip", *NAMES, "ms a clip", "ms a window"]
     body = [
         [
             f"{row.temporal_support:g} s",
             str(row.windows),
-            *(percent(row.probes[name].accuracy) for name in (STATISTICS, UNTRAINED, TRAINED)),
+            *(percent(row.probes[name].accuracy) for name in NAMES),
             f"{row.clip_ms:.1f}",
             f"{row.window_ms:.1f}",
         ]
@@ -108,8 +106,7 @@ def write_report(
     )
     header, body = table_cells(rows)
     best = [
-        (i, 2 + max(range(3), key=lambda j: row.probes[(STATISTICS, UNTRAINED, TRAINED)[j]].accuracy.mean))
-        for i, row in enumerate(rows)
+        (i, 2 + max(range(len(NAMES)), key=lambda j: row.probes[NAMES[j]].accuracy.mean)) for i, row in enumerate(rows)
     ]
     sections = [
         Section(

@@ -13,9 +13,12 @@ from torch import Tensor
 from ..audio_encoder import AudioEncoder
 from ..samples import SAMPLE_RATE, Samples
 from ..study.probe import Interval, ProbeResult, bootstrap_interval, linear_probe
+from ..weights import DEFAULT
 from ..zoo.statistics import LogMelStatistics
 
 STATISTICS, UNTRAINED, TRAINED = "log-mel statistics", "untrained encoder", "pre-trained encoder"
+PACKAGED = f"{DEFAULT}, of this package"
+NAMES = (STATISTICS, UNTRAINED, TRAINED, PACKAGED)
 # Of each note, so that windows of every temporal support are whole and all of them hear the same audio.
 CLIP_SECONDS = 2.4
 _CLIPS = 16  # embedded together
@@ -52,15 +55,16 @@ def compare(
     rows, done = [], 0
     for ts in temporal_supports:
         probes, clip_ms = {}, 0.0
-        for name in (STATISTICS, UNTRAINED, TRAINED):
+        for name in NAMES:
             encoder, features = encoders.get(name), []
             for waves in clips:
                 clock = time.perf_counter()
                 features.append(statistics(waves, ts) if encoder is None else embed(encoder, waves, ts))
-                clip_ms = 1e3 * (time.perf_counter() - clock) / len(waves)  # the last one stays: TRAINED, test
+                if name == TRAINED:
+                    clip_ms = 1e3 * (time.perf_counter() - clock) / len(waves)
             probes[name] = linear_probe(features[0], labels[0], features[1], labels[1])
             done += 1
-            update(done, 3 * len(temporal_supports))
+            update(done, len(NAMES) * len(temporal_supports))
         n_windows = round(CLIP_SECONDS / ts)
         rows.append(Row(ts, n_windows, clip_ms, window_ms(encoders[TRAINED], clips[1][0], ts), probes))
     return rows

@@ -22,7 +22,7 @@ from ..train.logs import Reporter, read_log
 from ..train.loop import pick_device, pretrain
 from ..train.state import read_config
 from . import _demo_report as report
-from ._demo_study import CLIP_SECONDS, TRAINED, UNTRAINED, compare, verdicts
+from ._demo_study import CLIP_SECONDS, PACKAGED, TRAINED, UNTRAINED, compare, verdicts
 from ._progress import progress
 from .pretrain import _frames
 
@@ -44,8 +44,8 @@ def main(
 
     Pre-trains the preset tiny on 400 instrument notes and 64 mixtures, embeds other notes (other pitches, other
     recordings) at several temporal supports, and asks a linear probe for their instrument family, against log-mel
-    statistics and against the same encoder before training. Writes report.html, results.json and run/, the trained
-    encoder. Run again on the same folder, it goes on with the run that is there.
+    statistics, the same encoder before training, and the pre-trained one of this package. Writes report.html,
+    results.json and run/, the trained encoder. Run again on the same folder, it goes on with the run that is there.
 
     Args:
         out: folder for report and run.
@@ -88,7 +88,11 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         Matpac(model).save(Path(folder, "untrained.safetensors"))
         untrained = load_encoder(Path(folder, "untrained.safetensors"), target)
-    encoders = {UNTRAINED: untrained, TRAINED: load_encoder(result.folder, target)}
+    encoders = {
+        UNTRAINED: untrained,
+        TRAINED: load_encoder(result.folder, target),
+        PACKAGED: load_encoder(device=target),
+    }
     with progress("embedding and probing", "parts") as update:
         rows = compare(encoders, notes, load_samples("test"), temporal_supports, update)
     report.show(rows)
