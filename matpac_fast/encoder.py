@@ -278,6 +278,8 @@ def load_encoder(
     """
     name = os.fspath(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"load_encoder: device is {str(device)!r}, and torch sees no GPU; leave it out, or say 'cpu'")
     if str(dtype).removeprefix("torch.") not in _DTYPES:
         raise ConfigError(f"load_encoder: dtype is {dtype!r}; expected {' or '.join(map(repr, _DTYPES))}")
     dtype = _DTYPES[str(dtype).removeprefix("torch.")]

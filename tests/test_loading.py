@@ -173,3 +173,10 @@ def test_compiled_encoders_give_the_same(monkeypatch, tmp_path):
 def test_unknown_names_say_where_files_are():
     with pytest.raises(CheckpointError, match=r"nothing is downloaded, .* from https://github.com/aurianworld/matpac"):
         load_encoder("matpac_10_2048.pt")
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ConfigError, match="device is 'cuda', and torch sees no GPU"):
+        load_encoder("untrained-nano", "cuda")

