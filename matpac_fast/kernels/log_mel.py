@@ -191,7 +191,7 @@ MAX_MELS = 128  # what the sums of a program have room for
 def _mels_of(n_mels: int) -> tuple[int, int]:
     """A wide and a narrow power of two from 16 that hold `n_mels` together: 80 = 64 + 16."""
     wide = max(16, 1 << ((n_mels - 1).bit_length() - 1)) if n_mels > 1 else 16
-    narrow = max(16, triton.next_power_of_2(max(1, n_mels - wide)))
+    narrow = max(16, 1 << (max(1, n_mels - wide) - 1).bit_length())
     return wide, narrow
 
 

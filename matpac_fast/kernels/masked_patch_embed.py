@@ -254,7 +254,7 @@ def masked_patch_embed_backward(
     sums = []
     for part in _parts(spec, (n_visible + 1) * width):
         rows = (part.stop - part.start) * (n_visible + 1)
-        splits = triton.cdiv(rows, SPLIT_ROWS)
+        splits = -(-rows // SPLIT_ROWS)
         partial = grad.new_empty((splits, width, patch * patch), dtype=torch.float32)
         masked_patch_embed_bwd_kernel[(tiles, splits)](
             grad[part],

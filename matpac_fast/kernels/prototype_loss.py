@@ -178,7 +178,7 @@ def forward(
     )  # fmt: skip
     if column_sum is None:
         return
-    sums = stats.new_empty((triton.cdiv(n, SPLIT_ROWS), k))
+    sums = stats.new_empty((-(-n // SPLIT_ROWS), k))
     grid = (triton.cdiv(k, options["BLOCK_K"]), sums.shape[0])
     prototype_loss_columns_kernel[grid](
         teacher, teacher_weight, center, stats, sums, scales, n, k, d, SPLIT_ROWS, **options
