@@ -311,7 +311,7 @@ def test_configurations_that_cannot_be(fields, message):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ConfigError, match="no preset 'huge'; expected one of tiny, small, base"):
+    with pytest.raises(ConfigError, match="no preset 'huge'; expected one of nano, tiny, small, base, large"):
         MatpacConfig.preset("huge")
     with pytest.raises(ConfigError, match="unknown fields .*: depht"):
         MatpacConfig.from_dict({"depht": 3})

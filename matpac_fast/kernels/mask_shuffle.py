@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._aot import Launch
 
-BLOCK_T, BLOCK_K, NUM_WARPS = 64, 64, 4
+BLOCK_T, BLOCK_K, NUM_WARPS = 64, 64, 8
 
 
 @triton.jit

@@ -169,8 +169,8 @@ def masked_patch_embed_bwd_kernel(
 # One configuration serves every architecture from sm_80 on: these fit the 99 KiB of shared memory of the smaller ones
 # and do not spill (tests/test_compile_ahead.py).
 _FWD = {
-    torch.float32: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
-    torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    torch.float32: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+    torch.bfloat16: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
 }
 _FWD[torch.float16] = _FWD[torch.bfloat16]
 _BWD = {
