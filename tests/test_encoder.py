@@ -180,7 +180,9 @@ def test_untrained_encoders_have_names():
 
 
 def test_what_is_no_encoder_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="no encoder 'nothing': neither a file nor one of matpac-nano, untrained-nano"):
+    with pytest.raises(
+        CheckpointError, match="no encoder 'nothing': neither a file nor one of matpac-nano, untrained-nano"
+    ):
         load_encoder("nothing")
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"not a checkpoint of MATPAC or M2D; its first names are a\.weight"):

@@ -33,7 +33,7 @@ from ..reference import LogMelConfig
 from ._aot import CAPABILITIES, Launch
 
 # Frames of a program, sums of a step, bins at a time: the largest tiles that spill on no architecture; 128 frames or 64
-# bins do on sm_80, and two stages do on sm_100 by Triton 3.7. The DFTs' 101 sums and 101 bins are padded to 112 and 128.
+# bins do on sm_80, and two stages do on sm_100 by Triton 3.7. The DFTs' 101 sums and bins are padded to 112 and 128.
 BLOCK_F, BLOCK_N, BLOCK_K, NUM_WARPS, NUM_STAGES = 64, 16, 32, 8, 3
 SUMS = tl.constexpr(112)
 BINS = tl.constexpr(128)
