@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,10 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 def tables(result: Result) -> list[str]:
     versions = result["versions"]
+    command = re.sub(r" --out \S+", "", result["command"])  # a folder of the machine that ran it
     lines = [
         f"**{result['device']}**, {result['threads']} threads, torch {versions['torch']}, commit "
-        f"`{result['commit'][:9]}`, {result['date'][:10]}, by `{result['command']}`:",
+        f"`{result['commit'][:9]}`, {result['date'][:10]}, by `{command}`:",
         "",
     ]
     if "ops" in result:
