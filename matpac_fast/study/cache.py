@@ -25,7 +25,7 @@ from ..audio.ahead import in_order
 from ..audio.decode import decoder_versions, read_audio
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
-from ..files import atomic, write_text
+from ..files import atomic, sha256, write_text
 from ..tasks.task import Fold
 from .linear import Rows
 
@@ -135,15 +135,7 @@ class Cache:
 
 def hash_audio(paths: Sequence[Path], workers: int) -> list[str]:
     """SHA-256 of each file's bytes."""
-
-    def digest(path: Path) -> str:
-        with open(path, "rb") as file:
-            whole = hashlib.sha256()
-            while block := file.read(1 << 20):
-                whole.update(block)
-            return whole.hexdigest()
-
-    return list(in_order(((0, partial(digest, path)) for path in paths), workers))
+    return list(in_order(((0, partial(sha256, path)) for path in paths), workers))
 
 
 def fill(

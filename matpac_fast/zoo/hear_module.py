@@ -8,7 +8,6 @@ embedded whole, whatever its length, by `get_scene_embeddings`; `pool="none"` gi
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ..audio_encoder import AudioEncoder
 from ..errors import CheckpointError, ConfigError
+from ..files import sha256
 
 _FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
 _ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
@@ -157,15 +157,7 @@ def _settings(name: str, module: ModuleType, weights: str) -> dict[str, Any]:
     versions = [importlib.metadata.version(p) for p in importlib.metadata.packages_distributions().get(top, ())]
     settings["version"] = ",".join(versions)
     if not versions and module.__file__:
-        settings["version"] = _sha256(module.__file__)
+        settings["version"] = sha256(module.__file__)
     if weights and os.path.isfile(weights):
-        settings["weights"] = _sha256(weights)
+        settings["weights"] = sha256(weights)
     return settings
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
