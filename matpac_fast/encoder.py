@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import checkpoint, m2d, ops
 from .audio_encoder import AudioEncoder
 from .config import PRESETS, MatpacConfig
+from .download import resolve
 from .embedding import Embeddings
 from .errors import CheckpointError, ConfigError
 from .model import Matpac
@@ -257,7 +258,7 @@ def load_encoder(
 ) -> AudioEncoder:
     """Load an encoder by name or from a file, whose content says what it is; none of it is ever run as code.
 
-    Nothing is downloaded or cached: it works offline, always.
+    Nothing is downloaded but an address that you give; all else works offline, always.
 
     Args:
         name_or_path: by default this package's own pre-trained encoder, whose model card is weights/README.md. Else a
@@ -265,6 +266,9 @@ def load_encoder(
             the latter checked against the SHA-256 it was saved with; an official training checkpoint or released
             encoder file, of MATPAC, MATPAC++, M2D, PaSST, BEATs or CNN14; or a name of `list_encoders`,
             "name:argument" where it takes one, such as "passt:FILE". "matpac:FILE" and "m2d:FILE" insist on the kind.
+            A file may be an address, "https://..." with or without "#sha256=HEX": it is downloaded once, into the
+            folder that `MATPAC_FAST_CACHE` names or ~/.cache/matpac_fast, and its SHA-256 is checked each time;
+            `MATPAC_FAST_OFFLINE=1` or `HF_HUB_OFFLINE=1` forbids the download.
         device: where to put it; by default CUDA where there is one.
         num_heads: attention heads, for official files off the rule of 64 channels a head.
         weights: "student", as the official package takes, or "teacher", where a training checkpoint holds one.
@@ -273,10 +277,10 @@ def load_encoder(
             many alike.
 
     Raises:
-        CheckpointError: no such name or file, a file that is damaged, unsafe, or no encoder.
+        CheckpointError: no such name or file, a file that is damaged, unsafe, or no encoder; a download that failed.
         ConfigError: an option that cannot be, or that this encoder does not have.
     """
-    name = os.fspath(name_or_path)
+    name = resolve(os.fspath(name_or_path))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"load_encoder: device is {str(device)!r}, and torch sees no GPU; leave it out, or say 'cpu'")
@@ -326,8 +330,8 @@ def _sizes_of(config: MatpacConfig) -> dict[str, Any]:
 def _read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not os.path.exists(path):
         raise CheckpointError(
-            f"no encoder {path!r}: neither a file nor one of {', '.join(list_encoders())}; nothing is downloaded, so "
-            f"fetch a released file yourself, e.g. from {_RELEASES}"
+            f"no encoder {path!r}: neither a file nor one of {', '.join(list_encoders())}; give the path or "
+            f"the https:// address of a released file, see {_RELEASES}"
         )
     return checkpoint.load(checkpoint.find_weights(path))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
+from .download import resolve
 from .encoder import Encoder, load_encoder
 from .errors import CheckpointError, ConfigError
 
@@ -112,7 +113,8 @@ def get_matpac(
     """The official package's `get_matpac`, for any encoder that `load_encoder` reads.
 
     Args:
-        checkpoint_path: a released or trained checkpoint; size, grid and head are read from its content.
+        checkpoint_path: a released or trained checkpoint, or its https:// address; size, grid and head are read from its
+            content.
         inference_type: "precise", the one that the paper's results use; or "fast", which pads every clip to whole
             pieces and averages the padding in, as the official code does.
         pull_time_dimension: average over time.
@@ -132,6 +134,7 @@ def get_matpac(
     """
     if inference_type not in ("precise", "fast"):
         raise ConfigError(f"get_matpac: inference_type is {inference_type!r}; expected 'precise' or 'fast'")
+    checkpoint_path = resolve(os.fspath(checkpoint_path))
     encoder = load_encoder(checkpoint_path, device, num_heads=num_heads)
     if not isinstance(encoder, Encoder):
         raise ConfigError(f"get_matpac: {encoder.name} is a {type(encoder).__name__}; expected a MATPAC encoder")
@@ -139,9 +142,11 @@ def get_matpac(
         inference_type, pull_time_dimension, concat_freq = "precise", True, not as_class_head
     model = OfficialMatpac(encoder, inference_type, pull_time_dimension, concat_freq)
     if as_class_head:
-        _attach_audioset_head(model, checkpoint.load(checkpoint_path)[0], str(checkpoint_path))
+        _attach_audioset_head(model, checkpoint.load(checkpoint_path)[0], checkpoint_path)
     elif probe_checkpoint_paths is not None:
-        _attach_probe(model, checkpoint.load(probe_checkpoint_paths)[0], str(probe_checkpoint_paths), multi_label)
+        _attach_probe(
+            model, checkpoint.load(probe := resolve(os.fspath(probe_checkpoint_paths)))[0], probe, multi_label
+        )
     if model.head is not None and class_names is not None:
         if len(class_names) != model.head.out_features:
             raise ConfigError(f"get_matpac: {len(class_names)} class names for {model.head.out_features} classes")

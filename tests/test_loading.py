@@ -171,7 +171,9 @@ def test_compiled_encoders_give_the_same(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="paths of POSIX")
 def test_unknown_names_say_where_files_are():
-    with pytest.raises(CheckpointError, match=r"nothing is downloaded, .* from https://github.com/aurianworld/matpac"):
+    with pytest.raises(
+        CheckpointError, match=r"give the path or the https:// address .* https://github.com/aurianworld/matpac"
+    ):
         load_encoder("matpac_10_2048.pt")
 
 

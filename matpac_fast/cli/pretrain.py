@@ -34,6 +34,7 @@ def main(
     lr: float | None = None,
     warmup: int | None = None,
     stretch_decays: bool | None = None,
+    ema: tuple[float, float] | None = None,
     crop_seconds: tuple[float, ...] | None = None,
     pad_short: Short | None = None,
     mask_ratio: float | None = None,
@@ -76,6 +77,8 @@ def main(
         warmup: steps to the peak. Default: 1/15 of the run, as official.
         stretch_decays: --no-stretch-decays keeps the official decays of teachers and MCL temperature a step, however
             short the run. Default: stretched to it.
+        ema: decay of the teacher's average a step, at the start and at the end of the run. Default: the official
+            0.99995 0.99999, stretched.
         crop_seconds: length of a crop, a multiple of 0.16 s; several lengths are drawn in turn. Default: 6.08.
         pad_short: clips shorter than a crop: leave them out, repeat them, or add silence. Default: drop.
         mask_ratio: share of the patches that the student does not see. Default: 0.7.
@@ -134,13 +137,16 @@ def main(
         frames = tuple(map(_frames, crop_seconds))
         given_model["n_frames"] = max(frames)
         given_train["crop_frames"] = frames if len(frames) > 1 else None
+    # As they were given, so after `fit_to_run`; the head's teacher is never slower than the encoder's, as there.
+    decays = {} if ema is None else {"ema_start": ema[0], "ema_end": ema[1]}
+    decays |= {} if ema is None else {"head_ema_start": min(MatpacConfig.head_ema_start, ema[0])}
     if stored is None:
         defaults = {"batch_size": 256 * int(os.environ.get("WORLD_SIZE", "1")) if target.type == "cuda" else 32}
         train = TrainConfig(**{**defaults, **given_train})
-        model = fit_to_run(MatpacConfig(**given_model), train)
+        model = fit_to_run(MatpacConfig(**given_model), train).replace(**decays)
     else:
         train = TrainConfig.from_dict({**stored["train"], **given_train})
-        model = MatpacConfig.from_dict({**stored["model"], **given_model})
+        model = MatpacConfig.from_dict({**stored["model"], **given_model, **decays})
         init = init or stored["init"]
 
     first = os.environ.get("RANK", "0") == "0"

@@ -129,6 +129,7 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         (["--device", "gpu"], "device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
         (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
         (["--mcl-heads", "-1"], "mcl_heads is -1; expected 0 or more"),
+        (["--ema", "0.99", "1.5"], "ema_end is 1.5; expected 0 to 1"),
     ],
 )
 def test_what_cannot_be_is_one_line(corpus, tmp_path, capsys, options, says):
@@ -144,8 +145,8 @@ def test_no_corpus_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_several_crop_lengths_and_mcl(corpus, tmp_path):
-    options = [*SMALL, "--steps", 4, "--pad-short", "repeat", "--mcl-heads", 2]
+def test_several_crop_lengths_mcl_and_decays(corpus, tmp_path):
+    options = [*SMALL, "--steps", 4, "--pad-short", "repeat", "--mcl-heads", 2, "--ema", "0.99", "0.999"]
     at = options.index("--crop-seconds")
     options[at : at + 2] = ["--crop-seconds", "0.16", "0.48"]
     assert run(corpus, "--out", tmp_path / "run", *options) == 0
@@ -153,6 +154,7 @@ def test_several_crop_lengths_and_mcl(corpus, tmp_path):
     assert config["train"]["crop_frames"] == [16, 48]
     assert config["model"]["n_frames"] == 48
     assert config["model"]["mcl_heads"] == 2
+    assert [config["model"][name] for name in ("ema_start", "ema_end", "head_ema_start")] == [0.99, 0.999, 0.99]
     assert run(corpus, "--out", tmp_path / "run", "--device", "cpu") == 0
 
 

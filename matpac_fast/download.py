@@ -1,0 +1,141 @@
+"""Weights by their address: downloaded once into a cache, checked whenever they are used, and never where offline."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import re
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import CheckpointError
+from .files import atomic, sha256, write_text
+
+_log = logging.getLogger("matpac_fast")
+_ADDRESS = re.compile(r"((?:[\w-]+:)?)(https?://.+)", re.DOTALL)
+_OFFLINE = ("MATPAC_FAST_OFFLINE", "HF_HUB_OFFLINE")
+_SILENT_FOR = 30.0  # seconds without a byte, after which a download has failed
+
+
+def cache_folder() -> Path:
+    """Where downloads lie: `MATPAC_FAST_CACHE`, else matpac_fast in `XDG_CACHE_HOME`, else in ~/.cache."""
+    if own := os.environ.get("MATPAC_FAST_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matpac_fast"
+
+
+def offline() -> str | None:
+    """The setting that forbids downloads, `MATPAC_FAST_OFFLINE` or `HF_HUB_OFFLINE`, or None."""
+    return next((name for name in _OFFLINE if os.environ.get(name, "0").lower() in ("1", "on", "yes", "true")), None)
+
+
+def resolve(name: str) -> str:
+    """`name` with its address, if it has one ("https://..." or "kind:https://..."), replaced by the local file.
+
+    The address may end in "#sha256=HEX", which the file must then have; without it, the SHA-256 of the first download
+    is kept and must still be that of the file. "http://" is taken only with it.
+
+    Raises:
+        CheckpointError: the download failed or is forbidden, or the file is another than it should be.
+    """
+    if (found := _ADDRESS.fullmatch(name)) is None:
+        return name
+    url, fragment = urllib.parse.urldefrag(found[2])
+    pinned = None
+    if fragment:
+        if (match := re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)) is None:
+            raise CheckpointError(
+                f"{url}: ends in #{fragment}; expected #sha256= and 64 hexadecimal digits, or nothing"
+            )
+        pinned = match[1].lower()
+    if pinned is None and url.startswith("http://"):
+        raise CheckpointError(
+            f"{url}: anybody on the way could change it; use https://, or add #sha256= and its digits"
+        )
+    return found[1] + os.fspath(_fetch(url, pinned))
+
+
+def _fetch(url: str, pinned: str | None) -> Path:
+    base = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rstrip("/").rpartition("/")[2]) or "download"
+    folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    path, record = folder / base.replace("/", "_"), folder / "sha256"
+    if path.is_file() and record.is_file():
+        known = record.read_text(encoding="ascii").split()[0]
+        is_now = sha256(path)
+        if is_now != known:
+            raise CheckpointError(
+                f"{path}: changed since it was downloaded: SHA-256 {is_now[:12]}, then {known[:12]}; delete its folder"
+            )
+        if pinned not in (None, known):
+            raise CheckpointError(
+                f"{path}: SHA-256 is {known}, expected {pinned}; delete its folder to download it anew"
+            )
+        return path
+    if setting := offline():
+        raise CheckpointError(
+            f"{url}: not in {cache_folder()}, and {setting} forbids downloads; unset it, or fetch the file elsewhere and "
+            "give its path"
+        )
+    with _refused(url), atomic(path) as beside:
+        _log.info("downloading %s to %s", url, path)
+        digest = _download(url, beside)
+        if pinned not in (None, digest):
+            raise CheckpointError(f"{url}: SHA-256 is {digest}, expected {pinned}; nothing was kept")
+    write_text(record, f"{digest}  {path.name}\n")  # as sha256sum -c reads it; a file without it is downloaded again
+    if pinned is None:
+        _log.info("to insist on this file: %s#sha256=%s", url, digest)
+    return path
+
+
+@contextlib.contextmanager
+def _refused(url: str) -> Iterator[None]:
+    advice = "; fetch it elsewhere and give its path"
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}{advice}") from None
+    except urllib.error.URLError as error:
+        raise CheckpointError(f"{url}: no connection: {error.reason}{advice}") from None
+    except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise CheckpointError(f"{url}: the connection broke: {str(error) or type(error).__name__}{advice}") from None
+
+
+def _download(url: str, path: Path) -> str:
+    """Write what `url` gives to `path`, whole; its SHA-256."""
+    from . import __version__
+
+    request = urllib.request.Request(url, headers={"User-Agent": f"matpac_fast/{__version__}"})
+    digest, size = hashlib.sha256(), 0
+    with urllib.request.urlopen(request, timeout=_SILENT_FOR) as answer, open(path, "wb") as file:  # noqa: S310
+        if urllib.parse.urlsplit(answer.url).scheme == "http" and url.startswith("https://"):
+            raise CheckpointError(f"{url}: leads to {answer.url}, where anybody on the way could change it")
+        length = int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+        with _progress(answer, path.name, length) as body:
+            while block := body.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                size += len(block)
+    if length is not None and size != length:
+        raise ConnectionError(f"{size:,} of {length:,} bytes came")
+    return digest.hexdigest()
+
+
+def _progress(answer: IO[bytes], name: str, length: int | None) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """`answer`, with a bar where somebody watches."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext(answer)
+    import rich.console
+    import rich.progress
+
+    console = rich.console.Console(stderr=True)
+    return rich.progress.wrap_file(
+        answer, length or 0, description="downloading", console=console, refresh_per_second=4, transient=True
+    )

@@ -1,0 +1,179 @@
+"""Encoders by the address of their file: downloaded once, checked each time, and refused with the reason."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from matpac_fast import get_matpac, load_encoder
+from matpac_fast import download as downloads
+from matpac_fast.errors import CheckpointError
+from matpac_fast.files import sha256
+from matpac_fast.weights import DEFAULT, PACKAGED
+
+FILE = PACKAGED[DEFAULT]
+PIN = f"#sha256={sha256(FILE)}"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder on loopback and keeps the paths asked for; /broken.* ends before its length, /moved goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.asked = folder, []
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    server: Server
+
+    def __init__(self, request, address, server):
+        super().__init__(request, address, server, directory=str(server.folder))
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        if self.path.startswith("/broken"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+        elif self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/e.safetensors")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("MATPAC_FAST_CACHE", str(tmp_path / "cache"))
+    for name in ("MATPAC_FAST_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "www").mkdir()
+    shutil.copy(FILE, tmp_path / "www" / "e.safetensors")
+    with Server(tmp_path / "www") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def kept(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("prefix", ["", "matpac:"])
+def test_a_file_is_downloaded_once_and_never_where_offline(server, tmp_path, monkeypatch, prefix):
+    name = f"{prefix}{server.address}/e.safetensors{PIN}"
+    encoder = load_encoder(name, "cpu")
+    assert encoder.id == load_encoder(device="cpu").id
+    assert encoder.name == "e.safetensors"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_encoder(name, "cpu").id == encoder.id
+    assert get_matpac(f"{server.address}/e.safetensors{PIN}", device="cpu").encoder.id == encoder.id
+    assert server.asked == ["/e.safetensors"]
+    assert kept(tmp_path) == ["e.safetensors", "sha256"]
+    with pytest.raises(CheckpointError, match="other.pt: not in .*cache, and HF_HUB_OFFLINE forbids downloads"):
+        load_encoder(f"{server.address}/other.pt{PIN}", "cpu")
+
+
+def test_an_address_that_leads_elsewhere_is_followed(server):
+    assert load_encoder(f"{server.address}/moved{PIN}", "cpu").name == "moved"
+
+
+def test_a_kept_file_that_changes_is_refused(server, tmp_path):
+    name = f"{server.address}/e.safetensors{PIN}"
+    path = Path(downloads.resolve(name))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="changed since it was downloaded"):
+        load_encoder(name, "cpu")
+
+
+def test_another_file_than_expected_is_refused_and_not_kept(server, tmp_path):
+    wrong = "#sha256=" + 64 * "0"
+    with pytest.raises(CheckpointError, match=f"SHA-256 is {sha256(FILE)}, expected 0{{64}}; nothing was kept"):
+        downloads.resolve(f"{server.address}/e.safetensors{wrong}")
+    assert kept(tmp_path) == []
+    downloads.resolve(f"{server.address}/e.safetensors{PIN}")
+    with pytest.raises(CheckpointError, match="expected 0{64}; delete its folder"):
+        downloads.resolve(f"{server.address}/e.safetensors{wrong}")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/nothing.pt", "the server answered 404"),
+        ("/broken.pt", "the connection broke: .*; fetch it elsewhere and give its path"),
+    ],
+)
+def test_what_fails_leaves_nothing(server, tmp_path, path, says):
+    with pytest.raises(CheckpointError, match=says):
+        downloads.resolve(server.address + path + PIN)
+    assert kept(tmp_path) == []
+
+
+def test_no_server_is_one_error(server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(CheckpointError, match="no connection: .*; fetch it elsewhere"):
+        downloads.resolve(f"{server.address}/e.safetensors{PIN}")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("http://localhost/e.pt", "http://localhost/e.pt: anybody on the way could change it; use https://"),
+        ("https://localhost/e.pt#sha256=12", "expected #sha256= and 64 hexadecimal digits"),
+        ("m2d:https://localhost/e.pt#md5=12", "expected #sha256= and 64 hexadecimal digits"),
+    ],
+)
+def test_addresses_that_cannot_be(name, says):
+    with pytest.raises(CheckpointError, match=says):
+        downloads.resolve(name)
+
+
+def test_without_a_pin_the_first_download_is_the_pin(server, monkeypatch, caplog):
+    # The test's server does not speak TLS: what is asked of https:// comes from it over http://.
+    inside = downloads.urllib.request.urlopen
+
+    def urlopen(request, timeout):
+        request.full_url = request.full_url.replace("https://tls.test", server.address)
+        answer = inside(request, timeout=timeout)
+        answer.url = answer.url.replace(server.address, "https://tls.test")
+        return answer
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", urlopen)
+    caplog.set_level("INFO", logger="matpac_fast")
+    path = downloads.resolve("https://tls.test/e.safetensors")
+    assert f"https://tls.test/e.safetensors{PIN}" in caplog.text
+    assert sha256(path) == sha256(FILE)
+    assert downloads.resolve("https://tls.test/e.safetensors") == path
+    assert server.asked == ["/e.safetensors"]
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", inside)
+
+
+def test_an_address_that_leads_from_https_to_http_is_refused(server, monkeypatch, tmp_path):
+    inside = downloads.urllib.request.urlopen
+
+    def urlopen(request, timeout):
+        request.full_url = request.full_url.replace("https://tls.test", server.address)
+        return inside(request, timeout=timeout)
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", urlopen)
+    with pytest.raises(CheckpointError, match="leads to http://127.0.0.1"):
+        downloads.resolve("https://tls.test/e.safetensors")
+    assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["matpac-nano", "runs/a", "passt:weights/passt.pt", "hear:module:file", "C:/x.pt"])
+def test_everything_else_is_left_as_it_is(name):
+    assert downloads.resolve(name) == name
