@@ -14,7 +14,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 from .errors import CheckpointError
 from .files import atomic, sha256, write_text
@@ -72,17 +72,16 @@ def _fetch(url: str, pinned: str | None) -> Path:
         is_now = sha256(path)
         if is_now != known:
             raise CheckpointError(
-                f"{path}: changed since it was downloaded: SHA-256 {is_now[:12]}, then {known[:12]}; delete its folder"
+                f"{path}: changed since it was downloaded: its SHA-256 is {is_now[:12]} and was {known[:12]}; delete it to "
+                "download it anew"
             )
         if pinned not in (None, known):
-            raise CheckpointError(
-                f"{path}: SHA-256 is {known}, expected {pinned}; delete its folder to download it anew"
-            )
+            raise CheckpointError(f"{path}: SHA-256 is {known}, expected {pinned}; delete it to download it anew")
         return path
     if setting := offline():
         raise CheckpointError(
-            f"{url}: not in {cache_folder()}, and {setting} forbids downloads; unset it, or fetch the file elsewhere and "
-            "give its path"
+            f"{url}: not in {cache_folder()}, and {setting} forbids downloads; unset it, or fetch the file elsewhere "
+            "and give its path"
         )
     with _refused(url), atomic(path) as beside:
         _log.info("downloading %s to %s", url, path)
@@ -114,11 +113,11 @@ def _download(url: str, path: Path) -> str:
 
     request = urllib.request.Request(url, headers={"User-Agent": f"matpac_fast/{__version__}"})
     digest, size = hashlib.sha256(), 0
-    with urllib.request.urlopen(request, timeout=_SILENT_FOR) as answer, open(path, "wb") as file:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=_SILENT_FOR) as answer, open(path, "wb") as file:
         if urllib.parse.urlsplit(answer.url).scheme == "http" and url.startswith("https://"):
             raise CheckpointError(f"{url}: leads to {answer.url}, where anybody on the way could change it")
         length = int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
-        with _progress(answer, path.name, length) as body:
+        with _progress(cast(BinaryIO, answer), length) as body:
             while block := body.read(1 << 20):
                 file.write(block)
                 digest.update(block)
@@ -128,7 +127,7 @@ def _download(url: str, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _progress(answer: IO[bytes], name: str, length: int | None) -> contextlib.AbstractContextManager[IO[bytes]]:
+def _progress(answer: BinaryIO, length: int | None) -> contextlib.AbstractContextManager[BinaryIO]:
     """`answer`, with a bar where somebody watches."""
     if not sys.stderr.isatty():
         return contextlib.nullcontext(answer)

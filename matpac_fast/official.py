@@ -113,8 +113,8 @@ def get_matpac(
     """The official package's `get_matpac`, for any encoder that `load_encoder` reads.
 
     Args:
-        checkpoint_path: a released or trained checkpoint, or its https:// address; size, grid and head are read from its
-            content.
+        checkpoint_path: a released or trained checkpoint, or its https:// address; size, grid and head are read from
+            its content.
         inference_type: "precise", the one that the paper's results use; or "fast", which pads every clip to whole
             pieces and averages the padding in, as the official code does.
         pull_time_dimension: average over time.

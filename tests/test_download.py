@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from matpac_fast import get_matpac, load_encoder
 from matpac_fast import download as downloads
+from matpac_fast import get_matpac, load_encoder
 from matpac_fast.errors import CheckpointError
 from matpac_fast.files import sha256
 from matpac_fast.weights import DEFAULT, PACKAGED
@@ -104,7 +104,7 @@ def test_another_file_than_expected_is_refused_and_not_kept(server, tmp_path):
         downloads.resolve(f"{server.address}/e.safetensors{wrong}")
     assert kept(tmp_path) == []
     downloads.resolve(f"{server.address}/e.safetensors{PIN}")
-    with pytest.raises(CheckpointError, match="expected 0{64}; delete its folder"):
+    with pytest.raises(CheckpointError, match="expected 0{64}; delete it"):
         downloads.resolve(f"{server.address}/e.safetensors{wrong}")
 
 

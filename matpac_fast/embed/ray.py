@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..encoder import load_encoder
+from ..encoder import DEFAULT, load_encoder
 from ..errors import ConfigError
 from .extract import LEASES, WORKER, Report
 from .extract import embed_collection as embed_here
@@ -31,7 +31,7 @@ _ADDED = ("files", "rows", "audio_seconds", "model_seconds", "waited_seconds")
 def embed_collection(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    encoder: str,
+    encoder: str = DEFAULT,
     temporal_support: float | None = None,
     *,
     concurrency: int = 2,
@@ -47,7 +47,7 @@ def embed_collection(
 
     Args:
         source, out, temporal_support, options: as `extract.embed_collection` takes them, but for `max_errors`.
-        encoder: a name or path for `load_encoder`, which every actor can read.
+        encoder: a name or path for `load_encoder`, which every actor can read; by default the packaged one.
         concurrency: actors.
         num_cpus, num_gpus: of each actor; with GPUs it embeds on its own one. Decoding threads are as many as CPUs.
         shards_per_task: shards handed to an actor at a time, which decodes the next while it embeds one.
