@@ -72,7 +72,7 @@ def _fetch(url: str, pinned: str | None) -> Path:
         is_now = sha256(path)
         if is_now != known:
             raise CheckpointError(
-                f"{path}: changed since it was downloaded: its SHA-256 is {is_now[:12]} and was {known[:12]}; delete it to "
+                f"{path}: changed since it was downloaded: SHA-256 {is_now[:12]}, before {known[:12]}; delete it to "
                 "download it anew"
             )
         if pinned not in (None, known):
