@@ -23,7 +23,7 @@ _PROBE = ("probe accuracy", ("student_knn", "student_linear", "teacher_knn", "te
 
 
 class Curves(Reporter):
-    """Draws the run's log as curves.png in its folder, after each checkpoint.
+    """Draws the run's log as curves.png in its folder, after each checkpoint and at the end.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -35,8 +35,17 @@ class Curves(Reporter):
         except ImportError as error:
             raise ConfigError(f"curves.png needs matplotlib ({error}): pip install 'matpac_fast[plots]'") from error
 
+        self._folder: Path | None = None
+
     def saved(self, folder: Path, step: int) -> None:
+        self._folder = folder
         draw_curves(folder / "log.jsonl", folder / "curves.png")
+
+    def record(self, record: Record) -> None:
+        if (
+            self._folder is not None and record.get("event") == "finished"
+        ):  # the last probe came after the last checkpoint
+            draw_curves(self._folder / "log.jsonl", self._folder / "curves.png")
 
 
 def draw_curves(log: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
