@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from ..study.cache import Aggregate
 from ..study.linear import ProbeConfig
 from ..study.results import tabulate
 from ..study.sweep import StudyConfig, run_study
@@ -21,7 +22,7 @@ def main(
     temporal_support: float = 2.0,
     hop: float | None = None,
     remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
-    aggregate: Literal["mean", "score", "one"] = "mean",
+    aggregate: Aggregate = "mean",
     learning_rates: str = "0.1,1",
     decays: str = "1e-4,1e-3,1e-2,1e-1",
     seeds: int = 3,
@@ -49,7 +50,7 @@ def main(
         temporal_support: seconds of audio that one embedding sees.
         hop: seconds from one window to the next. Default: the temporal support.
         remainder: the end of a clip that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
-        aggregate: mean, score or one.
+        aggregate: mean, score, attend or one.
         learning_rates: of the probes' grid.
         decays: of the probes' grid.
         seeds: of probes.
@@ -71,7 +72,11 @@ def main(
         remainder=remainder,
         aggregate=aggregate,
         probe=ProbeConfig(
-            _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
+            _numbers("--learning-rates", learning_rates),
+            _numbers("--decays", decays),
+            seeds,
+            standardize=standardize,
+            attentive=aggregate == "attend",
         ),
         cost=False,
         batch_size=batch_size,

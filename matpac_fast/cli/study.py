@@ -17,6 +17,7 @@ import torch
 from ..audio.decode import decoder_versions
 from ..errors import ConfigError
 from ..files import write_text
+from ..study.cache import Aggregate
 from ..study.cost import Cost, device_name
 from ..study.linear import ProbeConfig
 from ..study.plots import write_plots
@@ -36,7 +37,7 @@ def main(
     temporal_support: str = "0.5,1,2,3,5,10",
     hop: float | None = None,
     remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
-    aggregate: Literal["mean", "score", "one"] = "mean",
+    aggregate: Aggregate = "mean",
     margin: float = 0.01,
     cheapest_by: Literal["memory", "time", "macs"] = "memory",
     cost: bool = True,
@@ -71,7 +72,8 @@ def main(
         hop: seconds from one window to the next. Default: the temporal support.
         remainder: the end of a clip that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
         aggregate: mean, probe the mean embedding of a clip's windows; score, probe every window and average what the
-            probe says; one, probe the single window in the clip's middle.
+            probe says; attend, an attentive probe, which learns how much each window counts; one, probe the single
+            window in the clip's middle.
         margin: how much validation score the cheapest temporal support may lose, 0.01 being a point.
         cheapest_by: what cheap means: peak memory, time, or multiply-adds a second of audio.
         cost: measure memory, time and multiply-adds.
@@ -99,7 +101,11 @@ def main(
         remainder=remainder,
         aggregate=aggregate,
         probe=ProbeConfig(
-            _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
+            _numbers("--learning-rates", learning_rates),
+            _numbers("--decays", decays),
+            seeds,
+            standardize=standardize,
+            attentive=aggregate == "attend",
         ),
         cost=cost or cost_only,
         batch_sizes=tuple(round(n) for n in _numbers("--batch-sizes", batch_sizes)),
@@ -241,7 +247,7 @@ def _made(config: StudyConfig) -> dict[str, str]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": f"{device_name(torch.device(config.device))}, {config.dtype}, threads: {torch.get_num_threads()}",
         "windows": f"hop {config.hop or 'as the temporal support'}, remainder {config.remainder}, {config.aggregate}",
-        "probe": f"linear, {config.probe}",
+        "probe": f"{'attentive' if config.probe.attentive else 'linear'}, {config.probe}",
         **versions(),
         **decoder_versions(),
         "platform": platform.platform(),

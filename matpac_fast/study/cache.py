@@ -29,13 +29,14 @@ from ..files import atomic, sha256, write_text
 from ..tasks.task import Fold
 from .linear import Rows
 
-Aggregate = Literal["mean", "score", "one"]
+Aggregate = Literal["mean", "score", "one", "attend"]
 _CLIPS = 128  # in one part; a killed run loses so many clips' work at most
 
 
 @dataclass(frozen=True)
 class View:
-    """What of a clip is embedded. `aggregate`: the mean over its windows, every window, or the one in its middle."""
+    """What of a clip is embedded. `aggregate`: the mean over its windows, every window (score, attend), or the one in
+    its middle."""
 
     temporal_support: float
     hop: float | None = None
@@ -53,7 +54,7 @@ class View:
             "temporal_support": self.temporal_support,
             "hop": self.hop,
             "remainder": self.remainder,
-            "rows": {"mean": "mean", "score": "windows", "one": "middle"}[self.aggregate],
+            "rows": {"mean": "mean", "score": "windows", "attend": "windows", "one": "middle"}[self.aggregate],
             "matpac_fast": __version__,
             "torch": torch.__version__,
             "decoder": decoder_versions(),
@@ -114,7 +115,7 @@ class Cache:
             pq.write_table(table, beside, use_dictionary=["audio"], compression="none")  # pyright: ignore
 
     def embed(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
-        """Of each wave (S,), at the encoder's rate: (1, E) for "mean" and "one", (W, E) for "score"."""
+        """Of each wave (S,), at the encoder's rate: (1, E) for "mean" and "one", else (W, E)."""
         view = self.view
         if view.aggregate == "one":
             size = round(view.temporal_support * self.encoder.sample_rate)

@@ -1,4 +1,4 @@
-"""Linear probes for a whole grid of learning rate, decay, seed and fold at once, as one batched product."""
+"""Probes for a whole grid of learning rate, decay and seed at once, as one batched product; here, linear ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tasks.task import Fold, deal_groups
 
-_CELLS = 1 << 25  # logits held at a time
+CELLS = 1 << 25  # logits held at a time
 _HELD_OUT = 6  # one part in so many of the training groups validates where the task has no validation clips
 _RANK = 1e-6  # singular values below this share of the largest are rounding
 
@@ -26,7 +26,7 @@ class ProbeConfig:
     `learning_rates` x `decays` is the grid; each fold and seed takes the pair, and the step, of least validation loss.
     `decays` are strengths of an L2 penalty decay / 2 * |weight|^2 beside the mean loss of a clip. A seed draws the
     initial weights, and the validation clips where the task names none. `standardize`: features to zero mean and unit
-    spread over the fold's training and validation clips.
+    spread over the fold's training and validation clips. `attentive`: see `attentive`.
     """
 
     learning_rates: tuple[float, ...] = (0.1, 1.0)
@@ -36,6 +36,7 @@ class ProbeConfig:
     check_every: int = 10
     patience: int = 5  # checks without any probe of the grid getting better
     standardize: bool = True
+    attentive: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "check_every", "patience"):
@@ -61,7 +62,8 @@ class Probed:
 
     `scores[f]` (S, N_f, K): probabilities for the test clips of fold f by each seed, averaged over a clip's rows.
     `valid` (F, S): loss on the validation clips; `valid_score` (F, S): their score by the task's metric;
-    `chosen` (F, S, 2): learning rate and decay; `weights[f]` (S, D + 1, K) for features as given, bias last.
+    `chosen` (F, S, 2): learning rate and decay; `weights[f]` (S, D + 1, K) for features as given, bias last; of an
+    attentive probe (S, D + 1, K + 1), the query last.
     """
 
     scores: list[Tensor]
@@ -98,16 +100,19 @@ def probe(
     """
     if not rows.values.isfinite().all():
         raise ConfigError("probe: embeddings that are not finite; look at the audio, or at the encoder's dtype")
+    from .attentive import AttentiveFold
+
+    kind = AttentiveFold if config.attentive else FoldProbes
     per_clip = np.bincount(rows.clip, minlength=len(targets))
     found = [
-        _Fold(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype).run(metric)
+        kind(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype).run(metric)
         for fold in folds
     ]
     scores, losses, valid_scores, chosen, weights = zip(*found, strict=True)
     return Probed(list(scores), torch.stack(losses), torch.stack(valid_scores), torch.stack(chosen), list(weights))
 
 
-class _Fold:
+class FoldProbes:
     """All probes of one fold. G = learning rates x decays x seeds, in this order."""
 
     def __init__(
@@ -123,6 +128,7 @@ class _Fold:
         dtype: torch.dtype,
     ):
         self.config, self.n_classes, self.device, self.dtype = config, n_classes, device, dtype
+        self.columns = n_classes  # of the weights
         self.multi = targets.ndim == 2
         self.targets = torch.from_numpy(targets)
         learn = fold.train if fold.valid is None else np.concatenate([fold.train, fold.valid])
@@ -183,7 +189,7 @@ class _Fold:
 
     def run(self, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         c = self.config
-        s, k, r = c.seeds, self.n_classes, self.learn.shape[1]
+        s, k, r = c.seeds, self.columns, self.learn.shape[1]
         pairs = [(lr, decay) for lr in c.learning_rates for decay in c.decays]
         g = len(pairs) * s
         rate = torch.tensor([lr for lr, _ in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
@@ -236,7 +242,7 @@ class _Fold:
         return torch.addmm(bias.flatten(), x, weight.flatten(1)).unflatten(1, bias.shape)  # (R, G, K)
 
     def _blocks(self, g: int) -> list[slice]:
-        step = max(1, _CELLS // (g * self.n_classes))
+        step = max(1, CELLS // (g * self.columns))
         return [slice(i, i + step) for i in range(0, len(self.learn), step)]
 
     def _gradient(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,19 +85,37 @@ def run_study(config: StudyConfig, out: Path, progress: Progress = lambda stage,
     device = torch.device(config.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    tasks = [load_task(spec, config.partial, config.seed) for spec in config.tasks]
-    if len({task.name for task in tasks}) < len(tasks):
-        raise ConfigError(f"study: two tasks are called {[task.name for task in tasks]}; rename one's folder")
-    audio = {task.name: hash_audio(task.paths, config.workers) for task in tasks}
+    tasks, audio = load_tasks(config)
     costs = cost_sweep(config, out, progress) if config.cost and rank == 0 else {}
-    for number, name in enumerate(config.encoders):
-        encoder = load_encoder(name, device, dtype=config.dtype)
-        _embed(config, out, encoder, name, tasks, audio, number, progress, (rank, world))
+    embed_share(config, out, tasks, audio, device, (rank, world), progress)
     if world > 1:
         _wait_for_all(rank, world)
     if rank > 0:
         return []
     return _probe_all(config, out, tasks, audio, costs, device, progress)
+
+
+def load_tasks(config: StudyConfig) -> tuple[list[Task], dict[str, list[str]]]:
+    """The tasks, and of each, by its name, the SHA-256 of its clips."""
+    tasks = [load_task(spec, config.partial, config.seed) for spec in config.tasks]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ConfigError(f"study: two tasks are called {[task.name for task in tasks]}; rename one's folder")
+    return tasks, {task.name: hash_audio(task.paths, config.workers) for task in tasks}
+
+
+def embed_share(
+    config: StudyConfig,
+    out: Path,
+    tasks: list[Task],
+    audio: dict[str, list[str]],
+    device: torch.device,
+    share: tuple[int, int],
+    progress: Progress,
+) -> None:
+    """Embed what is missing, by every encoder; with `share` (rank, of how many) only that part of the clips."""
+    for number, name in enumerate(config.encoders):
+        encoder = load_encoder(name, device, dtype=config.dtype)
+        _embed(config, out, encoder, tasks, audio, number, progress, share)
 
 
 def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple[str, float, int], Cost]:
@@ -137,7 +155,6 @@ def _embed(
     config: StudyConfig,
     out: Path,
     encoder: AudioEncoder,
-    name: str,
     tasks: list[Task],
     audio: dict[str, list[str]],
     number: int,

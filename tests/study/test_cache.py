@@ -29,7 +29,7 @@ def none_done(count: int) -> None:
     pass
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "score", "one"])
+@pytest.mark.parametrize("aggregate", ["mean", "score", "attend", "one"])
 def test_rows_are_the_encoders(tmp_path, encoder, some, aggregate):
     paths, audio = some
     cache = Cache(tmp_path, encoder, View(0.3, aggregate=aggregate))

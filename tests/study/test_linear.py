@@ -138,10 +138,10 @@ def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_se
     values, targets = blobs(n=240)
     groups = np.array([f"g{i // 6}" for i in range(240)])
     fold = Fold(np.arange(180), np.arange(180, 240))
-    from matpac_fast.study.linear import _Fold
+    from matpac_fast.study.linear import FoldProbes
 
     rows = Rows(values, np.arange(240))
-    made = _Fold(rows, np.ones(240), targets, groups, fold, 3, QUICK, torch.device("cpu"), torch.float64)
+    made = FoldProbes(rows, np.ones(240), targets, groups, fold, 3, QUICK, torch.device("cpu"), torch.float64)
     assert not np.array_equal(*made.valid_of)
     for valid in made.valid_of:
         assert 18 <= len(valid) <= 42

@@ -87,12 +87,12 @@ def test_a_stopped_study_goes_on_and_ends_the_same(studied, encoder_file, clips,
     assert all(torch.equal(a.probed.scores[0], b.probed.scores[0]) for a, b in zip(again, third, strict=True))
 
 
-@pytest.mark.parametrize("aggregate", ["score", "one"])
+@pytest.mark.parametrize("aggregate", ["score", "attend", "one"])
 def test_other_ways_of_one_answer_for_a_clip(encoder_file, clips, tmp_path, aggregate):
     (cell,) = run_study(config(encoder_file, clips, aggregate=aggregate, temporal_supports=(0.5,)), tmp_path)
     assert cell.probed.scores[0].shape == (2, 12, 3)
     assert torch.allclose(cell.probed.scores[0].sum(2), torch.ones(2, 12, dtype=torch.float64), atol=1e-5)
-    assert cell.windows == (2 if aggregate == "score" else 1)
+    assert cell.windows == (1 if aggregate == "one" else 2)
 
 
 def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
