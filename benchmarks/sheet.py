@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from matpac_fast import __version__, backend
+from matpac_fast.study.cost import device_name
 
 HERE = Path(__file__).parent
 GPU = torch.cuda.is_available()
@@ -139,20 +140,13 @@ def version(package: str) -> str | None:
         return None
 
 
-def cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def machine() -> dict[str, Any]:
     """Device, driver, clocks where they can be read, and versions."""
     query = ("--format=csv,noheader", "--id=0")
     return {
-        "device": torch.cuda.get_device_name() if GPU else cpu_name(),
+        "device": device_name(torch.device("cuda"))
+        if GPU
+        else f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "driver": told("nvidia-smi", "--query-gpu=driver_version", *query) if GPU else None,
         "clocks": told("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", *query) if GPU else None,

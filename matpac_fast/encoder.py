@@ -303,7 +303,7 @@ def load_encoder(
             return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
     if path in [_UNTRAINED + preset for preset in PRESETS] and kind is None:
         config = MatpacConfig.preset(path.removeprefix(_UNTRAINED))
-        state, sizes = Matpac(config).state_dict(), _sizes_of(config)
+        state, sizes = Matpac(config).state_dict(), sizes_of(config)
     else:
         state, metadata = _read(path)
         foreign = kind is None and not {"sizes", "config"} & set(metadata)
@@ -323,7 +323,8 @@ def load_encoder(
     return encoder.to(device).prepare(dtype, compile)
 
 
-def _sizes_of(config: MatpacConfig) -> dict[str, Any]:
+def sizes_of(config: MatpacConfig) -> dict[str, Any]:
+    """Of its encoder, as `Encoder` takes them."""
     return {size: getattr(config, size) for size in _SIZES}
 
 
@@ -349,7 +350,7 @@ def _interpret(
     if "sizes" in metadata:
         return state, metadata["sizes"], metadata.get("id")
     if "config" in metadata:
-        return state, _sizes_of(MatpacConfig.from_dict(metadata["config"])), None
+        return state, sizes_of(MatpacConfig.from_dict(metadata["config"])), None
     if found == "M2D":
         state, sizes = m2d.from_m2d(state, path)
     else:

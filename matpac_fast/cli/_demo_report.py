@@ -18,6 +18,7 @@ from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..files import write_text
 from ..reference import LogMelConfig, hz_to_mel, mel_to_hz
+from ..study.cost import device_name
 from ..study.probe import Interval
 from ..study.report import Section, Series, facts, line_chart, mask_figure, page, table, tiles
 from ..train.config import TrainConfig
@@ -189,10 +190,7 @@ def made_by(train: TrainConfig, run: Path, device: torch.device) -> dict[str, st
     """What made the numbers: command, time, machine, versions."""
     state = json.loads((checkpoint.find_weights(run).parent / "state.json").read_text(encoding="utf-8"))
     precision = (read_config(run) or {})["train"]["precision"]
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{_cpu_name()}, threads: {torch.get_num_threads()}"
+    machine = device_name(device) + ("" if device.type == "cuda" else f", threads: {torch.get_num_threads()}")
     again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
         "command": again,
@@ -202,12 +200,3 @@ def made_by(train: TrainConfig, run: Path, device: torch.device) -> dict[str, st
         **{name: text for name, text in versions().items() if name != "platform"},
         "platform": platform.platform(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

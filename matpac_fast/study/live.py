@@ -18,7 +18,7 @@ from ..audio.corpus import to_int16
 from ..audio.decode import find_audio, read_blocks
 from ..audio_encoder import AudioEncoder
 from ..config import MatpacConfig
-from ..encoder import Encoder
+from ..encoder import Encoder, sizes_of
 from ..errors import AudioError, ConfigError
 from ..nn.statistics import effective_rank
 from ..zoo.statistics import LogMelStatistics
@@ -29,7 +29,6 @@ SAMPLE_RATE = 16_000
 _L2_GRID = (1.0, 0.1, 0.01, 0.001)
 _FOLDS = 3
 _NEIGHBOURS = 10
-_SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
 
 
 class LiveProbe:
@@ -114,7 +113,7 @@ class LiveProbe:
         return found | self._floor
 
     def _embed(self, state: Mapping[str, Tensor], config: MatpacConfig, side: str) -> Tensor:
-        encoder = Encoder(**{size: getattr(config, size) for size in _SIZES}).to(self._device)
+        encoder = Encoder(**sizes_of(config)).to(self._device)
         wanted = ("frontend.", f"{side}.")
         kept = {name.replace("teacher.", "student.", 1): t for name, t in state.items() if name.startswith(wanted)}
         checkpoint.load_into(encoder, kept, f"the {side}")
