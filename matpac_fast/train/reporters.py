@@ -70,7 +70,7 @@ def draw_curves(log: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=7, framealpha=0.5)  # where it covers a curve, the curve shows
     with atomic(out) as beside:
         figure.savefig(beside, format="png", dpi=100)
 
