@@ -1,8 +1,8 @@
 """Tables for the README from recorded results, and comparisons of two of them.
 
     python benchmarks/report.py                       print the tables of the newest result of every device
-    python benchmarks/report.py --readme              put them into README.md, between its two markers, and the curves
-                                                      of temporal support into docs/
+    python benchmarks/report.py --readme              put them into docs/benchmarks.md, the curves of temporal support
+                                                      beside it, and the short of it into README.md, between its markers
     python benchmarks/report.py --compare OLD NEW     ratios of two results of one device, with their spread
 
 `sheet.py` makes the results. A result of a changed tree, of a failing stage or without tests is refused.
@@ -21,6 +21,14 @@ import _plots
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- benchmarks: begin, made by benchmarks/report.py -->", "<!-- benchmarks: end -->"
+OURS = ("cuda", "triton", "cpp", "by hand")  # of these the first that was timed is what serves an op
+PAGE = """# Benchmarks
+
+The newest result of every device, whole. Made by `python benchmarks/report.py --readme` from `benchmarks/results/`,
+which `python benchmarks/sheet.py` fills. "Of floor" is the least time that the bytes or products would take on this
+device, over the time taken (`benchmarks/floors.py`); "extra" is the memory that a call takes beyond its arguments and
+results.
+"""
 Result = dict[str, Any]
 
 
@@ -50,39 +58,67 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] + ["--:"] * (len(heads) - 1), *rows)] + [""]
 
 
-def tables(result: Result) -> list[str]:
-    versions = result["versions"]
+def made_by(result: Result) -> list[str]:
     command = re.sub(r" --out \S+", "", result["command"])  # a folder of the machine that ran it
-    lines = [
-        f"**{result['device']}**, {result['threads']} threads, torch {versions['torch']}, commit "
+    return [
+        f"**{result['device']}**, {result['threads']} threads, torch {result['versions']['torch']}, commit "
         f"`{result['commit'][:9]}`, {result['date'][:10]}, by `{command}`:",
         "",
     ]
+
+
+def short(result: Result) -> list[str]:
+    """For the README: what serves each op against its rivals, the step, and embedding."""
+    lines = made_by(result)
+    rows = []
+    for op, size in dict.fromkeys((row["op"], row["size"]) for row in result.get("ops", [])):
+        timed = {row["variant"]: row for row in result["ops"] if (row["op"], row["size"]) == (op, size)}
+        ours = next((timed[name] for name in OURS if name in timed), None)
+        if ours is None:
+            continue
+        over = {name: f"{row['median_ms'] / ours['median_ms']:.1f}×" for name, row in timed.items()}
+        others = [f"{name} {ratio}" for name, ratio in over.items() if name not in (*OURS, *_REFERENCES)]
+        cells = [f"`{op}` {size}", f"{ours['median_ms']:.3g}", f"{ours['floor_ms'] / ours['median_ms']:.0%}"]
+        rows.append([*cells, *(over.get(name, "") for name in _REFERENCES), ", ".join(others)])
+    if rows:
+        lines += table(["op", "ms", "of floor", *(f"over {name}" for name in _REFERENCES), "over others"], rows)
+    return lines + step_table(result) + embed_table(result)
+
+
+_REFERENCES = ("reference", "compiled reference")
+
+
+def step_table(result: Result) -> list[str]:
+    if "step" not in result:
+        return []
+    step = result["step"]
+    rows = [
+        [name, f"{row['ms']:,.0f}", f"{row['crops_per_s']:.2f}", f"{row['gflop_per_s']:,.0f}", f"{row['speedup']:.2f}×"]
+        for name, row in step["rows"].items()
+    ]
+    head = f"training step, {step['preset']}, batch {step['batch_size']}"
+    return table([head, "ms", "crops/s", "GFLOP/s", f"over {step['speedup_over']}"], rows)
+
+
+def embed_table(result: Result) -> list[str]:
+    if "embed" not in result:
+        return []
+    rows = result["embed"]["rows"]
+    bases = [name.removeprefix("over ") for name in rows[0] if name.startswith("over ")]
+    cells = [
+        [f"{row['clips']} × {row['seconds']:g} s, {row['variant']}", f"{row['ms']:,.0f}"]
+        + [f"{row[f'over {base}']:.2f}×" if f"over {base}" in row else "" for base in bases]
+        for row in rows
+    ]
+    return table([f"embedding, {result['embed']['encoder']}", "ms", *(f"over {base}" for base in bases)], cells)
+
+
+def tables(result: Result) -> list[str]:
+    """All of a result."""
+    lines = made_by(result)
     if "ops" in result:
         lines += op_table(result["ops"])
-    if "step" in result:
-        step = result["step"]
-        rows = [
-            [
-                name,
-                f"{row['ms']:,.0f}",
-                f"{row['crops_per_s']:.2f}",
-                f"{row['gflop_per_s']:,.0f}",
-                f"{row['speedup']:.2f}×",
-            ]
-            for name, row in step["rows"].items()
-        ]
-        head = f"training step, {step['preset']}, batch {step['batch_size']}"
-        lines += table([head, "ms", "crops/s", "GFLOP/s", f"over {step['speedup_over']}"], rows)
-    if "embed" in result:
-        rows = result["embed"]["rows"]
-        bases = [name.removeprefix("over ") for name in rows[0] if name.startswith("over ")]
-        cells = [
-            [f"{row['clips']} × {row['seconds']:g} s, {row['variant']}", f"{row['ms']:,.0f}"]
-            + [f"{row[f'over {base}']:.2f}×" if f"over {base}" in row else "" for base in bases]
-            for row in rows
-        ]
-        lines += table([f"embedding, {result['embed']['encoder']}", "ms", *(f"over {base}" for base in bases)], cells)
+    lines += step_table(result) + embed_table(result)
     if "temporal_support" in result:
         lines += support_table(result["temporal_support"])
     if profile := result.get("profile"):
@@ -166,13 +202,13 @@ def compare(old: Result, new: Result) -> list[str]:
 
 
 def curves(path: Path, result: Result) -> list[str]:
-    """Draw the curves of a result into docs/, and the line that shows them; none without matplotlib or the numbers."""
+    """Draw the curves of a result into docs/, and say where; nothing where it has none."""
     if "temporal_support" not in result:
         return []
     image = HERE.parent / "docs" / f"temporal-support-{path.parent.name}.png"
     image.parent.mkdir(exist_ok=True)
     _plots.temporal_support(result["temporal_support"], image)
-    return [f"![Time, memory and largest batch against temporal support](docs/{image.name})", ""]
+    return [f"![Time, memory and largest batch against temporal support]({image.name})", ""]
 
 
 def main() -> None:
@@ -183,10 +219,8 @@ def main() -> None:
     if options.compare:
         print("\n".join(compare(*map(read, options.compare))))
         return
-    lines = []
-    for path in newest():
-        result = read(path)
-        lines += tables(result) + (curves(path, result) if options.readme else [])
+    found = {path: read(path) for path in newest()}
+    lines = [line for result in found.values() for line in tables(result)]
     if not lines:
         sys.exit(f"no result under {HERE / 'results'}; python benchmarks/sheet.py makes one")
     if not options.readme:
@@ -194,10 +228,17 @@ def main() -> None:
         return
     readme = HERE.parent / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
+    _, end, after = rest.partition(END)
+    if not end:
         sys.exit(f"{readme} lacks the lines {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"{END}{after}")
+    in_readme, page = [], [PAGE]
+    for path, result in found.items():
+        drawn = curves(path, result)
+        page += tables(result) + drawn
+        in_readme += short(result) + [line.replace("](", "](docs/") for line in drawn]
+    (HERE.parent / "docs").mkdir(exist_ok=True)
+    (HERE.parent / "docs" / "benchmarks.md").write_text("\n".join(page))
+    readme.write_text(f"{before}{BEGIN}\n\n" + "\n".join(in_readme) + f"{END}{after}")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,10 @@ def test_tables(result):
     assert "Left out: compute-sanitizer needs a GPU." in text
     assert text.count("| embed, 0.16 s | 20.0 | 125.0 | 300.0 | 0.5 | 3.0 | ~40 |") == 1
     assert "student   1.00" in text
+    short = "\n".join(report.short(result))
+    assert "| `log_mel` 1 x 10 s | 0.5 | 20% | 8.0× |  |  |" in short
+    assert "| ours float32 | 100 | 80.00 | 200 | 1.20× |" in short
+    assert "student" not in short
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,10 @@ def test_the_readme_is_filled_between_its_markers(result, tmp_path, monkeypatch)
     assert text.endswith(f"{report.END}\nafter\n")
     assert "stale" not in text
     assert "`old`" not in text
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert page.startswith("# Benchmarks\n")
+    assert "| `log_mel` 1 x 10 s, cpp | 0.5 | 2 GB/s | 20% | 8.00× | 2 |" in page
+    assert "](temporal-support-a-cpu.png)" in page
 
 
 def test_a_case_knows_its_floor(monkeypatch):
