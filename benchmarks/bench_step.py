@@ -30,6 +30,7 @@ from matpac_fast import __version__, ops, use_backend
 from matpac_fast.config import PRESETS, MatpacConfig
 from matpac_fast.model import Matpac
 from matpac_fast.reference import LogMelConfig
+from matpac_fast.train.compiled import compile_blocks
 from matpac_fast.train.config import TrainConfig, resolve_precision
 from matpac_fast.train.flops import peak_flops, step_flops
 from matpac_fast.train.step import make_optimizer, train_step
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=None, help="float32, bf16; default: what the device has")
     parser.add_argument("--mcl-heads", type=int, default=0)
     parser.add_argument("--skip-reference", action="store_true", help="leave out ours on the reference formulas")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks too, as pretrain --compile")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -71,10 +73,18 @@ def main() -> None:
         for backend in ("auto",) if options.skip_reference else ("reference", "auto"):
             name = f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}"
             variants[name] = our_step(copy.deepcopy(start).to(device).train(), wave, index, precision, backend)
+        if options.compile:
+            model = copy.deepcopy(start).to(device).train()
+            compile_blocks(model)
+            variants[f"ours {precision}, compiled"] = our_step(model, wave, index, precision, "auto")
     del start
 
     times: dict[str, list[float]] = {name: [] for name in variants}
-    losses = {name: run() for name, run in variants.items()}  # the first round warms up
+    losses, first = {}, {}
+    for name, run in variants.items():  # the first step warms up, and compiles
+        began = time.perf_counter()
+        losses[name] = run()
+        first[name] = time.perf_counter() - began
     for name, loss in losses.items():
         tolerance = 1e-4 if "float32" in name else 2e-2
         if abs(loss / losses["ours float32"] - 1) > tolerance:
@@ -85,7 +95,7 @@ def main() -> None:
             run()
             times[name].append(time.perf_counter() - began)
             print(f"{name:<32}{1e3 * times[name][-1]:>10.1f} ms", file=sys.stderr)
-    report(times, config, options, device)
+    report(times, first, config, options, device)
 
 
 def our_step(model: Matpac, wave: torch.Tensor, index: torch.Tensor, precision: str, backend: str):
@@ -126,7 +136,11 @@ def official_step(model: torch.nn.Module, spec: torch.Tensor, ids_shuffle: torch
 
 
 def report(
-    times: dict[str, list[float]], config: MatpacConfig, options: argparse.Namespace, device: torch.device
+    times: dict[str, list[float]],
+    first: dict[str, float],
+    config: MatpacConfig,
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> None:
     base = next(iter(times))  # the official code where it is at hand, else ours on the reference
     rows = {}
@@ -134,11 +148,12 @@ def report(
         crops = options.batch_size / statistics.median(seconds)
         rows[name] = {
             **_timing.summary(seconds),
+            "first_ms": 1e3 * first[name],
             "crops_per_s": crops,
             "gflop_per_s": crops * step_flops(config) / 1e9,
             "speedup": statistics.median(b / s for b, s in zip(times[base], seconds, strict=True)),
         }
-        if peak := peak_flops(device, name.rsplit(" ", 1)[1]):
+        if peak := peak_flops(device, "bf16" if "bf16" in name else "float32"):
             rows[name]["mfu"] = crops * step_flops(config) / peak
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.preset}, batch {options.batch_size}, {where}, torch {torch.__version__}, {options.rounds} rounds")

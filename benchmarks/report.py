@@ -93,11 +93,18 @@ def step_table(result: Result) -> list[str]:
         return []
     step = result["step"]
     rows = [
-        [name, f"{row['ms']:,.0f}", f"{row['crops_per_s']:.2f}", f"{row['gflop_per_s']:,.0f}", f"{row['speedup']:.2f}×"]
+        [
+            name,
+            f"{row['ms']:,.0f}",
+            f"{row['first_ms'] / 1e3:.0f} s" if "first_ms" in row else "",
+            f"{row['crops_per_s']:.2f}",
+            f"{row['gflop_per_s']:,.0f}",
+            f"{row['speedup']:.2f}×",
+        ]
         for name, row in step["rows"].items()
     ]
     head = f"training step, {step['preset']}, batch {step['batch_size']}"
-    return table([head, "ms", "crops/s", "GFLOP/s", f"over {step['speedup_over']}"], rows)
+    return table([head, "ms", "the first", "crops/s", "GFLOP/s", f"over {step['speedup_over']}"], rows)
 
 
 def embed_table(result: Result) -> list[str]:

@@ -61,6 +61,7 @@ def stages(out: Path, dry: bool) -> tuple[list[Stage], dict[str, str]]:
     small = ["--preset", "tiny", "--batch-size", "2"] if dry else []
     model = small or (["--preset", "base", "--batch-size", "256"] if GPU else ["--preset", "base", "--batch-size", "8"])
     rounds = ["--rounds", "2" if dry else "5"]
+    compiled = [] if dry else ["--compile"]
     one_clip = ["--encoder", "untrained-tiny", "--clips", "1", "--seconds", "1"] if dry else []
     shortest = ["--preset", "tiny", "--seconds", "0.16", "0.32", "--batch-sizes", "1", "2"] if dry else []
 
@@ -74,7 +75,7 @@ def stages(out: Path, dry: bool) -> tuple[list[Stage], dict[str, str]]:
     found = [
         Stage("tests", 600, [*pytest, *tests, *some]),
         Stage("ops", 600, [*op_table, f"--benchmark-json={out / 'ops.json'}"], lines=90),
-        Stage("step", 400, script("step", *model, *rounds)),
+        Stage("step", 400, script("step", *model, *rounds, *compiled)),
         Stage("embed", 300, script("embed", *one_clip, *rounds)),
         Stage("profile", 240, [*profile, "--profile", str(out / "profile")], lines=25),
         Stage("temporal_support", 600, supports, lines=90),
