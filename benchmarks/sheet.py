@@ -144,10 +144,12 @@ def version(package: str) -> str | None:
 def machine() -> dict[str, Any]:
     """Device, driver, clocks where they can be read, and versions."""
     query = ("--format=csv,noheader", "--id=0")
+    if GPU:
+        name = device_name(torch.device("cuda"))
+    else:  # processors of several generations call themselves "AMD EPYC"
+        name = f"{device_name(torch.device('cpu'))} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
     return {
-        "device": device_name(torch.device("cuda"))
-        if GPU
-        else f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
+        "device": name,
         "threads": torch.get_num_threads(),
         "driver": told("nvidia-smi", "--query-gpu=driver_version", *query) if GPU else None,
         "clocks": told("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", *query) if GPU else None,
