@@ -2,7 +2,8 @@
 
     python benchmarks/report.py                       print the tables of the newest result of every device
     python benchmarks/report.py --readme              put them into docs/benchmarks.md, the curves of temporal support
-                                                      beside it, and the short of it into README.md, between its markers
+                                                      beside it, and the short of the newest CPU's and the newest GPU's
+                                                      into README.md, between its markers
     python benchmarks/report.py --compare OLD NEW     ratios of two results of one device, with their spread
 
 `sheet.py` makes the results. A result of a changed tree, of a failing stage or without tests is refused.
@@ -96,7 +97,6 @@ def step_table(result: Result) -> list[str]:
         [
             name,
             f"{row['ms']:,.0f}",
-            f"{row['first_ms'] / 1e3:.0f} s" if "first_ms" in row else "",
             f"{row['crops_per_s']:.2f}",
             f"{row['gflop_per_s']:,.0f}",
             f"{row['speedup']:.2f}×",
@@ -104,7 +104,7 @@ def step_table(result: Result) -> list[str]:
         for name, row in step["rows"].items()
     ]
     head = f"training step, {step['preset']}, batch {step['batch_size']}"
-    return table([head, "ms", "the first", "crops/s", "GFLOP/s", f"over {step['speedup_over']}"], rows)
+    return table([head, "ms", "crops/s", "GFLOP/s", f"over {step['speedup_over']}"], rows)
 
 
 def embed_table(result: Result) -> list[str]:
@@ -239,10 +239,12 @@ def main() -> None:
     if not end:
         sys.exit(f"{readme} lacks the lines {BEGIN} and {END}")
     in_readme, page = [], [PAGE]
+    latest = {bool(found[path].get("driver")): path for path in sorted(found, key=lambda p: found[p]["date"])}.values()
     for path, result in found.items():
         drawn = curves(path, result)
         page += tables(result) + drawn
-        in_readme += short(result) + [line.replace("](", "](docs/") for line in drawn]
+        if path in latest:
+            in_readme += short(result) + [line.replace("](", "](docs/") for line in drawn]
     (HERE.parent / "docs").mkdir(exist_ok=True)
     (HERE.parent / "docs" / "benchmarks.md").write_text("\n".join(page))
     readme.write_text(f"{before}{BEGIN}\n\n" + "\n".join(in_readme) + f"{END}{after}")

@@ -91,14 +91,14 @@ def write(path, result):
 def test_tables(result):
     text = "\n".join(report.tables(result))
     assert "| `log_mel` 1 x 10 s, cpp | 0.5 | 2 GB/s | 20% | 8.00× | 2 |" in text
-    assert "| ours float32 | 100 | 3 s | 80.00 | 200 | 1.20× |" in text
+    assert "| ours float32 | 100 | 80.00 | 200 | 1.20× |" in text
     assert "commit `012345678`, 2026-01-02, by `python benchmarks/sheet.py`" in text
     assert "Left out: compute-sanitizer needs a GPU." in text
     assert text.count("| embed, 0.16 s | 20.0 | 125.0 | 300.0 | 0.5 | 3.0 | ~40 |") == 1
     assert "student   1.00" in text
     short = "\n".join(report.short(result))
     assert "| `log_mel` 1 x 10 s | 0.5 | 20% | 8.0× |  |  |" in short
-    assert "| ours float32 | 100 | 3 s | 80.00 | 200 | 1.20× |" in short
+    assert "| ours float32 | 100 | 80.00 | 200 | 1.20× |" in short
     assert "student" not in short
 
 
@@ -136,6 +136,10 @@ def test_the_readme_is_filled_between_its_markers(result, tmp_path, monkeypatch)
     folder.mkdir(parents=True)
     write(folder / "2026-01-02-012345678.json", result)
     write(folder / "2025-01-02-012345678.json", result | {"date": "2025-01-02", "commit": "old"})
+    (tmp_path / "benchmarks" / "results" / "b-cpu").mkdir()
+    older = result | {"date": "2025-02-02", "device": "b CPU"}
+    del older["temporal_support"]
+    write(tmp_path / "benchmarks" / "results" / "b-cpu" / "2025-02-02-012345678.json", older)
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n")
     with pytest.raises(SystemExit, match="lacks the lines"):
@@ -153,6 +157,8 @@ def test_the_readme_is_filled_between_its_markers(result, tmp_path, monkeypatch)
     assert "`old`" not in text
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert page.startswith("# Benchmarks\n")
+    assert "**b CPU**" in page
+    assert "**b CPU**" not in text
     assert "| `log_mel` 1 x 10 s, cpp | 0.5 | 2 GB/s | 20% | 8.00× | 2 |" in page
     assert "](temporal-support-a-cpu.png)" in page
 
