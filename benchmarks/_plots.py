@@ -39,6 +39,7 @@ def temporal_support(found: dict[str, Any], path: Path) -> None:
                     axis.plot([r["seconds"] for r in mine], values, "o", label=f"{backend}, batch {batch}", **style)
             axis.set(xscale="log", yscale="log", xlabel="temporal support, s", title=f"{kind}: {label}")
             axis.grid(alpha=0.3)
+            axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_xticks([0.1, 0.3, 1, 3, 10, 30])
             for scale in (axis.xaxis, axis.yaxis):
                 scale.set_major_formatter("{x:g}")
