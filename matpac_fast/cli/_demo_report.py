@@ -191,7 +191,7 @@ def made_by(train: TrainConfig, run: Path, device: torch.device) -> dict[str, st
     state = json.loads((checkpoint.find_weights(run).parent / "state.json").read_text(encoding="utf-8"))
     precision = (read_config(run) or {})["train"]["precision"]
     machine = device_name(device) + ("" if device.type == "cuda" else f", threads: {torch.get_num_threads()}")
-    again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    again = shlex.join(["matpac-fast", *sys.argv[1:]])
     return {
         "command": again,
         "steps": f"{train.steps}; --steps {train.steps} on a machine like this finds the same numbers",

@@ -244,7 +244,7 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
 
 def _made(config: StudyConfig) -> dict[str, str]:
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["matpac-fast", *sys.argv[1:]]),
         "device": f"{device_name(torch.device(config.device))}, {config.dtype}, threads: {torch.get_num_threads()}",
         "windows": f"hop {config.hop or 'as the temporal support'}, remainder {config.remainder}, {config.aggregate}",
         "probe": f"{'attentive' if config.probe.attentive else 'linear'}, {config.probe}",

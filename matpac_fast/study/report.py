@@ -269,7 +269,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --page: #131417; --card: #1c1e22; --ink: #e9e9e6; --dim: #a0a4ab;
   --line: #33363c; --cover: #26292e; --s0: #62aef7; --s1: #f39a53; --s2: #9ca1a9; --s3: #b794f2; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1020px; padding: 40px 20px 64px; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 1160px; padding: 40px 20px 64px; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { margin: 0 0 8px; font-size: 28px; line-height: 1.2; letter-spacing: -0.01em; }
 h2 { margin: 0 0 4px; font-size: 18px; }
