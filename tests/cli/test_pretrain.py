@@ -19,8 +19,10 @@ from matpac_fast.audio.prepare import prepare
 from matpac_fast.cli import pretrain as pretrain_command
 from matpac_fast.encoder import load_encoder
 from matpac_fast.train import TrainConfig, read_log
+from matpac_fast.train.config import resolve_precision
 
 # The smallest run there is: 320 ms crops of the tiny preset.
+AUTO = resolve_precision("auto", torch.device("cpu"))  # bf16 on a processor that computes in it
 SMALL = ["--preset", "tiny", "--crop-seconds", "0.32", "--batch-size", "2", "--device", "cpu", "--log-every", "2"]
 
 
@@ -53,7 +55,7 @@ def test_a_run_ends_with_an_encoder_and_goes_on_without_options(corpus, tmp_path
     assert run(corpus, "--out", out, "--steps", 4, *SMALL) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("starting: 7.")
-    assert "4 clips (1 shorter than a crop are left out), 2 crops a step, float32 on cpu" in said[0]
+    assert f"4 clips (1 shorter than a crop are left out), 2 crops a step, {AUTO} on cpu" in said[0]
     assert [line.split("  ")[0] for line in said[1:3]] == ["step 2/4", "step 4/4"]
     assert "crops/s  ETA 0:00:" in said[1]
     assert said[3] == f"finished at step 4 of 4: {out}"
@@ -114,7 +116,7 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         for name in ("memory", "weights, gradients, Adam", "activations")
     )
     assert abs(total - sum(parts)) <= 1
-    assert "crops/s in float32 on cpu" in rows["speed"]
+    assert f"crops/s in {AUTO} on cpu" in rows["speed"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,7 +178,7 @@ def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_pat
     )
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout.splitlines()
-    assert said[0].endswith("2 crops a step, float32 on cpu, 2 processes")
+    assert said[0].endswith(f"2 crops a step, {AUTO} on cpu, 2 processes")
     assert [line.split("  ")[0] for line in said[1:]][:2] == ["step 2/4", "step 4/4"]
     assert sum(line.startswith("finished at step 4 of 4") for line in said) == 1
     assert read_log(tmp_path / "run" / "log.jsonl")[0]["ranks"] == 2
