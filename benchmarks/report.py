@@ -28,7 +28,7 @@ PAGE = """# Benchmarks
 The newest result of every device, whole. Made by `python benchmarks/report.py --readme` from `benchmarks/results/`,
 which `python benchmarks/sheet.py` fills. "Of floor" is the least time that the bytes or products would take on this
 device, over the time taken (`benchmarks/floors.py`); "extra" is the memory that a call takes beyond its arguments and
-results.
+results; the first call is that of a new process, with what it compiles.
 """
 Result = dict[str, Any]
 
@@ -164,9 +164,10 @@ def op_table(ops: list[Result]) -> list[str]:
                 f"{row['floor_ms'] / row['median_ms']:.0%}",
                 f"{reference / row['median_ms']:.2f}×" if reference else "",
                 "" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}",
+                f"{row['first_call_ms']:,.0f}" if "first_call_ms" in row else "",
             ]
         )
-    return table(["op", "ms", "rate", "of floor", "over reference", "extra MiB"], rows)
+    return table(["op", "ms", "rate", "of floor", "over reference", "extra MiB", "first call, ms"], rows)
 
 
 Times = tuple[float, float, float]  # median, lower and upper quartile, ms
