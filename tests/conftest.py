@@ -40,3 +40,12 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
             return {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in arrays.files}
 
     return load
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of two workers on this machine, where ray is installed."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()

@@ -22,16 +22,8 @@ def test_without_ray_it_is_said(tmp_path, monkeypatch):
         on_ray.embed_collection(tmp_path, tmp_path / "out", "untrained-tiny")
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.mark.slow
-def test_two_workers_of_a_local_ray(cluster, tmp_path):
+def test_two_workers_of_a_local_ray(local_ray, tmp_path):
     from matpac_fast.embed import ray as on_ray
 
     source = tmp_path / "source"

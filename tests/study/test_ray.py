@@ -22,16 +22,8 @@ def test_without_ray_it_is_said(encoder_file, clips, tmp_path, monkeypatch):
         on_ray.run_study(config(encoder_file, clips), tmp_path)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.mark.slow
-def test_two_workers_of_a_local_ray(cluster, encoder_file, clips, tmp_path, monkeypatch):
+def test_two_workers_of_a_local_ray(local_ray, encoder_file, clips, tmp_path, monkeypatch):
     from matpac_fast.study import cache
     from matpac_fast.study import ray as on_ray
 
@@ -47,7 +39,7 @@ def test_two_workers_of_a_local_ray(cluster, encoder_file, clips, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_what_fails_there_is_the_error_here(cluster, encoder_file, clips, tmp_path):
+def test_what_fails_there_is_the_error_here(local_ray, encoder_file, clips, tmp_path):
     from matpac_fast.study import ray as on_ray
 
     broken = clips / "1-1.wav"
