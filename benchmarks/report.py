@@ -22,6 +22,7 @@ import _plots
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- benchmarks: begin, made by benchmarks/report.py -->", "<!-- benchmarks: end -->"
+_REFERENCES = ("reference", "compiled reference")
 OURS = ("cuda", "triton", "cpp", "by hand")  # of these the first that was timed is what serves an op
 PAGE = """# Benchmarks
 
@@ -84,9 +85,6 @@ def short(result: Result) -> list[str]:
     if rows:
         lines += table(["op", "ms", "of floor", *(f"over {name}" for name in _REFERENCES), "over others"], rows)
     return lines + step_table(result) + embed_table(result)
-
-
-_REFERENCES = ("reference", "compiled reference")
 
 
 def step_table(result: Result) -> list[str]:
@@ -240,6 +238,7 @@ def main() -> None:
     if not end:
         sys.exit(f"{readme} lacks the lines {BEGIN} and {END}")
     in_readme, page = [], [PAGE]
+    # Of CPUs, which have no driver, and of GPUs: in order of date, the last one stays.
     latest = {bool(found[path].get("driver")): path for path in sorted(found, key=lambda p: found[p]["date"])}.values()
     for path, result in found.items():
         drawn = curves(path, result)

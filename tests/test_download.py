@@ -158,7 +158,6 @@ def test_without_a_pin_the_first_download_is_the_pin(server, monkeypatch, caplog
     assert sha256(path) == sha256(FILE)
     assert downloads.resolve("https://tls.test/e.safetensors") == path
     assert server.asked == ["/e.safetensors"]
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", inside)
 
 
 def test_an_address_that_leads_from_https_to_http_is_refused(server, monkeypatch, tmp_path):

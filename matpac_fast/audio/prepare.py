@@ -6,7 +6,6 @@ finished is done again, so the result is the same however often it was killed.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AudioError, CorpusError
-from ..files import atomic
+from ..files import atomic, sha256
 from .ahead import in_order
 from .corpus import REJECTED, shard_path, to_int16
 from .decode import AUDIO_SUFFIXES, AudioFile, find_audio, folder_reason
@@ -171,7 +170,7 @@ def _load(key: str, path: Path, settings: Settings, known: str | None) -> _Loade
     try:
         with AudioFile(path) as file:
             status = os.stat(path)
-            row |= {"sha256": _sha256(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+            row |= {"sha256": sha256(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
             if row["sha256"] == known:
                 return None
             blocks: list[NDArray[np.int16]] = []
@@ -194,14 +193,6 @@ def _load(key: str, path: Path, settings: Settings, known: str | None) -> _Loade
         return _Loaded(row | {"reason": f"silent: within {settings.silence_db:g} dBFS of its mid-line throughout"})
     row |= {"frames": len(wave), "duration": seconds, "peak": max(high, -low), "clipped": clipped}
     return _Loaded(row, wave)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -137,9 +137,10 @@ def main(
         frames = tuple(map(_frames, crop_seconds))
         given_model["n_frames"] = max(frames)
         given_train["crop_frames"] = frames if len(frames) > 1 else None
-    # As they were given, so after `fit_to_run`; the head's teacher is never slower than the encoder's, as there.
-    decays = {} if ema is None else {"ema_start": ema[0], "ema_end": ema[1]}
-    decays |= {} if ema is None else {"head_ema_start": min(MatpacConfig.head_ema_start, ema[0])}
+    decays: dict[str, float] = {}
+    if ema is not None:  # as they were given, so after `fit_to_run`; the head's teacher is never slower, as there
+        head = min(MatpacConfig.head_ema_start, ema[0])
+        decays = {"ema_start": ema[0], "ema_end": ema[1], "head_ema_start": head}
     if stored is None:
         defaults = {"batch_size": 256 * int(os.environ.get("WORLD_SIZE", "1")) if target.type == "cuda" else 32}
         train = TrainConfig(**{**defaults, **given_train})

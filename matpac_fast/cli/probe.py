@@ -72,11 +72,7 @@ def main(
         remainder=remainder,
         aggregate=aggregate,
         probe=ProbeConfig(
-            _numbers("--learning-rates", learning_rates),
-            _numbers("--decays", decays),
-            seeds,
-            standardize=standardize,
-            attentive=aggregate == "attend",
+            _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
         ),
         cost=False,
         batch_size=batch_size,

@@ -101,11 +101,7 @@ def main(
         remainder=remainder,
         aggregate=aggregate,
         probe=ProbeConfig(
-            _numbers("--learning-rates", learning_rates),
-            _numbers("--decays", decays),
-            seeds,
-            standardize=standardize,
-            attentive=aggregate == "attend",
+            _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
         ),
         cost=cost or cost_only,
         batch_sizes=tuple(round(n) for n in _numbers("--batch-sizes", batch_sizes)),
@@ -247,7 +243,7 @@ def _made(config: StudyConfig) -> dict[str, str]:
         "command": shlex.join(["matpac-fast", *sys.argv[1:]]),
         "device": f"{device_name(torch.device(config.device))}, {config.dtype}, threads: {torch.get_num_threads()}",
         "windows": f"hop {config.hop or 'as the temporal support'}, remainder {config.remainder}, {config.aggregate}",
-        "probe": f"{'attentive' if config.probe.attentive else 'linear'}, {config.probe}",
+        "probe": f"{'attentive' if config.aggregate == 'attend' else 'linear'}, {config.probe}",
         **versions(),
         **decoder_versions(),
         "platform": platform.platform(),

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..tasks import Task
 from .results import Cell
-from .sweep import Progress, StudyConfig, embed_share, load_tasks
+from .sweep import Loaded, Progress, StudyConfig, embed_share, load_tasks
 from .sweep import run_study as run_here
 
 _PARTS = 4  # of the clips, for each task that runs at a time: the last ones are short
@@ -54,10 +53,10 @@ def run_study(
     if concurrency < 1:
         raise ConfigError(f"concurrency is {concurrency}; expected at least 1")
     out = Path(out).resolve()
-    tasks, audio = load_tasks(config)  # a data set that is not whole is an error before anything is computed
+    loaded = load_tasks(config)  # a data set that is not whole is an error before anything is computed
     theirs = dataclasses.replace(config, workers=max(1, int(num_cpus)), device="cuda" if num_gpus else "cpu")
     remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_embed)
-    handed = [ray.put(given) for given in (theirs, tasks, audio)]
+    handed = [ray.put(given) for given in (theirs, loaded)]
     parts = concurrency * _PARTS
     waiting, running, done = list(range(parts)), [], 0
     while waiting or running:
@@ -72,12 +71,9 @@ def run_study(
             raise error.as_instanceof_cause() from None
         done += len(ready)
         progress("embedding on the cluster", done, parts)
-    return run_here(config, out, progress)
+    return run_here(config, out, progress, loaded)
 
 
-def _embed(
-    out: Path, config: StudyConfig, tasks: list[Task], audio: dict[str, list[str]], share: tuple[int, int]
-) -> None:
+def _embed(out: Path, config: StudyConfig, loaded: Loaded, share: tuple[int, int]) -> None:
     torch.set_num_threads(config.workers)
-    ignored: Any = lambda stage, done, total: None  # noqa: E731 - its shape is Progress's
-    embed_share(config, out, tasks, audio, torch.device(config.device), share, ignored)
+    embed_share(config, out, loaded, torch.device(config.device), share)

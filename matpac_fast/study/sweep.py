@@ -72,10 +72,20 @@ class StudyConfig:
             Windowing(ts, self.hop, remainder=self.remainder).samples(1000)
 
 
-def run_study(config: StudyConfig, out: Path, progress: Progress = lambda stage, done, total: None) -> list[Cell]:
+Loaded = tuple[list[Task], dict[str, list[str]]]  # the tasks, and of each, by its name, the SHA-256 of its clips
+
+
+def _ignored(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def run_study(
+    config: StudyConfig, out: Path, progress: Progress = _ignored, loaded: Loaded | None = None
+) -> list[Cell]:
     """Cost, embed and probe everything that is missing in `out`, and return the cells, task by task.
 
-    Under torchrun every process embeds its share and the first one does the rest; the others return no cells.
+    Under torchrun every process embeds its share and the first one does the rest; the others return no cells. `loaded`
+    is what `load_tasks` gave, where that is at hand.
 
     Raises:
         DatasetError: a task's folder is incomplete or altered; nothing was computed.
@@ -85,9 +95,9 @@ def run_study(config: StudyConfig, out: Path, progress: Progress = lambda stage,
     device = torch.device(config.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    tasks, audio = load_tasks(config)
+    tasks, audio = load_tasks(config) if loaded is None else loaded
     costs = cost_sweep(config, out, progress) if config.cost and rank == 0 else {}
-    embed_share(config, out, tasks, audio, device, (rank, world), progress)
+    embed_share(config, out, (tasks, audio), device, (rank, world), progress)
     if world > 1:
         _wait_for_all(rank, world)
     if rank > 0:
@@ -95,8 +105,8 @@ def run_study(config: StudyConfig, out: Path, progress: Progress = lambda stage,
     return _probe_all(config, out, tasks, audio, costs, device, progress)
 
 
-def load_tasks(config: StudyConfig) -> tuple[list[Task], dict[str, list[str]]]:
-    """The tasks, and of each, by its name, the SHA-256 of its clips."""
+def load_tasks(config: StudyConfig) -> Loaded:
+    """The tasks, each of its files checked, and the hashes of all clips."""
     tasks = [load_task(spec, config.partial, config.seed) for spec in config.tasks]
     if len({task.name for task in tasks}) < len(tasks):
         raise ConfigError(f"study: two tasks are called {[task.name for task in tasks]}; rename one's folder")
@@ -106,16 +116,15 @@ def load_tasks(config: StudyConfig) -> tuple[list[Task], dict[str, list[str]]]:
 def embed_share(
     config: StudyConfig,
     out: Path,
-    tasks: list[Task],
-    audio: dict[str, list[str]],
+    loaded: Loaded,
     device: torch.device,
     share: tuple[int, int],
-    progress: Progress,
+    progress: Progress = _ignored,
 ) -> None:
     """Embed what is missing, by every encoder; with `share` (rank, of how many) only that part of the clips."""
     for number, name in enumerate(config.encoders):
         encoder = load_encoder(name, device, dtype=config.dtype)
-        _embed(config, out, encoder, tasks, audio, number, progress, share)
+        _embed(config, out, encoder, *loaded, number, progress, share)
 
 
 def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple[str, float, int], Cost]:
@@ -202,13 +211,14 @@ def _probe(
     config: StudyConfig, out: Path, cache: Cache, task: Task, audio: list[str], device: torch.device
 ) -> tuple[Probed, float]:
     """The probes of one cell, and the mean number of windows a clip; read where they are there."""
+    settings = dataclasses.replace(config.probe, attentive=cache.view.aggregate == "attend")
     made_of = [cache.key, task.fingerprint, hashlib.sha256("".join(audio).encode()).hexdigest()]
-    made_of += [json.dumps(dataclasses.asdict(config.probe), sort_keys=True), task.metric, device.type, __version__]
+    made_of += [json.dumps(dataclasses.asdict(settings), sort_keys=True), task.metric, device.type, __version__]
     path = out / "probes" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]}.npz"
     if not path.exists():
         rows = cache.read(audio)
         found = probe(
-            rows, task.targets, task.groups, task.folds, len(task.classes), config.probe, task.metric, device  # type: ignore[arg-type]
+            rows, task.targets, task.groups, task.folds, len(task.classes), settings, task.metric, device  # type: ignore[arg-type]
         )  # fmt: skip
         arrays = {f"scores{f}": scores.float().numpy() for f, scores in enumerate(found.scores)}
         for key in ("valid", "valid_score", "chosen"):

@@ -42,9 +42,8 @@ class Curves(Reporter):
         draw_curves(folder / "log.jsonl", folder / "curves.png")
 
     def record(self, record: Record) -> None:
-        if (
-            self._folder is not None and record.get("event") == "finished"
-        ):  # the last probe came after the last checkpoint
+        # The last probe comes after the last checkpoint.
+        if self._folder is not None and record.get("event") == "finished":
             draw_curves(self._folder / "log.jsonl", self._folder / "curves.png")
 
 

@@ -88,8 +88,11 @@ def test_a_stopped_study_goes_on_and_ends_the_same(studied, encoder_file, clips,
 
 
 @pytest.mark.parametrize("aggregate", ["score", "attend", "one"])
-def test_other_ways_of_one_answer_for_a_clip(encoder_file, clips, tmp_path, aggregate):
+def test_other_ways_of_one_answer_for_a_clip(encoder_file, clips, tmp_path, monkeypatch, aggregate):
+    probed, real = [], sweep.probe
+    monkeypatch.setattr(sweep, "probe", lambda *given: probed.append(given[5]) or real(*given))
     (cell,) = run_study(config(encoder_file, clips, aggregate=aggregate, temporal_supports=(0.5,)), tmp_path)
+    assert [each.attentive for each in probed] == [aggregate == "attend"]
     assert cell.probed.scores[0].shape == (2, 12, 3)
     assert torch.allclose(cell.probed.scores[0].sum(2), torch.ones(2, 12, dtype=torch.float64), atol=1e-5)
     assert cell.windows == (1 if aggregate == "one" else 2)
