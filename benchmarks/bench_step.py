@@ -5,20 +5,25 @@
 
 Every variant starts from the same weights and takes the same spectrograms and masks; before anything is timed their
 first losses are compared, and the run fails where they differ. The rounds are interleaved and the ratio is the median
-of the rounds' ratios, so that a machine that slows down slows all of them.
+of the rounds' ratios, so that a machine that slows down slows all of them. On a CPU the official code has a process of
+its own: `pretrain`, and so this script, changes how malloc gives memory back, which would speed up both.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +38,8 @@ from matpac_fast.reference import LogMelConfig
 from matpac_fast.train.compiled import compile_blocks
 from matpac_fast.train.config import TrainConfig, resolve_precision
 from matpac_fast.train.flops import peak_flops, step_flops
+from matpac_fast.train.graph import GraphedStep
+from matpac_fast.train.memory import freed_memory_kept
 from matpac_fast.train.step import make_optimizer, train_step
 
 STEP = 7  # past step 0, which moves no average
@@ -48,6 +55,7 @@ def main() -> None:
     parser.add_argument("--mcl-heads", type=int, default=0)
     parser.add_argument("--skip-reference", action="store_true", help="leave out ours on the reference formulas")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks too, as pretrain --compile")
+    parser.add_argument("--cuda-graph", action="store_true", help="the last of ours as CUDA graphs too, on a GPU")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -55,21 +63,13 @@ def main() -> None:
     precisions = options.precision or (["float32"] if native == "float32" else ["float32", "bf16"])
 
     config = MatpacConfig.preset(options.preset, mcl_heads=options.mcl_heads)
-    torch.manual_seed(0)
-    wave = torch.randint(-8_000, 8_000, (options.batch_size, LogMelConfig().n_samples(config.n_frames)))
-    wave = wave.to(device, torch.int16)
-    index = torch.arange(options.batch_size, device=device)
-    spec = ops.log_mel(wave)
-    ids_shuffle = ops.mask_shuffle(0, STEP, index, config.n_tokens)
-
+    wave, index = batch(config, options.batch_size, device)
     variants: dict[str, Callable[[], float]] = {}
-    checkout = os.environ.get("MATPAC_OFFICIAL")
     start = Matpac(config)
     for precision in precisions:
-        if checkout:
-            model = _official_training.load(Path(checkout), config).to(device)
-            model.load_state_dict(start.official_state_dict())
-            variants[f"official {precision}"] = official_step(model, spec, ids_shuffle, precision)
+        if checkout := os.environ.get("MATPAC_OFFICIAL"):
+            make = in_a_process if device.type == "cpu" else official_step
+            variants[f"official {precision}"] = make(checkout, config, options.batch_size, precision, device)
         for backend in ("auto",) if options.skip_reference else ("reference", "auto"):
             name = f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}"
             variants[name] = our_step(copy.deepcopy(start).to(device).train(), wave, index, precision, backend)
@@ -78,43 +78,72 @@ def main() -> None:
             model = copy.deepcopy(start).to(device).train()
             compile_blocks(model)
             variants[f"ours {precision}, compiled"] = our_step(model, wave, index, precision, "auto")
+        if options.cuda_graph:
+            model = copy.deepcopy(start).to(device).train()
+            name = f"ours {precision}, {'compiled, ' if options.compile else ''}graph"
+            if options.compile:
+                compile_blocks(model)
+            variants[name] = our_step(model, wave, index, precision, "auto", graph=True)
     del start
 
+    with freed_memory_kept() if device.type == "cpu" else contextlib.nullcontext():
+        times, first = measure(variants, options.rounds)
+    report(times, first, config, options, device)
+
+
+def measure(variants: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every variant in each round, and of its first step."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     losses, first = {}, {}
     for name, run in variants.items():  # the first step warms up, and compiles
         began = time.perf_counter()
         losses[name] = run()
         first[name] = time.perf_counter() - began
+        if name.endswith("graph"):  # recorded on the third
+            run(), run()
     for name, loss in losses.items():
         tolerance = 1e-4 if "float32" in name else 2e-2
         if abs(loss / losses["ours float32"] - 1) > tolerance:
             sys.exit(f"the first losses differ: {losses}")
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, run in variants.items():
             began = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - began)
             print(f"{name:<32}{1e3 * times[name][-1]:>10.1f} ms", file=sys.stderr)
-    report(times, first, config, options, device)
+    return times, first
 
 
-def our_step(model: Matpac, wave: torch.Tensor, index: torch.Tensor, precision: str, backend: str):
+def batch(config: MatpacConfig, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops (rows, samples) int16 and their numbers, the same in every process."""
+    torch.manual_seed(0)
+    wave = torch.randint(-8_000, 8_000, (rows, LogMelConfig().n_samples(config.n_frames)))
+    return wave.to(device, torch.int16), torch.arange(rows, device=device)
+
+
+def our_step(model: Matpac, wave: torch.Tensor, index: torch.Tensor, precision: str, backend: str, graph: bool = False):
     """From int16 crops on the device to new weights, as the training loop does it."""
     optimizer = make_optimizer(model, TrainConfig())
+    graphed = GraphedStep(model, optimizer, 3.0, precision) if graph else None
 
     def run() -> float:
         with use_backend(backend):
-            spec = ops.log_mel(wave)
-            ids_shuffle = ops.mask_shuffle(0, STEP, index, model.config.n_tokens)
-            step = train_step(model, optimizer, [(spec, ids_shuffle)], STEP, 3e-4, 3.0, precision)
+            pieces = [(ops.log_mel(wave), ops.mask_shuffle(0, STEP, index, model.config.n_tokens))]
+            if graphed:
+                step = graphed(pieces, STEP, 3e-4)
+            else:
+                step = train_step(model, optimizer, pieces, STEP, 3e-4, 3.0, precision)
         return float(step.loss)  # waits for the device
 
     return run
 
 
-def official_step(model: torch.nn.Module, spec: torch.Tensor, ids_shuffle: torch.Tensor, precision: str):
+def official_step(checkout: str, config: MatpacConfig, rows: int, precision: str, device: torch.device):
     """From log-mels, which the official code reads from disk, to new weights, with torch's AdamW as it comes."""
+    model = _official_training.load(Path(checkout), config).to(device)
+    model.load_state_dict(Matpac(config).official_state_dict())
+    wave, index = batch(config, rows, device)
+    spec, ids_shuffle = ops.log_mel(wave), ops.mask_shuffle(0, STEP, index, config.n_tokens)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 3e-4, (0.9, 0.95), 1e-6, 0.05)
     n_visible = int(ids_shuffle.shape[1] * (1 - model.cfg.mask_ratio))
@@ -134,6 +163,29 @@ def official_step(model: torch.nn.Module, spec: torch.Tensor, ids_shuffle: torch
         return float(loss.detach())
 
     return run
+
+
+def in_a_process(*arguments: Any) -> Callable[[], float]:
+    """`official_step` in a process of its own, which does a step and says its loss whenever it is asked."""
+    here, there = multiprocessing.Pipe()
+    spawn = multiprocessing.get_context("spawn")
+    spawn.Process(target=_answer, args=(there, *arguments), daemon=True).start()
+    there.close()  # so that the end of either process is the end of the other's wait
+    here.recv()  # imported and built
+
+    def run() -> float:
+        here.send("step")
+        return here.recv()
+
+    return run
+
+
+def _answer(pipe: Connection, *arguments: Any) -> None:
+    step = official_step(*arguments)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            pipe.send(step())
 
 
 def report(

@@ -56,12 +56,12 @@ def stages(out: Path, dry: bool) -> tuple[list[Stage], dict[str, str]]:
     python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     some = ["-k", "mask_shuffle"] if dry else []
     # Files by name: the others import what a machine with nothing but torch lacks.
-    gpu_tests = ["tests/test_gpu.py", "tests/ops/test_prototype_loss_gpu.py"]
+    gpu_tests = ["tests/test_gpu.py", "tests/ops/test_prototype_loss_gpu.py", "tests/train/test_graph.py"]
     tests = [*gpu_tests, "-m", "gpu"] if GPU else ["tests/ops", "tests/test_model.py"]
     small = ["--preset", "tiny", "--batch-size", "2"] if dry else []
     model = small or (["--preset", "base", "--batch-size", "256"] if GPU else ["--preset", "base", "--batch-size", "8"])
     rounds = ["--rounds", "2" if dry else "5"]
-    compiled = [] if dry else ["--compile"]
+    compiled = ([] if dry else ["--compile"]) + (["--cuda-graph"] if GPU else [])
     one_clip = ["--encoder", "untrained-tiny", "--clips", "1", "--seconds", "1"] if dry else []
     shortest = ["--preset", "tiny", "--seconds", "0.16", "0.32", "--batch-sizes", "1", "2"] if dry else []
 

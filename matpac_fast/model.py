@@ -35,6 +35,18 @@ class MatpacOutput(NamedTuple):
         return None if self.sums is None else summarise(self.sums)
 
 
+class Schedule(NamedTuple):
+    """What the number of a step sets: as numbers, or as float64 scalars on the device, which a CUDA graph reads anew.
+
+    `mcl_temp` is None without heads and the number 0 for the hard minimum; a decay of 1 moves nothing.
+    """
+
+    teacher_temp: float | Tensor
+    mcl_temp: float | Tensor | None
+    ema_decay: float | Tensor
+    head_ema_decay: float | Tensor
+
+
 class Matpac(nn.Module):
     """Student, teacher, predictor and classification heads, with the official step's arithmetic.
 
@@ -99,6 +111,7 @@ class Matpac(nn.Module):
         step: int = 0,
         index: Tensor | None = None,
         statistics: bool = False,
+        schedule: Schedule | None = None,
     ) -> MatpacOutput:
         """The two losses of one batch.
 
@@ -109,6 +122,7 @@ class Matpac(nn.Module):
             step: the optimiser step, from 0: it sets the temperatures.
             index: (B,) int64, the crop's number within the global batch; 0..B-1 by default.
             statistics: also sum up what a log wants to know; otherwise None.
+            schedule: the temperatures, in place of those of `step`.
 
         In training mode the teacher's mean is kept for the next `update_teachers`.
         """
@@ -127,6 +141,7 @@ class Matpac(nn.Module):
                 index = torch.arange(spec.shape[0], device=spec.device)
             ids_shuffle = ops.mask_shuffle(c.seed, step, index, n_tokens)
 
+        schedule = schedule or self.schedule(step)
         with span("patch embedding"):
             visible, masked = self.frontend.split(spec, ids_shuffle, n_visible)
         with span("student"):
@@ -136,15 +151,13 @@ class Matpac(nn.Module):
         with torch.no_grad(), span("teacher"):
             target = self.teacher(masked)[:, 1:].flatten(0, 1)  # (B*M, D)
 
-        temperature = self.mcl_temperature(step) if c.mcl_heads else None
         with span("losses"):
-            loss_pred, best = ops.prediction_loss(prediction, target, temperature)
+            loss_pred, best = ops.prediction_loss(prediction, target, schedule.mcl_temp)
         # The classification branch takes the best head's guess of each token.
         guess = prediction
         if best is not None:
             guess = prediction.gather(1, best[:, None, None].expand(-1, 1, prediction.shape[-1])).squeeze(1)
 
-        teacher_temp = self.teacher_temperature(step)
         with span("heads"):
             features, matrix = self.head(guess), self.head.last_layer.matrix()
             with torch.no_grad():
@@ -157,7 +170,7 @@ class Matpac(nn.Module):
                 teacher_matrix,
                 self.center,
                 c.student_temp,
-                teacher_temp,
+                schedule.teacher_temp,
                 mean_of=c.center_of,
             )
         if self.training:
@@ -166,31 +179,39 @@ class Matpac(nn.Module):
                 self.center_count += 1
 
         loss = (1 - c.classification_weight) * loss_pred.mean() + c.classification_weight * loss_cls.mean()
-        sums = self._sums(prediction, target, features, teacher_features, step) if statistics else None
+        sums = self._sums(prediction, target, features, teacher_features, schedule.teacher_temp) if statistics else None
         return MatpacOutput(loss, loss_pred, loss_cls, sums)
 
     @torch.no_grad()
-    def update_teachers(self, step: int, skip: Tensor | None = None) -> None:
+    def update_teachers(self, step: int, skip: Tensor | None = None, schedule: Schedule | None = None) -> None:
         """Move the teachers and the centre once, after `forward` of optimiser step `step` and before the optimiser.
 
         The averages skip step 0, as official; the centre does not. Where `skip`, a bool scalar on the model's device,
-        is true the step counts for nothing: teachers and centre stay as they are.
+        is true the step counts for nothing: teachers and centre stay as they are. `schedule` gives the decays in place
+        of those of `step`.
         """
         c = self.config
+        schedule = schedule or self.schedule(step)
         mean = self.center_sum / self.center_count
         self.center_sum.zero_()
         self.center_count.zero_()
-        if skip is not None and skip.device.type == "cpu":  # reading it costs nothing there
-            if skip:
-                return
-            skip = None
-        if step > 0:
-            ema_update(self.teacher, self.student, self.ema_decay(step), skip)
-            head_decay = self.head_ema_decay(step)
-            if head_decay < 1:
-                ema_update(self.teacher_head, self.head, head_decay, skip)
+        for teacher, student, decay in (
+            (self.teacher, self.student, schedule.ema_decay),
+            (self.teacher_head, self.head, schedule.head_ema_decay),
+        ):
+            if isinstance(decay, Tensor) or decay < 1:
+                ema_update(teacher, student, decay, skip)
         center = c.center_momentum * self.center + (1 - c.center_momentum) * mean
         self.center.copy_(center if skip is None else torch.where(skip, self.center, center))
+
+    def schedule(self, step: int) -> Schedule:
+        """The temperatures and decays of optimiser step `step`, from 0."""
+        return Schedule(
+            self.teacher_temperature(step),
+            self.mcl_temperature(step) if self.config.mcl_heads else None,
+            self.ema_decay(step) if step > 0 else 1.0,
+            self.head_ema_decay(step) if step > 0 else 1.0,
+        )
 
     def teacher_temperature(self, step: int) -> float:
         c = self.config
@@ -211,10 +232,17 @@ class Matpac(nn.Module):
         return linear_anneal(c.head_ema_start, c.head_ema_end, step, c.max_steps)
 
     @torch.no_grad()
-    def _sums(self, prediction: Tensor, target: Tensor, features: Tensor, teacher_features: Tensor, step: int) -> Sums:
+    def _sums(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        features: Tensor,
+        teacher_features: Tensor,
+        teacher_temp: float | Tensor,
+    ) -> Sums:
         logits = features.float() @ self.head.last_layer.matrix().float().T / self.config.student_temp
         teacher_logits = teacher_features.float() @ self.teacher_head.last_layer.matrix().float().T
-        teacher_p = ((teacher_logits - self.center) / self.teacher_temperature(step)).softmax(-1)
+        teacher_p = ((teacher_logits - self.center) / teacher_temp).softmax(-1)
         return token_sums(prediction, target, logits.softmax(-1), teacher_p)
 
     @classmethod

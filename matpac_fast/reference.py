@@ -280,13 +280,13 @@ def prototype_loss(
 
 
 def prediction_loss(
-    prediction: Tensor, target: Tensor, temperature: float | None = None
+    prediction: Tensor, target: Tensor, temperature: float | Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """2 - 2 cos(prediction, target) a token; with MCL heads, their soft or hard minimum.
 
     prediction (N, D) and target (N, D) -> loss (N,), None. With heads, prediction (N, H, D), and a temperature: the
     losses of the heads are weighed by softmax(-loss / temperature), which carries no gradient (MATPAC++,
-    2508.12709); temperature 0 takes the minimum. Returns loss (N,) and the best head (N,).
+    2508.12709); temperature 0 takes the minimum, a tensor () is positive. Returns loss (N,) and the best head (N,).
     """
     target = F.normalize(target, dim=-1)
     prediction = F.normalize(prediction, dim=-1)
@@ -294,7 +294,7 @@ def prediction_loss(
         return 2 - 2 * (prediction * target).sum(-1), None
     loss = 2 - 2 * (prediction * target[:, None]).sum(-1)  # (N, H)
     least, best = loss.min(dim=-1)
-    if temperature > 0:
+    if isinstance(temperature, Tensor) or temperature > 0:
         return (torch.softmax(-loss / temperature, dim=-1).detach() * loss).sum(-1), best
     return least, best
 

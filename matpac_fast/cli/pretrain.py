@@ -46,6 +46,7 @@ def main(
     init: Path | None = None,
     device: str = "auto",
     compile: bool | None = None,
+    cuda_graph: bool | None = None,
     shard: bool | None = None,
     log_every: int | None = None,
     save_every: int | None = None,
@@ -91,6 +92,7 @@ def main(
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
         compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
             Default: not.
+        cuda_graph: on one GPU, launch each step as one CUDA graph: for small models and batches. Default: not.
         shard: under torchrun, cut weights, gradients and Adam's moments into one part a process (FSDP2): for models
             that do not fit on one GPU. Default: each process holds all of them (DDP).
         log_every: steps between two lines of the log. Default: 20.
@@ -128,6 +130,7 @@ def main(
         keep_every=keep_every,
         probe_every=probe_every,
         compile=compile,
+        cuda_graph=cuda_graph,
         shard=shard,
     )
     if preset is not None:

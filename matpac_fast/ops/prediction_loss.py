@@ -16,14 +16,16 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _EPS = 1e-12  # of torch's normalize
 
 
-def _check(prediction: Tensor, target: Tensor, temperature: float | None) -> None:
+def _check(prediction: Tensor, target: Tensor, temperature: float | Tensor | None) -> None:
     check_tensor(_OP, "prediction", prediction, 2 if temperature is None else 3, _DTYPES)
     check_tensor(_OP, "target", target, 2, _DTYPES, like=prediction)
     expected = (prediction.shape[0], prediction.shape[-1])
     check_shape(_OP, "target", target, expected, "(N, D) of the prediction")
     if prediction.ndim == 3 and prediction.shape[1] < 1:
         raise ValueError(f"{_OP}: prediction has no heads; expected (N, H, D) with H at least 1")
-    if temperature is not None and not temperature >= 0:
+    if isinstance(temperature, Tensor):
+        check_tensor(_OP, "temperature", temperature, 0)
+    elif temperature is not None and not temperature >= 0:
         raise ValueError(f"{_OP}: temperature is {temperature}; expected a number from 0, or None without heads")
 
 
@@ -61,7 +63,7 @@ class _Distance(torch.autograd.Function):
 
 
 def prediction_loss(
-    prediction: Tensor, target: Tensor, temperature: float | None = None
+    prediction: Tensor, target: Tensor, temperature: float | Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """2 - 2 cos(prediction, target) a masked patch; with the heads of MATPAC++, their soft or hard minimum.
 
@@ -72,7 +74,8 @@ def prediction_loss(
         prediction: (N, D), or (N, H, D) with heads; float32, float64, bfloat16 or float16.
         target: (N, D); it gets a gradient only through the PyTorch reference, which is then what runs.
         temperature: with heads: they are weighed by softmax(-loss / temperature), which carries no gradient; 0 takes
-            the minimum. None without heads.
+            the minimum. None without heads. A tensor () on the device is positive, which is not checked, for that
+            would wait for a GPU.
 
     Returns:
         loss (N,), in float32 or float64, and the best head (N,) int64, or None without heads.
@@ -90,6 +93,6 @@ def prediction_loss(
     if temperature is None:
         return loss, None
     least, best = loss.min(dim=-1)
-    if temperature > 0:
+    if isinstance(temperature, Tensor) or temperature > 0:
         return (torch.softmax(-loss / temperature, dim=-1).detach() * loss).sum(-1), best
     return least, best

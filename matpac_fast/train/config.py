@@ -48,6 +48,8 @@ class TrainConfig:
         probe_every: steps between two calls of the probe that `pretrain` is given; None: save_every.
         max_bad_steps: stop after this many steps in a row whose loss or gradient was not finite.
         compile: run the transformer blocks through torch.compile; nothing changes but rounding and speed.
+        cuda_graph: on one GPU, launch each step as one CUDA graph: for small models and batches, whose kernels end
+            before the host has started the next. Takes static memory beside the weights.
         shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), for models
             that do not fit on one GPU; by default each holds all of them (DDP).
 
@@ -76,6 +78,7 @@ class TrainConfig:
     probe_every: int | None = None
     max_bad_steps: int = 10
     compile: bool = False
+    cuda_graph: bool = False
     shard: bool = False
 
     def __post_init__(self) -> None:

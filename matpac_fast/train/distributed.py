@@ -172,7 +172,9 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
     # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, for which the
     # group's threads may be waiting.
     _KEPT.append(dist.group.WORLD)
-    yield Ranks(found, rank, world, store)
+    ranks = Ranks(found, rank, world, store)
+    ranks.barrier()  # a rank that fails at once must not be gone before the others have connected to it
+    yield ranks
     # Not where the body raises: taking NCCL down waits for ranks that may be gone. The process ends anyway.
     dist.destroy_process_group()
 

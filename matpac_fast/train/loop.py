@@ -26,7 +26,9 @@ from .config import TrainConfig, resolve_precision
 from .distributed import Ranks, Votes, distribute, join, pick_device, whole
 from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
+from .graph import GraphedStep
 from .logs import Log, Record, Reporter, versions
+from .memory import freed_memory_kept
 from .sampler import Sampler
 from .schedule import learning_rate
 from .state import RunFolder, Saver, Snapshot, describe, differences, load_weights, read_config
@@ -101,8 +103,14 @@ def pretrain(
         sampler = Sampler(
             corpus.frames, crops, config.batch_size, config.seed, config.pad_short, ranks.rank, ranks.world
         )
+        if config.cuda_graph and (ranks.world > 1 or ranks.device.type != "cuda"):
+            raise ConfigError(
+                f"cuda_graph is for one process on a GPU; this is {ranks.world} on {ranks.device.type}: leave it out"
+            )
         if ranks.world > 1 and len(set(ranks.gather(corpus.fingerprint))) > 1:
             raise ConfigError("the processes do not have the same corpus: copy or prepare it again")
+        if ranks.device.type == "cpu":
+            stack.enter_context(freed_memory_kept())
         model = Matpac(model_config)
         folder = ranks.from_first(lambda: RunFolder(out))
         ranks.from_first(lambda: stack.enter_context(folder.locked()))
@@ -174,6 +182,10 @@ class _Run:
         self.probed = ranks.from_first(lambda: probe is not None)
         self.optimizer = make_optimizer(model, config)
         state = folder.load(model, self.optimizer, ranks)
+        # After the load, which may put other tensors in place of the optimiser's.
+        self.graphed = (
+            GraphedStep(model, self.optimizer, config.clip_norm, config.precision) if config.cuda_graph else None
+        )
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()
         self.untold: list[str] = []
@@ -260,6 +272,8 @@ class _Run:
                 ids_shuffle = ops.mask_shuffle(c.seed, step, batch.index, n_tokens)  # (B, N)
             pieces = list(zip(spec.chunk(n), ids_shuffle.chunk(n), strict=True))
             lr = learning_rate(step, c.lr, c.warmup_steps, c.steps)
+            if self.graphed is not None:
+                return self.graphed(pieces, step, lr, statistics)
             return train_step(
                 self.model,
                 self.optimizer,

@@ -46,6 +46,7 @@ FREE = frozenset(
         "max_bad_steps",
         "grad_accumulation",
         "compile",
+        "cuda_graph",
         "shard",
     )
 )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import Matpac
+from ..model import Matpac, Schedule
 from ..nn.ema import local
 from ..nn.statistics import Sums, summarise
 from ..spans import span
@@ -40,9 +40,13 @@ def make_optimizer(model: Matpac, config: TrainConfig) -> torch.optim.AdamW:
     Of a model that FSDP has cut it moves this rank's shards, as the plain tensors that they are.
     """
     trained = [nn.Parameter(local(p)) if is_sharded(p) else p for p in trained_parameters(model).values()]
-    betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(
-        trained, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        trained,
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
@@ -51,12 +55,13 @@ def train_step(
     optimizer: torch.optim.AdamW,
     pieces: Sequence[tuple[Tensor, Tensor]],
     step: int,
-    lr: float,
+    lr: float | Tensor,
     clip_norm: float,
     precision: str = "float32",
     statistics: bool = False,
     ranks: Ranks = ALONE,
     forward: nn.Module | None = None,
+    schedule: Schedule | None = None,
 ) -> Step:
     """Forward, backward, teachers, clipping and optimiser for one batch.
 
@@ -67,6 +72,7 @@ def train_step(
         precision: "bf16" runs the forward pass under autocast.
         statistics: measure those of the batch too.
         ranks, forward: where several processes share the batch: they, and the model as `distribute` wrapped it.
+        schedule: temperatures and decays in place of those of `step`; as `lr` they may be tensors () on the device.
 
     Teachers and centre move once, by the weights from before the optimiser, as official; they move after the backward
     pass, so that a step whose loss or gradient is not finite leaves them, the weights and Adam's moments as they are.
@@ -78,7 +84,7 @@ def train_step(
         waits = i + 1 < len(pieces) and isinstance(forward, nn.parallel.DistributedDataParallel)
         with forward.no_sync() if waits else contextlib.nullcontext():  # pyright: ignore[reportCallIssue]
             with torch.autocast(spec.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                out = forward(spec, ids_shuffle, step=step, statistics=statistics)
+                out = forward(spec, ids_shuffle, step=step, statistics=statistics, schedule=schedule)
             with span("backward"):
                 (out.loss / len(pieces)).backward()
         losses.append(torch.stack([out.loss.detach(), out.loss_pred.detach().mean(), out.loss_cls.detach().mean()]))
@@ -88,7 +94,7 @@ def train_step(
     norm = _hand_gradients(model, optimizer, ranks)
     bad = ~(loss.isfinite().all() & norm.isfinite())
     with span("EMA"):
-        model.update_teachers(step, skip=bad)
+        model.update_teachers(step, bad, schedule)
     with span("clip and optimiser"):
         _optimise(optimizer, norm, bad, lr, clip_norm)
         optimizer.zero_grad(set_to_none=True)
@@ -96,7 +102,7 @@ def train_step(
     return Step(loss[0], loss[1], loss[2], norm, bad, summarise(sums) if sums else None, sums.get("gram"))
 
 
-def _optimise(optimizer: torch.optim.AdamW, norm: Tensor, bad: Tensor, lr: float, clip_norm: float) -> None:
+def _optimise(optimizer: torch.optim.AdamW, norm: Tensor, bad: Tensor, lr: float | Tensor, clip_norm: float) -> None:
     # The fused kernel divides the gradients as it reads them, which clips them, and does nothing where found_inf is 1.
     optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue]

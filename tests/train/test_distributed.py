@@ -211,13 +211,15 @@ def other_corpus(rank, corpora, folder, model, config):
 def test_ranks_with_different_corpora_are_refused(tmp_path, memory_corpus, model_config, train_config):
     corpora = [memory_corpus([6_000] * 4, seed) for seed in range(2)]
     answers = on_ranks(2, other_corpus, corpora, tmp_path / "run", model_config, train_config)
-    assert all("do not have the same corpus" in answer for answer in answers.values())
+    assert all("do not have the same corpus" in answer for answer in answers.values()), answers
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, model_config, train_config, monkeypatch):
     config = dataclasses.replace(train_config, grad_accumulation=2)
     answers = on_ranks(4, train, corpus, tmp_path / "run", model_config, config)
-    assert all("4 processes times a grad_accumulation of 2 do not divide" in answer for answer in answers.values())
+    assert all("4 processes times a grad_accumulation of 2 do not divide" in answer for answer in answers.values()), (
+        answers
+    )
     # More ranks on a machine than it has GPUs.
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
