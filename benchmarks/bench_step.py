@@ -86,7 +86,7 @@ def main() -> None:
             variants[name] = our_step(model, wave, index, precision, "auto", graph=True)
     del start
 
-    with freed_memory_kept() if device.type == "cpu" else contextlib.nullcontext():
+    with freed_memory_kept(device):
         times, first = measure(variants, options.rounds)
     report(times, first, config, options, device)
 

@@ -65,7 +65,7 @@ def main() -> None:
         return
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.preset}, {where}, torch {torch.__version__}")
-    heads = ("", "backend", "s", "batch", "ms", "ms per s", "peak MiB", "GMAC", "GMAC per s", "largest")
+    heads = ("", "backend", "s", "batch", "ms", "ms per s", "peak MiB", "GMAC", "a second", "largest")
     print("".join(f"{head:>10}" for head in heads))
     began, rows, left_out = time.monotonic(), [], []
     # The shortest first, and of each all backends: what a limit cuts off is the long end.

@@ -105,6 +105,23 @@ def step_table(result: Result) -> list[str]:
     return table([head, "ms", "crops/s", "GFLOP/s", f"over {step['speedup_over']}"], rows)
 
 
+def attention_table(result: Result) -> list[str]:
+    if "attention" not in result:
+        return []
+    found = result["attention"]
+    rows = [
+        [
+            f"{row['part']}, {row['tokens']} tokens, {row['backend']}",
+            f"{row['ms']:.3g}",
+            f"{row['ms'] * row['layers']:.3g}",
+            f"{row['speedup']:.2f}×",
+        ]
+        for row in found["rows"]
+    ]
+    head = f"attention, {found['preset']}, batch {found['batch_size']}, {found['precision']}"
+    return table([head, "ms", "ms a step", "over default"], rows)
+
+
 def embed_table(result: Result) -> list[str]:
     if "embed" not in result:
         return []
@@ -123,7 +140,7 @@ def tables(result: Result) -> list[str]:
     lines = made_by(result)
     if "ops" in result:
         lines += op_table(result["ops"])
-    lines += step_table(result) + embed_table(result)
+    lines += step_table(result) + attention_table(result) + embed_table(result)
     if "temporal_support" in result:
         lines += support_table(result["temporal_support"])
     if profile := result.get("profile"):
@@ -178,6 +195,8 @@ def timings(result: Result) -> dict[str, Times]:
         found[f"{row['op']} {row['size']} {row['variant']}"] = (row["median_ms"], *row["spread_ms"])
     for name, row in result.get("step", {"rows": {}})["rows"].items():
         found[f"step {name}"] = (row["ms"], *row["spread_ms"])
+    for row in result.get("attention", {"rows": []})["rows"]:
+        found[f"attention {row['part']} {row['backend']}"] = (row["ms"], *row["spread_ms"])
     for row in result.get("embed", {"rows": []})["rows"]:
         found[f"embed {row['clips']} x {row['seconds']:g} s {row['variant']}"] = (row["ms"], *row["spread_ms"])
     for row in result.get("temporal_support", {"rows": []})["rows"]:

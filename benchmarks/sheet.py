@@ -2,7 +2,8 @@
 
     python benchmarks/sheet.py                 on this machine, with a GPU or without: it says what it left out
     python benchmarks/sheet.py --minutes 10    what has not begun by then is left out, what runs is ended
-    python benchmarks/sheet.py --only ops      some of tests, sanitizer, ops, step, embed, profile, temporal_support
+    python benchmarks/sheet.py --only ops      some of tests, sanitizer, ops, step, attention, embed, profile,
+                                               temporal_support
     python benchmarks/sheet.py --dry-run       one op and the smallest sizes: checks this script itself
 
 The JSON goes to benchmarks/results/<device>/<date>-<commit>.json. Into --out go the same, as sheet.json, the stages'
@@ -40,7 +41,7 @@ HERE = Path(__file__).parent
 GPU = torch.cuda.is_available()
 
 
-STAGES = ("ops", "step", "embed", "profile", "temporal_support")  # those that leave a JSON or files
+STAGES = ("ops", "step", "attention", "embed", "profile", "temporal_support")  # those that leave a JSON or files
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def stages(out: Path, dry: bool) -> tuple[list[Stage], dict[str, str]]:
         Stage("tests", 600, [*pytest, *tests, *some]),
         Stage("ops", 600, [*op_table, f"--benchmark-json={out / 'ops.json'}"], lines=90),
         Stage("step", 400, script("step", *model, *rounds, *compiled)),
+        Stage("attention", 90, script("attention", *model)),
         Stage("embed", 300, script("embed", *one_clip, *rounds)),
         Stage("profile", 240, [*profile, "--profile", str(out / "profile")], lines=25),
         Stage("temporal_support", 600, supports, lines=90),

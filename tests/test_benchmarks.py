@@ -59,6 +59,11 @@ def result() -> dict:
         "speedup": 1.2,
     }
     step["rows"] = {"ours float32": ours}
+    attention = {"preset": "tiny", "batch_size": 8, "precision": "float32"}
+    attention["rows"] = [
+        {"part": "student", "tokens": 58, "layers": 12, "backend": "flash", "ms": 2.0, "spread_ms": [1.9, 2.1]}
+        | {"speedup": 1.5}
+    ]
     point = {"ms": 20.0, "spread_ms": [19.0, 21.0], "ms_per_second": 125.0, "peak_mib": 300.0, "gmacs": 0.5}
     point |= {"gmacs_per_second": 3.0, "largest_batch": "~40", "seconds": 0.16}
     rows = [
@@ -78,6 +83,7 @@ def result() -> dict:
         "left_out": {"sanitizer": "compute-sanitizer needs a GPU"},
         "ops": ops,
         "step": step,
+        "attention": attention,
         "temporal_support": support,
         "profile": ["a training step, part by part", "student   1.00"],
     }
@@ -92,6 +98,7 @@ def test_tables(result):
     text = "\n".join(report.tables(result))
     assert "| `log_mel` 1 x 10 s, cpp | 0.5 | 2 GB/s | 20% | 8.00× | 2 | 9 |" in text
     assert "| ours float32 | 100 | 80.00 | 200 | 1.20× |" in text
+    assert "| student, 58 tokens, flash | 2 | 24 | 1.50× |" in text
     assert "commit `012345678`, 2026-01-02, by `python benchmarks/sheet.py`" in text
     assert "Left out: compute-sanitizer needs a GPU." in text
     assert text.count("| embed, 0.16 s | 20.0 | 125.0 | 300.0 | 0.5 | 3.0 | ~40 |") == 1

@@ -20,6 +20,7 @@ from ..reference import LogMelConfig
 from ..spans import span
 from ..train.config import TrainConfig, resolve_precision
 from ..train.loop import pick_device
+from ..train.memory import freed_memory_kept
 from ..train.step import make_optimizer, train_step
 
 Call: TypeAlias = Callable[[], Any]
@@ -57,16 +58,17 @@ def main(
     where = torch.cuda.get_device_name(target) if target.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, matpac_fast {__version__}, preset {preset}, batch {batch_size}\n")
     config = MatpacConfig.preset(preset)
-    cases = make_cases(config, batch_size, preset, target)
-    print(f"{'':<36}{'plain ms':>10}{'fused ms':>10}{'gain':>8}   by")
-    for name, op, call in cases:
-        plain, fused, gain = compare(call, seconds / len(cases), target)
-        found = backend.choose(op, target) if op else ""
-        print(f"{name:<36}{plain:>10.2f}{fused:>10.2f}{gain:>7.2f}x   {found}", flush=True)
-    if profile is not None:
-        from ._bench_profile import take_apart
+    with freed_memory_kept(target):  # as pretrain does
+        cases = make_cases(config, batch_size, preset, target)
+        print(f"{'':<36}{'plain ms':>10}{'fused ms':>10}{'gain':>8}   by")
+        for name, op, call in cases:
+            plain, fused, gain = compare(call, seconds / len(cases), target)
+            found = backend.choose(op, target) if op else ""
+            print(f"{name:<36}{plain:>10.2f}{fused:>10.2f}{gain:>7.2f}x   {found}", flush=True)
+        if profile is not None:
+            from ._bench_profile import take_apart
 
-        print("\n" + "\n".join(take_apart(config, batch_size, target, profile)))
+            print("\n" + "\n".join(take_apart(config, batch_size, target, profile)))
     return 0
 
 

@@ -109,8 +109,7 @@ def pretrain(
             )
         if ranks.world > 1 and len(set(ranks.gather(corpus.fingerprint))) > 1:
             raise ConfigError("the processes do not have the same corpus: copy or prepare it again")
-        if ranks.device.type == "cpu":
-            stack.enter_context(freed_memory_kept())
+        stack.enter_context(freed_memory_kept(ranks.device))
         model = Matpac(model_config)
         folder = ranks.from_first(lambda: RunFolder(out))
         ranks.from_first(lambda: stack.enter_context(folder.locked()))

@@ -25,7 +25,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 start = resident()
-with freed_memory_kept():
+with freed_memory_kept(torch.device("cpu")):
     work(), work()
     inside, during = resident() - start, faults()
 print(inside, during, resident() - start, faults())
