@@ -42,7 +42,7 @@ def main(
 
     Example: matpac-fast demo --out demo/
 
-    Pre-trains the preset tiny on 400 instrument notes and 64 mixtures, embeds other notes (other pitches, other
+    Pre-trains the preset nano on 400 instrument notes and 64 mixtures, embeds other notes (other pitches, other
     recordings) at several temporal supports, and asks a linear probe for their instrument family, against log-mel
     statistics, the same encoder before training, and the pre-trained one of this package. Writes report.html,
     results.json and run/, the trained encoder. Run again on the same folder, it goes on with the run that is there.
@@ -75,13 +75,13 @@ def main(
         print(f"going on with the run in {run}: {train.steps} steps, with the options it was begun with", flush=True)
     else:
         crops = tuple(map(_frames, crop_seconds))
-        tiny = MatpacConfig.preset("tiny", n_frames=max(crops))
+        preset = MatpacConfig.preset("nano", n_frames=max(crops))
         train = TrainConfig(steps=steps or 1, batch_size=batch_size, lr=lr, crop_frames=crops, seed=seed)
         if steps is None:
             print(f"timing a few steps on {target}", flush=True)
-            steps = max(1, round(60 * minutes / _seconds_a_step(corpus, tiny, train, target)))
+            steps = max(1, round(60 * minutes / _seconds_a_step(corpus, preset, train, target)))
         train = dataclasses.replace(train, steps=steps, log_every=max(1, steps // 50))
-        model = fit_to_run(tiny, train)
+        model = fit_to_run(preset, train)
 
     with progress("pre-training", "steps") as update:
         result = pretrain(corpus, run, model, train, target, reporter=_Steps(update, train.steps))

@@ -65,7 +65,7 @@ def test_it_leaves_a_report_numbers_and_an_encoder(finished: Path) -> None:
 
 def test_training_moved_the_encoder(finished: Path) -> None:
     # Three steps, the first at a rate of 0: the encoder is another one, but started from the preset's weights.
-    trained, untrained = load_encoder(finished / "run", "cpu"), load_encoder("untrained-tiny", "cpu")
+    trained, untrained = load_encoder(finished / "run", "cpu"), load_encoder("untrained-nano", "cpu")
     moved = [
         (a - b).abs().max().item()
         for a, b in zip(trained.student.parameters(), untrained.student.parameters(), strict=True)
