@@ -73,17 +73,13 @@ def main() -> None:
         for backend in ("auto",) if options.skip_reference else ("reference", "auto"):
             name = f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}"
             variants[name] = our_step(copy.deepcopy(start).to(device).train(), wave, index, precision, backend)
-        if options.compile:
-            os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # or the first step would be that of another day
+        for graph in [False] * options.compile + [True] * options.cuda_graph:
             model = copy.deepcopy(start).to(device).train()
-            compile_blocks(model)
-            variants[f"ours {precision}, compiled"] = our_step(model, wave, index, precision, "auto")
-        if options.cuda_graph:
-            model = copy.deepcopy(start).to(device).train()
-            name = f"ours {precision}, {'compiled, ' if options.compile else ''}graph"
             if options.compile:
+                os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # or the first step would be that of another day
                 compile_blocks(model)
-            variants[name] = our_step(model, wave, index, precision, "auto", graph=True)
+            name = f"ours {precision}{', compiled' * options.compile}{', graph' * graph}"
+            variants[name] = our_step(model, wave, index, precision, "auto", graph)
     del start
 
     with freed_memory_kept(device):

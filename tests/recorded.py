@@ -1,7 +1,7 @@
 """A CUDA graph without a GPU: records every operator of a function, then runs them again on the same tensors.
 
 As in a graph, Python runs once: numbers, branches and tensors made from numbers stay what they were, and a value that
-the host read could not be recorded at all.
+the host reads cannot be recorded at all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-class Tape(TorchDispatchMode):
+class NoWait(TorchDispatchMode):
+    """Fails on every operator that makes the host wait for a device."""
+
+    waits = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.waits, f"{func.name()} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class Tape(NoWait):
     """The operators that ran under it, and what the tensors that they changed had held before."""
 
     def __init__(self) -> None:
@@ -29,14 +40,11 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a value of the device"
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._keep(value)
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         for argument in func._schema.arguments:
-            if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write:
-                self._keep(kwargs[argument.name])
-        out = func(*args, **kwargs)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._keep(given.get(argument.name))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         # The results as they are now: callers go on to detach and resize what they were given.
         self.calls.append((func, args, kwargs, tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, out)))
         return out

@@ -26,14 +26,19 @@ def local(tensor: Tensor) -> Tensor:
 def ema_update(average: nn.Module, model: nn.Module, decay: float | Tensor, skip: Tensor | None = None) -> None:
     """average <- decay * average + (1 - decay) * model, parameter by parameter, in the average's dtype.
 
-    It is a step of SGD that maximises: with the model as gradient and a weight decay of 1 the average a moves by
-    lr * (model - a). So torch's fused SGD does it in one pass, which reads both and writes one; `mul_` and `add_` make
-    two and move five thirds of the bytes. `decay` may be a float64 scalar on the device, and `skip`, a bool scalar
-    there, leaves the average as it is where it is true: neither is told to the host.
+    With a number and without `skip` it has the official arithmetic, bit for bit. `decay` may be a float64 scalar on the
+    device, and `skip`, a bool scalar there, leaves the average as it is where it is true: neither is told to the host,
+    and the result is that of the formula to one rounding.
     """
     targets: list[Tensor] = [local(p) for p in average.parameters()]
     # .data, for the kernel counts as changing its gradients: a backward pass that comes later must not mind.
     sources = [local(p).data.to(t.dtype) for p, t in zip(model.parameters(), targets, strict=True)]
+    if skip is None and not isinstance(decay, Tensor):
+        torch._foreach_mul_(targets, decay)
+        torch._foreach_add_(targets, sources, alpha=1 - decay)
+        return
+    # A step of SGD that maximises, with the model as gradient and a weight decay of 1, moves the average a by
+    # lr * (model - a). So torch's fused SGD does it in one pass, and knows how to skip on the device.
     lr: Any = 1 - decay
     if isinstance(lr, Tensor):
         lr = lr.float()  # subtracted in float64: of 1 - 0.99999 float32 would keep five bits less

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from recorded import record
+from stops import after
 
 from matpac_fast import ops
 from matpac_fast.errors import ConfigError
@@ -127,24 +128,13 @@ def test_a_run_on_graphs_is_the_run(tmp_path, corpus, model_config, train_config
     """Captured while the feed pins and copies beside it, and gone on with after a stop."""
     graphs = dataclasses.replace(train_config, cuda_graph=True)
     pretrain(corpus, tmp_path / "plain", model_config, train_config, "cuda")
-    pretrain(corpus, tmp_path / "graphs", model_config, graphs, "cuda", stop=Stop(after=7))
+    pretrain(corpus, tmp_path / "graphs", model_config, graphs, "cuda", stop=after(7))
     pretrain(corpus, tmp_path / "graphs", model_config, graphs, "cuda")
     curves = [[r for r in read_log(tmp_path / name / "log.jsonl") if "loss" in r] for name in ("plain", "graphs")]
     assert len(curves[0]) == 6
     for plain, graph in zip(*curves, strict=True):
         for key in ("step", "loss", "grad_norm", "teacher_entropy"):
             assert graph[key] == pytest.approx(plain[key], rel=1e-3)
-
-
-class Stop:
-    """True after so many questions."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self):
-        self.left -= 1
-        return self.left <= 0
 
 
 @pytest.mark.gpu

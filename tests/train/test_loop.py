@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file, save_file
+from stops import after
 
 from matpac_fast import checkpoint, ops
 from matpac_fast.audio.corpus import Corpus
@@ -38,12 +39,6 @@ class Recorder(Reporter):
 
     def record(self, record):
         self.records.append(record)
-
-
-def after(steps):
-    """A `stop` that says so once it was asked `steps` times."""
-    asked = iter(range(1, 1_000))
-    return lambda: next(asked) >= steps
 
 
 def newest(folder):

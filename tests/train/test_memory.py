@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from matpac_fast.train import memory
 
 WORK = """
 import resource
@@ -41,3 +44,12 @@ def test_what_is_freed_is_kept_and_then_given_back():
     assert faults_inside < 0.1 * PAGES
     assert after < 0.2 * PAGES
     assert faults_after > 0.3 * PAGES
+
+
+@pytest.mark.parametrize(("device", "found"), [("cpu", None), ("cuda", print)], ids=["no glibc", "on a GPU"])
+def test_elsewhere_nothing_is_set(monkeypatch, device, found):
+    called = []
+    monkeypatch.setattr(memory, "_glibc", lambda name: found and (lambda *given: called.append((name, given))))
+    with memory.freed_memory_kept(torch.device(device)):
+        pass
+    assert called == []

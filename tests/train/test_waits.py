@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorded import NoWait
 
 from matpac_fast import ops
 from matpac_fast.config import MatpacConfig
@@ -15,29 +15,26 @@ from matpac_fast.train.sampler import Sampler
 from matpac_fast.train.step import make_optimizer, train_step
 
 
-class NoWait(TorchDispatchMode):
-    """Fails on every operator that makes the host wait for a device."""
-
-    waits = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").split(".")[0]
-        assert name not in self.waits, f"{func.name()} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("mcl_heads", [0, 3])
-def test_a_step_as_a_gpu_would_see_it(model_config, train_config, mcl_heads, statistics):
+def test_a_step_as_a_gpu_would_see_it(model_config, train_config, monkeypatch, mcl_heads, statistics):
     model = Matpac(model_config.replace(mcl_heads=mcl_heads))
     optimizer = make_optimizer(model, train_config)
     spec = torch.randn(4, model_config.n_mels, model_config.n_frames)
     ids_shuffle = ops.mask_shuffle(0, 0, torch.arange(4), model_config.n_tokens)
     pieces = list(zip(spec.chunk(2), ids_shuffle.chunk(2), strict=True))
     train_step(model, optimizer, pieces, 0, lr=1e-3, clip_norm=3.0)  # makes Adam's moments
+    update, skips = model.update_teachers, []
+
+    def noted(step, skip, schedule):
+        skips.append(skip)
+        update(step, skip, schedule)
+
+    monkeypatch.setattr(model, "update_teachers", noted)
     with NoWait():
         measured = train_step(model, optimizer, pieces, 1, lr=1e-3, clip_norm=3.0, statistics=statistics)
     assert not measured.bad
+    assert [skip.dtype for skip in skips] == [torch.bool]
 
 
 @pytest.mark.gpu
