@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import distcp
 from .errors import CheckpointError
 from .files import atomic
 
@@ -41,6 +42,8 @@ _PREFIXES = (
     ("_cls_head_ema.", "teacher_head."),
 )
 _NESTED = ("_ema", "_cls_head_ema")
+
+PARTS = "parts"  # in a checkpoint's folder, what the processes of a sharded training wrote
 
 
 def from_official_names(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -177,7 +180,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Ma
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read weights onto the CPU: (state, metadata). safetensors, or a torch file of plain tensors.
+    """Read weights onto the CPU: (state, metadata). safetensors, a torch file of plain tensors, or the folder that the
+    processes of a sharded training wrote together.
 
     A training checkpoint gives its "model" entry, and its "cfg" as metadata. Metadata is empty for other files that
     this package did not write.
@@ -186,6 +190,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: no such file, damaged, or a pickle that would run code.
     """
     path = Path(path)
+    if distcp.is_one(path):
+        return distcp.load(path, "model.")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -255,13 +261,15 @@ def _load_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """The weights file that `path` means: itself, or the newest complete checkpoint of a run folder."""
+    """What of `path` holds the weights: itself, or the newest complete checkpoint of a run folder."""
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or distcp.is_one(path):
         return path
     latest = path / "latest"
     if latest.is_file():
-        return path / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "model.safetensors"
-    if (path / "model.safetensors").is_file():
+        path = path / "checkpoints" / latest.read_text(encoding="utf-8").strip()
+    if distcp.is_one(path / PARTS):
+        return path / PARTS
+    if latest.is_file() or (path / "model.safetensors").is_file():
         return path / "model.safetensors"
     raise CheckpointError(f"{path}: a folder without a checkpoint; expected a run of `matpac-fast pretrain`")

@@ -93,8 +93,9 @@ def main(
         compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
             Default: not.
         cuda_graph: on one GPU, launch each step as one CUDA graph: for small models and batches. Default: not.
-        shard: under torchrun, cut weights, gradients and Adam's moments into one part a process (FSDP2): for models
-            that do not fit on one GPU. Default: each process holds all of them (DDP).
+        shard: under torchrun, cut weights, gradients and Adam's moments into one part a process (FSDP2), and let
+            each write its part of a checkpoint: for models that do not fit on one GPU. Default: each process holds all
+            of them (DDP).
         log_every: steps between two lines of the log. Default: 20.
         save_every: steps between two checkpoints. Default: 500.
         keep_last: newest checkpoints that stay on disk. Default: 3.

@@ -50,8 +50,9 @@ class TrainConfig:
         compile: run the transformer blocks through torch.compile; nothing changes but rounding and speed.
         cuda_graph: on one GPU, launch each step as one CUDA graph: for small models and batches, whose kernels end
             before the host has started the next. Takes static memory beside the weights.
-        shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), for models
-            that do not fit on one GPU; by default each holds all of them (DDP).
+        shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), and let
+            each write its part of a checkpoint: for models that do not fit on one GPU; by default each holds all of
+            them (DDP).
 
     Raises:
         ConfigError: a value that cannot be.

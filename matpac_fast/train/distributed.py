@@ -1,6 +1,7 @@
 """The processes ("ranks") that train one model together: started by torchrun, or one alone.
 
-Rank 0 reads and writes the run folder; the others get all they need from it, so the folder need not be shared.
+Rank 0 reads and writes the run folder; the others get all they need from it, so the folder need not be shared, unless
+FSDP cuts the model: then every rank writes its own part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Ranks:
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1, store: dist.Store | None = None):
         self.device, self.rank, self.world, self._store = device, rank, world, store
+        self._background: Any = None
+        self._host_mesh: Any = None
 
     @property
     def first(self) -> bool:
@@ -80,6 +83,37 @@ class Ranks:
         if answer[1] is not None:
             raise PeerError(f"rank 0: {answer[1]}")
         return answer[0]
+
+    def on_all(self, do: Callable[[], None]) -> None:
+        """Do it on every rank; what it raises on one is raised on all."""
+        error = None
+        try:
+            do()
+        except MatpacFastError as raised:
+            error = raised
+        reasons = self.gather(error and str(error))
+        if error is not None:
+            raise error
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise PeerError(f"rank {rank}: {reason}")
+
+    def background_group(self) -> Any:
+        """A process group for a thread beside the training's, over host memory. All ranks must ask for it together."""
+        if self._background is None and self.world > 1:
+            self._background = dist.new_group(backend="gloo")
+        return self._background
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory: of this rank's shard, as one, where FSDP has cut the tensor, else of all of it."""
+        copied = local(tensor).to("cpu", copy=True)
+        if not is_sharded(tensor):
+            return copied
+        if self._host_mesh is None:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self._host_mesh = init_device_mesh("cpu", (self.world,))
+        return cut_like(copied, tensor, self._host_mesh)
 
     def hand_out(self, whole: Mapping[str, Tensor] | None, into: Mapping[str, Tensor]) -> None:
         """Copy rank 0's `whole` tensors into everyone's, or into the shards of them that this rank holds.
@@ -205,14 +239,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's plain shard as the sharded tensor that it is a part of, cut as `like` is; a view."""
+def cut_like(tensor: Tensor, like: Tensor, mesh: Any = None) -> Tensor:
+    """This rank's plain shard as the sharded tensor that it is a part of, cut as `like` is; a view. `mesh` is where its
+    ranks keep their shards, as those of `like` do by default."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)
-    return DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    mesh = mesh or like.device_mesh
+    return DTensor.from_local(tensor, mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def whole(tensor: Tensor) -> Tensor:

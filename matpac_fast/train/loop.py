@@ -67,8 +67,8 @@ def pretrain(
     interrupted; a GPU's attention may add up in another order each time.
 
     Started by torchrun, or where torch.distributed has been initialised, all processes train one model and share each
-    batch; they may be more or fewer than those that began the run. Rank 0 alone touches `out`; every rank needs the
-    same corpus.
+    batch; they may be more or fewer than those that began the run. Rank 0 alone touches `out`, unless `config.shard`
+    has each write a part of the checkpoints; every rank needs the same corpus.
 
     Args:
         corpus: what `prepare` wrote.
@@ -114,6 +114,8 @@ def pretrain(
         folder = ranks.from_first(lambda: RunFolder(out))
         ranks.from_first(lambda: stack.enter_context(folder.locked()))
         config, initialised = ranks.from_first(lambda: _begin(folder, model, config, corpus, init, ranks.device))
+        if config.shard:
+            folder.check_shared(ranks)
         model.to(ranks.device).train()
         if initialised:
             ranks.hand_out(model.state_dict() if ranks.first else None, model.state_dict())
@@ -391,7 +393,7 @@ class _Run:
         if self.saved != self.done:
             state = {"step": self.done, "seconds": round(start - self.began, 3)}
             snapshot = Snapshot.take(self.model, self.optimizer, state, self.ranks)
-            if self.ranks.first:
+            if self.ranks.first or snapshot.group:
                 self.saver.save(snapshot)
             self.saved = self.done
         return time.perf_counter() - start

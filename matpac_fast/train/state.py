@@ -4,6 +4,8 @@ config.json     what the run is
 log.jsonl       what it did
 latest          name of the newest checkpoint, one line
 checkpoints/step-00001000/{model.safetensors, optimizer.safetensors, state.json}
+
+Where FSDP has cut the model, each process writes what it holds, and a checkpoint is {parts/, state.json}.
 """
 
 from __future__ import annotations
@@ -14,22 +16,24 @@ import json
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .. import checkpoint
+from .. import checkpoint, distcp
 from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
 from ..model import Matpac
 from .config import TrainConfig
-from .distributed import ALONE, Ranks, cut_like, whole
+from .distributed import ALONE, Ranks, cut_like, is_sharded
 from .step import trained_parameters
 
 _PART = ".part"
@@ -75,23 +79,23 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     metadata: dict[str, Any]
     state: dict[str, Any]
+    group: Any = None  # of the ranks that write it together, where each has a part; else rank 0 has all
 
     @classmethod
     def take(
         cls, model: Matpac, optimizer: torch.optim.Optimizer, state: dict[str, Any], ranks: Ranks = ALONE
     ) -> Snapshot:
-        """Every rank must ask; the tensors are on rank 0 alone, one at a time of what FSDP has cut."""
+        """Rank 0 gets all of it and the others nothing; or where FSDP has cut the model, each its shards."""
+        weights, moments = model.state_dict(), optimizer_tensors(model, optimizer)
+        sharded = any(is_sharded(tensor) for tensor in weights.values())
 
         def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            copies = {}
-            for name, tensor in tensors.items():
-                found = whole(tensor.detach())
-                if ranks.first:
-                    copies[name] = found.to("cpu", copy=True)
-            return copies
+            mine = tensors if sharded or ranks.first else {}
+            return {name: ranks.to_host(tensor.detach()) for name, tensor in mine.items()}
 
         metadata = {"kind": "matpac", "config": model.config.to_dict(), "step": state["step"]}
-        return cls(copy(model.state_dict()), copy(optimizer_tensors(model, optimizer)), metadata, state)
+        group = ranks.background_group() if sharded else None
+        return cls(copy(weights), copy(moments), metadata, state, group)
 
 
 class RunFolder:
@@ -133,6 +137,8 @@ class RunFolder:
     def save(self, snapshot: Snapshot, keep_last: int, keep_every: int | None = None) -> None:
         """Write a checkpoint; `latest` moves to it once all of it is on the disk, then old ones go.
 
+        Rank 0 alone calls it, or every rank where each has a part.
+
         Raises:
             CheckpointError: the disk is full or failing; the checkpoint before is untouched.
         """
@@ -141,12 +147,18 @@ class RunFolder:
         name = f"step-{snapshot.state['step']:08d}"
         done = self._checkpoints / name
         part = self._checkpoints / (name + _PART)
+        first = snapshot.group is None or dist.get_rank(snapshot.group) == 0
         try:
-            self._checkpoints.mkdir(exist_ok=True)
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            checkpoint.save(part / "model.safetensors", snapshot.model, snapshot.metadata)
-            checkpoint.save(part / "optimizer.safetensors", snapshot.optimizer, {"kind": "optimizer"})
+            if snapshot.group is not None:
+                tensors = {f"model.{name}": tensor for name, tensor in snapshot.model.items()}
+                tensors |= {f"optimizer.{name}": tensor for name, tensor in snapshot.optimizer.items()}
+                distcp.save(part / checkpoint.PARTS, tensors, snapshot.metadata, snapshot.group)
+                if not first:
+                    return
+            else:
+                part.mkdir(parents=True)
+                checkpoint.save(part / "model.safetensors", snapshot.model, snapshot.metadata)
+                checkpoint.save(part / "optimizer.safetensors", snapshot.optimizer, {"kind": "optimizer"})
             write_text(part / "state.json", json.dumps(snapshot.state, indent=2) + "\n")
             if done.exists():  # left by a run that was killed before it moved `latest` here
                 shutil.rmtree(done)
@@ -154,40 +166,73 @@ class RunFolder:
             sync_folder(self._checkpoints)
             write_text(self.path / "latest", name + "\n")
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
+            if first:
+                shutil.rmtree(part, ignore_errors=True)
             before = self.latest()
             intact = f"; {before.name} is intact" if before else ""
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise CheckpointError(f"{done}: cannot be saved: {reason}{intact}") from error
         self._prune(keep_last, keep_every)
 
+    def check_shared(self, ranks: Ranks) -> None:
+        """Raise ConfigError where some rank does not see the folder that rank 0 does."""
+        mark = self.path / ".lock"
+        token = ranks.from_first(lambda: uuid.uuid4().hex)
+        ranks.from_first(lambda: mark.write_text(token))
+
+        def look() -> None:
+            if not mark.is_file() or mark.read_text() != token:
+                raise ConfigError(
+                    f"rank {ranks.rank} does not see rank 0's {self.path}: with --shard each process writes a part "
+                    "of the checkpoint, so --out must be on a disk that all nodes share"
+                )
+
+        ranks.on_all(look)
+
     def load(self, model: Matpac, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> dict[str, Any] | None:
         """Put the newest checkpoint into model and optimizer and return its state; None where there is none yet.
 
-        Rank 0 reads it and hands it out, whatever the number of ranks that wrote it.
+        Any number of ranks may have written it. Rank 0 reads it and hands it out; where it is in parts, every rank
+        reads what it needs.
         """
         weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
 
-        def read() -> tuple[dict[str, Any], list[str]] | None:
+        def read() -> tuple[dict[str, Any], list[str], Path | None] | None:
             folder = self.latest()
+            for left in self._checkpoints.glob("*" + _PART):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             if folder is None:
                 return None
-            weights.update(checkpoint.load(folder / "model.safetensors")[0])
+            parts = folder / checkpoint.PARTS
+            in_parts = distcp.is_one(parts)
+            if in_parts:
+                for full, shape in distcp.shapes(parts).items():
+                    of, _, name = full.partition(".")
+                    (weights if of == "model" else moments)[name] = shape
+            else:
+                weights.update(checkpoint.load(folder / "model.safetensors")[0])
+                moments.update(checkpoint.load(folder / "optimizer.safetensors")[0])
             checkpoint.check_fits(model.state_dict(), weights, str(folder))
-            moments.update(checkpoint.load(folder / "optimizer.safetensors")[0])
             check_optimizer_tensors(model, moments, str(folder))
             try:
-                return json.loads((folder / "state.json").read_text(encoding="utf-8")), list(moments)
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             except (OSError, json.JSONDecodeError) as error:
                 raise CheckpointError(f"{folder / 'state.json'}: cannot be read: {error}") from None
+            return state, list(moments), parts if in_parts else None
 
         found = ranks.from_first(read)
         if found is None:
             return None
-        state, names = found
-        ranks.hand_out(weights if ranks.first else None, model.state_dict())
-        ranks.hand_out(moments if ranks.first else None, empty_optimizer_tensors(model, optimizer, names))
+        state, names, parts = found
+        into = model.state_dict(), empty_optimizer_tensors(model, optimizer, names)
+        if parts is not None:
+            tensors = {f"model.{name}": tensor for name, tensor in into[0].items()}
+            tensors |= {f"optimizer.{name}": tensor for name, tensor in into[1].items()}
+            ranks.on_all(lambda: distcp.fill(tensors, parts))
+        else:
+            ranks.hand_out(weights if ranks.first else None, into[0])
+            ranks.hand_out(moments if ranks.first else None, into[1])
         return state
 
     def _prune(self, keep_last: int, keep_every: int | None) -> None:

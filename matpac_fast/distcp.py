@@ -1,0 +1,142 @@
+"""Checkpoints of which every process writes its own part, by torch.distributed.checkpoint; reading them runs no code.
+
+A folder with one `.distcp` file a process, `.metadata`, which says what lies where in them, and matpac_fast.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .files import sync_folder, write_text
+
+_ABOUT = "matpac_fast.json"
+
+# What `.metadata`, a pickle, may name: torch's descriptions of tensors and files, which hold data and run nothing.
+_DATA = {
+    "torch.distributed.checkpoint.metadata": [
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    ],
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.serialization": ["_get_layout"],
+    "torch": ["Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"],
+    "pathlib": ["PosixPath"],
+    "pathlib._local": ["PosixPath"],  # in Python 3.13
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _DATA.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def is_one(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` holds such a checkpoint."""
+    return (Path(folder) / ".metadata").is_file()
+
+
+def save(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], group: Any = None
+) -> None:
+    """Write this process's parts of `tensors` and, where they are not cut, what is this process's share of the work.
+
+    Every process of `group` must call it with the same names. When it returns on the first one, all is on the disk.
+
+    Args:
+        folder: a new one, on a disk that all processes share.
+        tensors: by name; those that FSDP has cut as the DTensors that they are.
+        metadata: for people and for `load`, as JSON.
+
+    Raises:
+        OSError: some process's disk is full or failing.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    folder = Path(folder)
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, overwrite=False), process_group=group)
+    except CheckpointException as error:  # a BaseException, with every process's reason
+        rank, (reason, _) = min(error.failures.items())
+        strerror = getattr(reason, "strerror", None) or str(reason)
+        raise OSError(getattr(reason, "errno", None), f"{strerror} (rank {rank})") from error
+    if group is None or torch.distributed.get_rank(group) == 0:
+        write_text(folder / _ABOUT, json.dumps(metadata, sort_keys=True) + "\n")
+        sync_folder(folder)
+
+
+def shapes(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors without memory, of the shapes and dtypes that `folder` holds, by name."""
+    entries = _read_metadata(Path(folder)).state_dict_metadata
+    return {name: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for name, e in entries.items()}
+
+
+def fill(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Read into `tensors`, in place, what of each this process holds: all, or where it is a DTensor, its shard.
+
+    It asks no other process, so any number of them may read what any number has written.
+
+    Raises:
+        CheckpointError: a name that is not there, another shape, a damaged file, or one that would run code.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    folder = Path(folder)
+    metadata = _read_metadata(folder)
+    state = {name: tensor.detach() for name, tensor in tensors.items()}
+    reader, planner = dcp.FileSystemReader(folder), dcp.DefaultLoadPlanner()
+    try:
+        planner.set_up_planner(state, metadata, is_coordinator=True)
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        plan = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])[0]
+        reader.read_data(planner.finish_plan(plan), planner).wait()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+
+
+def load(folder: str | os.PathLike[str], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors on the CPU, and the metadata: of the names that begin with `prefix`, without it.
+
+    Raises:
+        CheckpointError: as `fill`.
+    """
+    folder = Path(folder)
+    wanted = {name: torch.empty_like(t, device="cpu") for name, t in shapes(folder).items() if name.startswith(prefix)}
+    fill(wanted, folder)
+    try:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / _ABOUT}: cannot be read: {error}") from None
+    return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}, about
+
+
+def _read_metadata(folder: Path) -> Any:
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            return _Unpickler(file).load()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError as error:
+        reason = f"the pickle is more than a description of tensors, {error}, so it is refused"
+        raise CheckpointError(f"{path}: {reason if 'names' in str(error) else 'damaged'}") from None
+    except (EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None

@@ -1,0 +1,113 @@
+"""Real processes over gloo on this machine, as torchrun would start them, and what they made compared with one's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from matpac_fast import distcp
+from matpac_fast.train import pretrain, read_log
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_main(rank, world, port, results, job, args):
+    """One process as torchrun would start it; what came of it goes into `results`."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        answer = job(rank, *args)
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    results.put((rank, answer))
+
+
+def on_ranks(world, job, *args, timeout=60.0):
+    """job(rank, *args) in `world` processes -> their answers by rank; fails where one hangs."""
+    port = free_port()
+    # A server that has imported everything once and forks: the ranks start at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "matpac_fast.train",
+            "safetensors.torch",
+            "torch._dynamo",
+            "torch.distributed.checkpoint",
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor",
+        ]
+    )
+    results = context.Queue()
+    processes = [
+        context.Process(target=rank_main, args=(rank, world, port, results, job, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hung = [process.name for process in processes if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hung, f"{hung} did not end"
+    answers = {}
+    while len(answers) < world and not results.empty():
+        rank, answer = results.get()
+        answers[rank] = answer
+    return answers
+
+
+def train(rank, corpus, folder, model, config, stop_after=None):
+    asked = iter(range(1, 1_000))
+    # One rank alone wants to stop, and not the one that writes.
+    stop = lambda: rank == 1 and next(asked) == stop_after  # noqa: E731
+    result = pretrain(corpus, folder, model, config, "cpu", stop=stop)
+    return result.step, result.finished
+
+
+def tensors(folder):
+    """All that the newest checkpoint holds, in one file or in parts."""
+    latest = folder / "checkpoints" / (folder / "latest").read_text().strip()
+    if distcp.is_one(latest / "parts"):
+        return {name.replace(".", "/", 1): tensor for name, tensor in distcp.load(latest / "parts")[0].items()}
+    return {
+        f"{file}/{name}": tensor
+        for file in ("model", "optimizer")
+        for name, tensor in load_file(latest / f"{file}.safetensors").items()
+    }
+
+
+def curve(folder):
+    return [record for record in read_log(folder / "log.jsonl") if "loss" in record]
+
+
+def assert_same_curve(one, other):
+    """Every number of the log but its clock, to rounding, and the weights that Adam made of it."""
+    a, b = curve(one), curve(other)
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    assert len(a) >= 6
+    for first, second in zip(a, b, strict=True):
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"crops_per_s", "data_wait"}:
+            assert second[key] == pytest.approx(first[key], rel=2e-4, abs=1e-6), (first["step"], key)
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
