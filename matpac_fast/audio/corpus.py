@@ -12,10 +12,14 @@ them; all that a header could say stands in the index. `prepare` (prepare.py) ma
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import resource
+import threading
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,13 +52,14 @@ class Corpus:
         CorpusError: no corpus, one whose preparation never finished, or (when it is needed) a shard that is not whole.
     """
 
+    _memory: NDArray[np.int16]  # all samples, of a corpus that is in no folder
+
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder: Path | None = Path(folder)
         metadata, columns = _read_index(self.folder)
         self.sample_rate: int = metadata["sample_rate"]
         self.frames, self._shard, self._offset = columns
-        self._mapped: dict[int, NDArray[np.int16]] = {}
-        self._files: dict[int, _File] = {}
+        self._mapped, self._files = _Opened(), _Opened()
 
     @classmethod
     def from_arrays(
@@ -68,7 +73,7 @@ class Corpus:
         self.frames = np.array([len(clip) for clip in clips], np.int64)
         self._shard = np.zeros(len(clips), np.int64)
         self._offset = np.cumsum(self.frames) - self.frames
-        self._mapped = {0: np.concatenate([np.empty(0, np.int16), *clips])}
+        self._memory = np.concatenate([np.empty(0, np.int16), *clips])
         self.paths = [f"clip-{i}" for i in range(len(clips))] if paths is None else list(paths)
         return self
 
@@ -96,7 +101,7 @@ class Corpus:
         for column in (self.frames, self._shard, self._offset):
             digest.update(np.ascontiguousarray(column, "<i8").tobytes())
         if self.folder is None:
-            digest.update(self._mapped[0].astype("<i2").tobytes())
+            digest.update(self._memory.astype("<i2").tobytes())
         else:
             digest.update("".join(self._column("sha256")).encode())
         return digest.hexdigest()
@@ -131,9 +136,7 @@ class Corpus:
 
     def _read_into(self, row: NDArray[np.int16], shard: int, begin: int) -> None:
         """Read, not mapped: of a shard that is cut short while it is in use, a map's pages end the process (SIGBUS)."""
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files[shard] = _File(self._whole(shard))
+        file = self._files.get(shard, len(self._bytes), lambda shard: _File(self._whole(shard)))
         if not len(row):
             return
         direct = row.flags.c_contiguous and row.dtype == np.dtype("<i2")
@@ -141,10 +144,6 @@ class Corpus:
         file.read_into(samples.data.cast("B"), 2 * begin)
         if not direct:
             row[:] = samples
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A map would be sent as its content.
-        return self.__dict__ if self.folder is None else self.__dict__ | {"_mapped": {}, "_files": {}}
 
     def _check(self, indices: NDArray[np.int64], starts: NDArray[np.int64], n: int) -> None:
         wrong = (starts < 0) | (starts + n > self.frames[indices])
@@ -156,10 +155,7 @@ class Corpus:
             )
 
     def _samples(self, shard: int) -> NDArray[np.int16]:
-        samples = self._mapped.get(shard)
-        if samples is None:
-            samples = self._mapped[shard] = self._map(shard)
-        return samples
+        return self._memory if self.folder is None else self._mapped.get(shard, len(self._bytes), self._map)
 
     def _map(self, shard: int) -> NDArray[np.int16]:
         path = self._whole(shard)
@@ -193,6 +189,44 @@ class Corpus:
         return pq.read_table(Path(self.folder or "") / INDEX, columns=[name])[name].to_pylist()
 
 
+class _Opened:
+    """The shards used last, opened in one way, and kept so: all of them where a process may have so many."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Any] = {}  # the one used last stands last
+        self._lock = threading.Lock()
+        self._limit: int | None = None
+
+    def __reduce__(self) -> tuple[type[_Opened], tuple[()]]:
+        return _Opened, ()  # another process opens them anew
+
+    def get(self, shard: int, of: int, open_shard: Callable[[int], Any]) -> Any:
+        """Shard number `shard`, of `of` in all, opened where it is not."""
+        with self._lock:
+            if self._limit is None:
+                self._limit = _may_open(of)
+            opened = self._kept.pop(shard, None)
+            if opened is None:
+                while len(self._kept) >= self._limit:
+                    del self._kept[next(iter(self._kept))]  # closed once nobody uses it
+                opened = open_shard(shard)
+            self._kept[shard] = opened
+            return opened
+
+
+def _may_open(n: int) -> int:
+    """How many of n files to keep open at once; the process's limit is raised for them as far as it may be."""
+    for_others, n = 256, 2 * n  # each may be both mapped and opened for reading
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= n + for_others:
+        return n // 2
+    raised = n + for_others if hard == resource.RLIM_INFINITY else min(n + for_others, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = raised
+    return max(16, min(n, soft - for_others) // 2)
+
+
 class _File:
     """A shard opened for reading at any place, from any thread."""
 
@@ -220,7 +254,9 @@ class _File:
             buffer, offset = buffer[got:], offset + got
 
 
-def _unreadable(path: Path, error: OSError) -> CorpusError:
+def _unreadable(path: Path, error: OSError) -> Exception:
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # the process's or machine's lack, not the shard's
+        return error
     return CorpusError(f"{path}: {error.strerror}: copy or prepare the corpus again")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from matpac_fast.audio import corpus as corpus_module
 from matpac_fast.audio.corpus import Corpus, to_int16
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.errors import CorpusError
@@ -201,3 +205,52 @@ def test_crops_go_into_arrays_of_any_layout(folder):
     out = np.zeros((2, 200), np.int16)[:, ::2]
     np.testing.assert_array_equal(corpus.gather([1, 2], [5, 6], 100, out=out), corpus.gather([1, 2], [5, 6], 100))
     assert out.any()
+
+
+def open_shards() -> list[str]:
+    paths = []
+    for handle in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # listing has opened one itself
+            paths.append(os.readlink(handle))
+    return [path for path in paths if path.endswith(".i16")]
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(folder, waves, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_may_open", lambda n: 2)
+    corpus = Corpus(folder)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(waves)), 5))
+    for i in order:
+        np.testing.assert_array_equal(corpus.gather([i], [10], 2000)[0], waves[i][10:2010])
+        np.testing.assert_array_equal(corpus.read(i), waves[i])
+        assert len(set(open_shards())) <= 4  # two to read from, two mapped
+    with ThreadPoolExecutor(8) as pool:
+        for i, row in zip(order, pool.map(lambda i: corpus.gather([i], [10], 2000)[0], order), strict=True):
+            np.testing.assert_array_equal(row, waves[i][10:2010])
+
+
+@pytest.mark.parametrize(
+    ("n", "limits", "kept", "raised"),
+    [
+        (100, (1024, 4096), 100, None),
+        (1000, (1024, 4096), 1000, 2256),
+        (5000, (1024, 4096), 1920, 4096),
+        (5000, (1024, 1024), 384, 1024),
+        (5000, (1024, -1), 5000, 10_256),
+        (5000, (-1, -1), 5000, None),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch, n, limits, kept, raised):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: asked.append(pair))
+    assert corpus_module._may_open(n) == kept
+    assert asked == ([] if raised is None else [(raised, limits[1])])
+
+
+def test_a_process_without_handles_does_not_blame_the_shard(folder, monkeypatch):
+    def out_of_handles(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", out_of_handles)
+    with pytest.raises(OSError, match="Too many open files"):
+        Corpus(folder).gather([0], [0], 100)
