@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .audio.windows import REMAINDERS, windows
 from .errors import ConfigError
+from .oom import is_out_of_memory
 
 # Clips that may wait for company in a batch before the oldest is sent off in a smaller one: bounds memory and delay.
 _CLIPS_WAITING = 128
@@ -219,7 +220,7 @@ class _Batches:
             pieces = [torch.stack([piece for piece, _, _ in jobs]) for jobs in groups]
             return self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
         except RuntimeError as error:
-            if sum(map(len, groups)) == 1 or not _out_of_memory(error):
+            if sum(map(len, groups)) == 1 or not is_out_of_memory(error):
                 raise
         # Only here, with the error and the tensors that it held gone, is there something to give back.
         if groups[0][0][0].is_cuda:
@@ -235,9 +236,3 @@ def _deliver(jobs: list[_Job], results: Tensor) -> None:
         if i == len(jobs) or jobs[i][1] is not clip or jobs[i][2] != index + i - begin:
             clip.receive(index, results[begin:i])
             begin = i
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator and cuBLAS raise plain RuntimeErrors.
-    told = ("can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)

@@ -35,7 +35,7 @@ class Settings:
 
 
 class Store:
-    """The rows of the corpus in `out`, which is locked against other processes; a context manager.
+    """The rows of the corpus in `out`, locked against other processes (on NFS, of this machine); a context manager.
 
     Attributes:
         next_shard: number of the next shard to be written.

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 _EVERY_SECONDS = 5.0  # between plain lines
+
+
+def unbreakable_console(quiet: bool = False) -> Any:
+    """A rich console that falls silent where nobody reads on, as behind `| head`: rich's own would end the process."""
+    from rich.console import Console
+
+    class Unbreakable(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            # Python flushes stdout when it exits, and would complain then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return Unbreakable(highlight=False, quiet=quiet)
 
 
 class Update(Protocol):
@@ -18,11 +33,9 @@ class Update(Protocol):
 @contextlib.contextmanager
 def progress(title: str, unit: str) -> Iterator[Update]:
     """Yield a function to be called with (done, total) and a note, as often as one likes and from any thread."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = unbreakable_console()
     if not console.is_terminal:
-        yield _Lines(title, unit)
+        yield _Lines(console, title, unit)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -50,8 +63,8 @@ def progress(title: str, unit: str) -> Iterator[Update]:
 class _Lines:
     """Plain lines for logs and pipes."""
 
-    def __init__(self, title: str, unit: str):
-        self._title, self._unit = title, unit
+    def __init__(self, console: Any, title: str, unit: str):
+        self._console, self._title, self._unit = console, title, unit
         self._began = self._last = time.monotonic()
         self._first: int | None = None
 
@@ -65,4 +78,6 @@ class _Lines:
         rate = (done - self._first) / (now - self._began)
         left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
         note = note and f"; {note}"
-        print(f"{self._title} {done}/{total} {self._unit}, {rate:.1f}/s{left}{note}", flush=True)
+        self._console.print(
+            f"{self._title} {done}/{total} {self._unit}, {rate:.1f}/s{left}{note}", markup=False, soft_wrap=True
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from ..errors import ConfigError
 from ..train.config import Precision, TrainConfig, fit_to_run
 from ..train.logs import Record, Reporter, Reporters
 from ..train.sampler import Short
+from ._progress import unbreakable_console
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +111,7 @@ def main(
     """
     from ..audio.corpus import Corpus
     from ..train.loop import pick_device, pretrain
-    from ..train.state import read_config
+    from ..train.state import read_config, steps_done
 
     target = pick_device(device)
     clips = Corpus(corpus)
@@ -159,7 +161,8 @@ def main(
         from ..train.estimate import estimate
 
         if first:
-            print(estimate(clips, model, train, target, int(os.environ.get("WORLD_SIZE", "1"))))
+            done = 0 if stored is None else steps_done(out)
+            print(estimate(clips, model, train, target, int(os.environ.get("WORLD_SIZE", "1")), done))
         return 0
     with _Watcher(train, quiet=not first) as watcher, _Signals(watcher) as signals:
         reporter = _reporters(out, watcher, tensorboard) if first else None
@@ -210,7 +213,8 @@ def _probe(folder: Path, n_clips: int, device: torch.device, watcher: _Watcher) 
 
 
 class _Signals:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; a second one ends the process at once.
+    """Turns the first Ctrl-C, SIGTERM or closing of the terminal into a wish to stop after this step; a second one ends
+    the process at once.
 
     A second one within a second is not a second wish: torchrun passes on the Ctrl-C that the terminal has sent already.
     """
@@ -221,7 +225,10 @@ class _Signals:
         self._watcher = watcher
 
     def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._catch) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -241,14 +248,13 @@ class _Signals:
 
 
 class _Watcher(Reporter):
-    """A progress bar, or plain lines where there is no terminal."""
+    """A progress bar, or plain lines where there is no terminal. Nobody need read them: training goes on unheard."""
 
     def __init__(self, train: TrainConfig, quiet: bool = False):
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._train = train
-        self._console = Console(highlight=False, quiet=quiet)
+        self._console = unbreakable_console(quiet)
         self._bar = None
         if self._console.is_terminal and not quiet:
             shown = TextColumn("{task.fields[shown]}")
@@ -263,10 +269,12 @@ class _Watcher(Reporter):
 
     def __exit__(self, *_: object) -> None:
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def step(self, step: int) -> None:
         if self._bar:

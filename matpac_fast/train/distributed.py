@@ -187,9 +187,14 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
     """The ranks of this run: those of torchrun's environment variables or of a process group that is there already.
 
     Raises:
-        ConfigError: no such device here, or more ranks on this machine than GPUs.
+        ConfigError: no such device here, more ranks on this machine than GPUs, or a process group for GPUs alone.
     """
     if dist.is_available() and dist.is_initialized():
+        if "cpu" not in (backends := dist.get_backend_config()):
+            raise ConfigError(
+                f"torch.distributed is initialised with {backends}, which carries nothing between hosts' memories; "
+                'expected init_process_group("cpu:gloo,cuda:nccl")'
+            )
         yield Ranks(pick_device(device), dist.get_rank(), dist.get_world_size())
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -11,6 +11,7 @@ from .. import ops
 from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..model import Matpac
+from ..oom import is_out_of_memory
 from ..reference import LogMelConfig
 from .config import TrainConfig, resolve_precision
 from .flops import step_flops
@@ -22,12 +23,18 @@ _SAMPLE = {"cpu": 4, "cuda": 256}
 
 
 def estimate(
-    corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, device: torch.device, world: int = 1
+    corpus: Corpus,
+    model_config: MatpacConfig,
+    config: TrainConfig,
+    device: torch.device,
+    world: int = 1,
+    done: int = 0,
 ) -> str:
-    """Size, work, memory and time of a run on `world` devices, as text.
+    """Size, work, memory and time of a run on `world` devices, of which `done` steps are behind it, as text.
 
     Two steps on noise are timed on a model that is thrown away, on one device, as if more of them shared no work; the
-    tensors that a third one keeps for its backward pass are counted.
+    tensors that a third one keeps for its backward pass are counted. Where the steps do not fit into memory all but
+    the time is told.
     """
     precision = resolve_precision(config.precision, device)
     frames = config.crop_frames or (model_config.n_frames,)
@@ -42,10 +49,18 @@ def estimate(
     piece = config.batch_size // world // config.grad_accumulation  # crops at a time on one device
     shards = world if config.shard else 1
     fixed = 4 * (4 * trained + averaged) / shards
-    crops_per_s = world * _speed(model, config, precision, device)
-    seconds = config.steps * config.batch_size / crops_per_s
-    place = str(device) if world == 1 else f"{world} processes, were they not to wait for each other,"
-    rows = {
+    rows = min(piece, _SAMPLE.get(device.type, 4))
+    measured = _speed(model, config, precision, device, rows)
+    speed = time_needed = f"not known: {rows} crops at a time do not fit into the memory of {device}"
+    if measured is not None:  # on the longest crop; shorter ones take less
+        crops_per_s = world * measured * step_flops(model_config, max(frames)) * config.batch_size / flops
+        place = str(device) if world == 1 else f"{world} processes, were they not to wait for each other,"
+        speed = f"about {crops_per_s:.1f} crops/s in {precision} on {place} (two steps timed)"
+        seconds = (config.steps - done) * config.batch_size / crops_per_s
+        time_needed = f"about {timedelta(seconds=round(seconds))}"
+        if done:
+            time_needed += f" for the {config.steps - done} steps that are left"
+    table = {
         "trained parameters": f"{trained / 1e6:.1f} M",
         "teachers' parameters": f"{averaged / 1e6:.1f} M",
         "weights, gradients, Adam": _mib(fixed),
@@ -55,11 +70,11 @@ def estimate(
         "clips": f"{len(sampler)}, {sampler.n_dropped} shorter than a crop are left out",
         "steps": f"{config.steps}, {len(sampler) / config.batch_size:.1f} an epoch",
         "epochs": f"{sampler.epoch(config.steps):.1f}",
-        "speed": f"about {crops_per_s:.1f} crops/s in {precision} on {place} (two steps timed)",
-        "time": f"about {timedelta(seconds=round(seconds))}",
+        "speed": speed,
+        "time": time_needed,
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    width = max(map(len, table))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in table.items())
 
 
 def activation_bytes(model: Matpac, n_frames: int, precision: str, device: torch.device) -> float:
@@ -95,20 +110,25 @@ def _mib(size: float) -> str:
     return f"{size / 2**20:.0f} MiB"
 
 
-def _speed(model: Matpac, config: TrainConfig, precision: str, device: torch.device) -> float:
-    """Crops a second of a training step, from one step after a first one that warms up."""
-    rows = min(config.batch_size, _SAMPLE.get(device.type, 4))
+def _speed(model: Matpac, config: TrainConfig, precision: str, device: torch.device, rows: int) -> float | None:
+    """Crops a second of a training step in pieces of `rows`, from one after a first that warms up; None where they do
+    not fit into memory."""
     n_frames = max(config.crop_frames or (model.config.n_frames,))
     wave = torch.randint(-(2**15), 2**15, (rows, LogMelConfig().n_samples(n_frames)), dtype=torch.int16).to(device)
-    optimizer = make_optimizer(model, config)
     seconds = 0.0
-    for step in range(2):
-        start = time.perf_counter()
-        spec = ops.log_mel(wave, LogMelConfig(n_mels=model.config.n_mels))
-        n_tokens = model.config.freq * (n_frames // model.config.patch_size)
-        ids_shuffle = ops.mask_shuffle(config.seed, step, torch.arange(rows, device=device), n_tokens)
-        train_step(model, optimizer, [(spec, ids_shuffle)], step, config.lr, config.clip_norm, precision)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
+    try:
+        optimizer = make_optimizer(model, config)
+        for step in range(2):
+            start = time.perf_counter()
+            spec = ops.log_mel(wave, LogMelConfig(n_mels=model.config.n_mels))
+            n_tokens = model.config.freq * (n_frames // model.config.patch_size)
+            ids_shuffle = ops.mask_shuffle(config.seed, step, torch.arange(rows, device=device), n_tokens)
+            train_step(model, optimizer, [(spec, ids_shuffle)], step, config.lr, config.clip_norm, precision)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - start
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return None
+        raise
     return rows / seconds

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..audio.corpus import Corpus
 from ..errors import CorpusError
+from ..oom import is_out_of_memory
 from .sampler import Plan, Sampler
+from .watch import TrainingError
 
 # Draws of another clip for one that cannot be read: a run goes on with half of its corpus.
 _REDRAWS = 24
@@ -130,6 +132,9 @@ class Feed:
                 self._batches.put(item)
             self._batches.put(None)
         except BaseException as error:
+            if is_out_of_memory(error):
+                text = f"the next batch does not fit into the memory of {self._device} beside the step"
+                error = TrainingError(f"{text}: a larger --grad-accumulation computes the same step in less")
             self._batches.put(error)
 
     def _read(self, step: int) -> tuple[Batch, None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,29 +88,41 @@ def read_log(path: str | os.PathLike[str]) -> list[Record]:
 
 
 class Log:
-    """Appends records to a JSONL file, each on disk before the next step is logged.
+    """Appends records to a JSONL file, each handed to the system before the next step is logged.
 
     Args:
         path: the file.
         keep_until: of what is there, keep the records up to this step: what a killed run did after its last checkpoint
-            is done again, and would stand there twice.
+            is done again, and would stand there twice. By default all are kept.
     """
 
-    def __init__(self, path: Path, keep_until: int):
-        kept = [record for record in read_log(path) if record.get("step", 0) <= keep_until]
-        write_text(path, "".join(_line(record) for record in kept))
+    def __init__(self, path: Path, keep_until: int | None = None):
+        if keep_until is not None:
+            kept = [record for record in read_log(path) if record.get("step", 0) <= keep_until]
+            write_text(path, "".join(_line(record) for record in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, record: Record) -> None:
-        try:
+        with self._failing():
             self._file.write(_line(record))
             self._file.flush()
+
+    def sync(self) -> None:
+        """Until all of it is on the disk."""
+        with self._failing():
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written was said by `write`
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             text = f"{self._file.name}: cannot be written: {error.strerror}; the last checkpoint is intact"
             raise CheckpointError(text) from error
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _line(record: Record) -> str:

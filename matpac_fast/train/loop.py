@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -16,22 +15,25 @@ from torch import Tensor, nn
 from .. import ops
 from ..audio.corpus import Corpus
 from ..config import MatpacConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..model import Matpac
 from ..nn.statistics import effective_rank
+from ..oom import is_out_of_memory
 from ..reference import LogMelConfig
 from ..spans import span
+from .begin import begin, make_sampler
 from .compiled import blocks, compile_blocks
-from .config import TrainConfig, resolve_precision
+from .config import TrainConfig
 from .distributed import Ranks, Votes, distribute, join, pick_device, whole
 from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .graph import GraphedStep
-from .logs import Log, Record, Reporter, versions
+from .logs import Log, Record, Reporter, read_log, versions
 from .memory import freed_memory_kept
+from .oom import advice
 from .sampler import Sampler
 from .schedule import learning_rate
-from .state import RunFolder, Saver, Snapshot, describe, differences, load_weights, read_config
+from .state import RunFolder, Saver, Snapshot, read_config
 from .step import Step, make_optimizer, train_step
 from .watch import BadSteps, TrainingError, collapse
 
@@ -89,76 +91,50 @@ def pretrain(
         PeerError: another rank has failed; its reason.
     """
     with join(device) as ranks, contextlib.ExitStack() as stack:
-        mel = LogMelConfig()
-        if corpus.sample_rate != mel.sample_rate:
-            raise ConfigError(
-                f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz: prepare it again"
-            )
-        crops = [mel.n_samples(n) for n in config.crop_frames or (model_config.n_frames,)]
-        if config.batch_size % (ranks.world * config.grad_accumulation):
-            raise ConfigError(
-                f"batch_size is {config.batch_size}, which {ranks.world} processes times a grad_accumulation of "
-                f"{config.grad_accumulation} do not divide"
-            )
-        sampler = Sampler(
-            corpus.frames, crops, config.batch_size, config.seed, config.pad_short, ranks.rank, ranks.world
-        )
-        if config.cuda_graph and (ranks.world > 1 or ranks.device.type != "cuda"):
-            raise ConfigError(
-                f"cuda_graph is for one process on a GPU; this is {ranks.world} on {ranks.device.type}: leave it out"
-            )
-        if ranks.world > 1 and len(set(ranks.gather(corpus.fingerprint))) > 1:
-            raise ConfigError("the processes do not have the same corpus: copy or prepare it again")
-        stack.enter_context(freed_memory_kept(ranks.device))
-        model = Matpac(model_config)
-        folder = ranks.from_first(lambda: RunFolder(out))
-        ranks.from_first(lambda: stack.enter_context(folder.locked()))
-        config, initialised = ranks.from_first(lambda: _begin(folder, model, config, corpus, init, ranks.device))
-        if config.shard:
-            folder.check_shared(ranks)
-        model.to(ranks.device).train()
-        if initialised:
-            ranks.hand_out(model.state_dict() if ranks.first else None, model.state_dict())
-        if config.compile:
-            compile_blocks(model)
-        forward = distribute(model, blocks(model), ranks, config.shard)
-        reporter = (reporter or Reporter()) if ranks.first else Reporter()
-        run = _Run(folder, model, forward, config, corpus, sampler, ranks, reporter, probe)
+        run = begun = None
         try:
+            # Rank 0's count: where the others do not see its folder, they cannot know the options of the run in it.
+            model_config, config, init = ranks.from_first(lambda: (model_config, config, init))
+            sampler = make_sampler(corpus, model_config, config, ranks)
+            stack.enter_context(freed_memory_kept(ranks.device))
+            model = Matpac(model_config)
+            folder = ranks.from_first(lambda: RunFolder(out))
+            ranks.from_first(lambda: stack.enter_context(folder.locked()))
+            config, initialised = ranks.from_first(lambda: begin(folder, model, config, corpus, init, ranks.device))
+            begun = folder
+            if config.shard and ranks.world > 1:
+                folder.check_shared(ranks)
+            else:  # FSDP moves the model part by part, so that no device ever holds all of it
+                model.to(ranks.device)
+            model.train()
+            if initialised:
+                ranks.hand_out(model.state_dict() if ranks.first else None, model.state_dict())
+            if config.compile:
+                compile_blocks(model)
+            forward = distribute(model, blocks(model), ranks, config.shard)
+            reporter = (reporter or Reporter()) if ranks.first else Reporter()
+            run = _Run(folder, model, forward, config, corpus, sampler, ranks, reporter, probe)
             return run.go(stop)
         except Exception as error:
             failure = ranks.failure(error)
-            run.tell_failure(failure)
+            if begun is not None and ranks.first:
+                _tell_failure(begun, run, failure)
             if failure is error:
                 raise
             raise failure from error
         finally:
-            run.close()
+            if run is not None:
+                run.close()
 
 
-def _begin(
-    folder: RunFolder,
-    model: Matpac,
-    config: TrainConfig,
-    corpus: Corpus,
-    init: str | os.PathLike[str] | None,
-    device: torch.device,
-) -> tuple[TrainConfig, bool]:
-    """Check the folder against what is asked, and write down a new run; the configuration with its precision chosen,
-    and whether `init` was loaded into the model."""
-    stored = read_config(folder.path)
-    if config.precision == "auto":
-        chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
-        config = dataclasses.replace(config, precision=chosen)
-    asked = describe(model.config, config, corpus, init)
-    if stored and (different := differences(stored, asked)):
-        raise ConfigError(f"{folder.path} holds another run: {'; '.join(different)}; give a new folder to --out")
-    initialised = init is not None and folder.latest() is None
-    if init is not None and initialised:
-        load_weights(model, init)
-    if stored is None:
-        folder.write_config(asked)
-    return config, initialised
+def _tell_failure(folder: RunFolder, run: _Run | None, error: Exception) -> None:
+    """The log's last line; where it cannot be written, that is why the run has failed."""
+    with contextlib.suppress(OSError, CheckpointError):
+        if run is not None:
+            run.tell({"event": "failed", "step": run.done, "text": str(error)})
+            return
+        with contextlib.closing(Log(folder.log)) as log:
+            log.write({"event": "failed", "text": str(error)})
 
 
 class _Run:
@@ -195,6 +171,8 @@ class _Run:
         self.began = time.perf_counter() - (state["seconds"] if state else 0.0)
         self.bad = BadSteps(config.log_every, config.max_bad_steps, self.device)
         self.peak = peak_flops(self.device, config.precision)
+        mel = LogMelConfig()
+        self.flops = {n: config.batch_size * step_flops(model.config, mel.n_frames(n)) for n in sampler.crops}  # a step
         self.log = Log(folder.log, keep_until=self.done) if ranks.first else None
         self.saver = Saver(
             folder, config.keep_last, config.keep_every, saved=lambda step: reporter.saved(folder.path, step)
@@ -203,20 +181,21 @@ class _Run:
         self.feed = Feed(corpus, sampler, self.device, self.done, config.steps)
 
     def close(self) -> None:
-        self.feed.close()
-        self.saver.close()
-        if self.log:
-            self.log.close()
-        self.reporter.close()
+        """The last one first, and each whatever becomes of the others."""
+        with contextlib.ExitStack() as stack:
+            for close in (self.reporter.close, self.log.close if self.log else None, self.saver.close, self.feed.close):
+                if close:
+                    stack.callback(close)
 
     def go(self, stop: Callable[[], bool]) -> Result:
         c = self.config
-        if self.done == c.steps:
+        if self.done == c.steps and self.ranks.from_first(self.has_finished):
             return Result(self.folder.path, self.done, finished=True)
-        self.tell(self.header())
+        if self.log:
+            self.tell(self.header())
         if self.probed and self.done == 0:
             self.run_probe()  # what is to be beaten
-        since, clock, waited = self.done, time.perf_counter(), 0.0
+        since, clock, waited, flops = self.done, time.perf_counter(), 0.0, 0.0
         for batch in self.feed:
             self.untold += [text for text in batch.unreadable if text not in self.unreadable]
             self.unreadable.update(batch.unreadable)  # a broken shard is met again and again
@@ -226,14 +205,15 @@ class _Run:
             self.done += 1
             if logging or self.device.type == "cpu":  # on a GPU the host would have to wait for the answer
                 self.check_bad()
+            flops += self.flops[batch.plan.crop]
             if logging:
                 values = self.fetch(measured)
                 seconds = time.perf_counter() - clock
-                values |= self.rates(batch.plan.crop, (self.done - since) / seconds)
+                values |= self.rates((self.done - since) / seconds, flops / seconds)
                 values["data_wait"] = (self.feed.waited - waited) / seconds
                 self.tell(values)
                 self.warn_of_collapse(values)
-                since, clock, waited = self.done, time.perf_counter(), self.feed.waited
+                since, clock, waited, flops = self.done, time.perf_counter(), self.feed.waited, 0.0
             self.reporter.step(self.done)
             self.saver.check()
             stopping, news = self.votes.cast(stop(), bool(self.untold))
@@ -257,11 +237,21 @@ class _Run:
         self.ranks.barrier()
         return Result(self.folder.path, self.done, finished)
 
+    def has_finished(self) -> bool:
+        """Whether all was done that follows the last step, its probe too."""
+        return any(record.get("event") == "finished" for record in read_log(self.folder.log))
+
     def step(self, batch: Batch, statistics: bool) -> Step:
         measured = self.try_step(batch, self.config.grad_accumulation, statistics)
-        if measured is None:
-            raise TrainingError(self.out_of_memory(batch))
+        if measured is None:  # the run is over, its weights may be spoilt
+            # Where there are several ranks, the others wait in the midst of the step, and nothing can be tried.
+            fits = None if self.ranks.world > 1 else lambda n: self.fits(batch, n)
+            raise TrainingError(advice(len(batch.wave), self.config.grad_accumulation, self.device, fits))
         return measured
+
+    def fits(self, batch: Batch, n: int) -> bool:
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.try_step(batch, n, statistics=False) is not None
 
     def try_step(self, batch: Batch, n: int, statistics: bool) -> Step | None:
         """Train on a batch in `n` pieces; None where a piece does not fit into memory."""
@@ -287,22 +277,10 @@ class _Run:
                 self.ranks,
                 self.forward,
             )
-        except torch.OutOfMemoryError:
-            return None
-
-    def out_of_memory(self, batch: Batch) -> str:
-        """What to do about a batch that does not fit, found by trying: the run is over, its weights may be spoilt."""
-        rows, n = len(batch.wave), self.config.grad_accumulation
-        message = f"{rows // n} crops at a time do not fit into the memory of {self.device}"
-        if self.ranks.world > 1:  # the others wait in the middle of the step, so nothing can be tried
-            if rows % (2 * n):
-                return f"{message}: choose a smaller preset or a shorter crop, or more processes"
-            return f"{message}: try {rows // (2 * n)}, --grad-accumulation {2 * n} computes the same step"
-        for more in (n * 2**i for i in range(1, rows.bit_length())):
-            self.optimizer.zero_grad(set_to_none=True)
-            if rows % more == 0 and self.try_step(batch, more, statistics=False) is not None:
-                return f"{message}, but {rows // more} do: --grad-accumulation {more} computes the same step"
-        return f"{message}, nor do fewer: choose a smaller preset or a shorter crop"
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return None
+            raise
 
     def check_bad(self) -> None:
         for plan in self.bad.read():  # the same ones on every rank
@@ -321,11 +299,6 @@ class _Run:
             self.unreadable.add(text)
             self.tell({"event": "unreadable", "step": self.done, "text": text})
         self.untold = []
-
-    def tell_failure(self, error: Exception) -> None:
-        """The log's last line; where it cannot be written, that is why the run has failed."""
-        with contextlib.suppress(CheckpointError):
-            self.tell({"event": "failed", "step": self.done, "text": str(error)})
 
     def run_probe(self) -> float:
         """Let the probe judge the encoders; returns the seconds that training waited."""
@@ -359,13 +332,11 @@ class _Run:
         lr = learning_rate(self.done - 1, self.config.lr, self.config.warmup_steps, self.config.steps)
         return {"step": self.done, **dict(zip(tensors, numbers, strict=True)), "lr": lr}
 
-    def rates(self, crop: int, steps_per_second: float) -> Record:
+    def rates(self, steps_per_second: float, flops: float) -> Record:
         """How far and how fast it goes; `mfu` is the share of the device's matrix peak, where that is known."""
-        crops = steps_per_second * self.config.batch_size
-        record = {"epoch": self.sampler.epoch(self.done), "crops_per_s": crops}
+        record = {"epoch": self.sampler.epoch(self.done), "crops_per_s": steps_per_second * self.config.batch_size}
         if self.peak:
-            n_frames = LogMelConfig().n_frames(crop)
-            record["mfu"] = crops * step_flops(self.model.config, n_frames) / (self.peak * self.ranks.world)
+            record["mfu"] = flops / (self.peak * self.ranks.world)
         return record
 
     def header(self) -> Record:
@@ -373,7 +344,7 @@ class _Run:
         return {
             "event": "resume" if self.done else "start",
             "step": self.done,
-            "config": read_config(self.folder.path),
+            "config": {**(read_config(self.folder.path) or {}), "train": self.config.to_dict()},  # as it is now
             "versions": versions(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
             "ranks": self.ranks.world,
@@ -391,6 +362,9 @@ class _Run:
         """Begin a checkpoint, unless this step has one; returns the seconds that training waited."""
         start = time.perf_counter()
         if self.saved != self.done:
+            self.saver.wait()  # or two copies would stand in memory
+            if self.log:
+                self.log.sync()  # what led to a checkpoint is not lost where the checkpoint is kept
             state = {"step": self.done, "seconds": round(start - self.began, 3)}
             snapshot = Snapshot.take(self.model, self.optimizer, state, self.ranks)
             if self.ranks.first or snapshot.group:

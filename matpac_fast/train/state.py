@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,12 @@ def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     except (json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def steps_done(run: str | os.PathLike[str]) -> int:
+    """Steps up to the newest checkpoint of a run folder, 0 where there is none."""
+    latest = RunFolder(run).latest()
+    return 0 if latest is None else int(latest.name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,11 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"{self.path}: another process is training into this run") from None
+            except OSError as error:  # a file system without locks, as Lustre may be mounted
+                warnings.warn(
+                    f"{self.path} cannot be locked ({error.strerror}): see to it that no second run writes there",
+                    stacklevel=2,
+                )
             yield
 
     def latest(self) -> Path | None:

@@ -78,8 +78,8 @@ def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsy
     assert "model.width is 192 there and 384 here" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_and_say_so(corpus, tmp_path, capsys, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_sigterm_and_a_closed_terminal_save_and_say_so(corpus, tmp_path, capsys, number):
     out = tmp_path / "run"
     before = signal.getsignal(number)
 
@@ -167,6 +167,35 @@ def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
     assert "2/2" in said
     assert "crops/s" in said
     assert "loss" in said
+
+
+def test_training_goes_on_when_nobody_reads_its_output_any_more(corpus, tmp_path):
+    command = [sys.executable, "-P", "-m", "matpac_fast.cli", "pretrain", corpus, "--out", str(tmp_path / "run")]
+    options = [*SMALL[:-1], "1", "--steps", "8"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with subprocess.Popen([*command, *options], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("starting")
+        process.stdout.close()  # as `| head -1` does
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1] == {"event": "finished", "step": 8}
+
+
+def test_what_nohup_ignores_stays_ignored(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with pretrain_command._Signals(pretrain_command._Watcher(TrainConfig(steps=1), quiet=True)):
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_dry_run_of_a_begun_run_counts_what_is_left(corpus, tmp_path, capsys):
+    assert run(corpus, "--out", tmp_path / "run", "--steps", 4, *SMALL) == 0
+    capsys.readouterr()
+    assert run(corpus, "--out", tmp_path / "run", "--device", "cpu", "--dry-run") == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["time"].strip() == "about 0:00:00 for the 0 steps that are left"
 
 
 def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_path):

@@ -111,6 +111,46 @@ def test_what_rank_0_refuses_ends_every_rank(tmp_path, corpus, model_config, tra
     assert answers[1].startswith("PeerError: rank 0:")
 
 
+def other_options(rank, corpus, folder, model, configs):
+    return train(rank, corpus, folder, model.replace(ema_end=0.9 + 0.09 * rank), configs[rank])
+
+
+def test_the_options_of_rank_0_count(tmp_path, corpus, model_config, train_config):
+    """Where the others do not see the folder of a run, they know only the command's defaults."""
+    other = dataclasses.replace(train_config, steps=20, batch_size=8, seed=1, lr=0.1)
+    answers = on_ranks(2, other_options, corpus, tmp_path / "two", model_config, [train_config, other])
+    assert answers == {0: (12, True), 1: (12, True)}
+    pretrain(corpus, tmp_path / "one", model_config.replace(ema_end=0.9), train_config, "cpu")
+    assert_same_curve(tmp_path / "one", tmp_path / "two")
+
+
+def without_room(rank, *args):
+    honest = training.make_optimizer
+
+    def make_optimizer(*args):
+        if rank == 1:
+            raise torch.OutOfMemoryError("no room for Adam")
+        return honest(*args)
+
+    training.make_optimizer = make_optimizer
+    return train(rank, *args)
+
+
+def test_a_rank_that_fails_before_the_first_step_ends_the_run_with_its_reason(
+    tmp_path, corpus, model_config, train_config
+):
+    answers = on_ranks(2, without_room, corpus, tmp_path / "run", model_config, train_config)
+    assert answers[0] == "PeerError: rank 1: no room for Adam"
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["text"] == "rank 1: no room for Adam"
+
+
+def test_a_group_for_gpus_alone_is_refused(tmp_path, corpus, model_config, train_config, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(ConfigError, match=r'expected init_process_group\("cpu:gloo,cuda:nccl"\)'):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, "cpu")
+
+
 def other_corpus(rank, corpora, folder, model, config):
     return train(rank, corpora[rank], folder, model, config)
 

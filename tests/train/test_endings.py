@@ -1,0 +1,160 @@
+"""What a run says and leaves where its end, its disk or its memory is not as it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import os
+
+import pytest
+import torch
+from stops import after
+
+from matpac_fast.errors import CheckpointError
+from matpac_fast.model import Matpac
+from matpac_fast.train import Reporter, feed, logs, loop, pretrain, read_log
+from matpac_fast.train.flops import step_flops
+from matpac_fast.train.watch import TrainingError
+
+
+class Heard(Reporter):
+    closed = False
+
+    def close(self):
+        self.closed = True
+
+
+def events(folder):
+    return [record["event"] for record in read_log(folder / "log.jsonl") if "event" in record]
+
+
+def test_a_log_that_cannot_be_written_says_so_and_closes_everything(
+    tmp_path, corpus, model_config, train_config, monkeypatch
+):
+    honest = open
+
+    def small_disk(path, *args, **kwargs):
+        file = honest(path, *args, **kwargs)
+        if str(path).endswith("log.jsonl") and "a" in args:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+        return file
+
+    monkeypatch.setattr(logs, "open", small_disk, raising=False)
+    heard = Heard()
+    says = r"log\.jsonl: cannot be written: No space left on device; the last checkpoint is intact"
+    with pytest.raises(CheckpointError, match=says):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, reporter=heard)
+    assert heard.closed
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, corpus, model_config, train_config, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=r"run cannot be locked \(Function not implemented\)"):
+        assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+
+
+def test_what_follows_the_last_step_is_done_after_a_kill_too(tmp_path, corpus, model_config, train_config):
+    def killed(state, config):
+        if len(calls) == 1:  # the second one, after the last step
+            raise KeyboardInterrupt
+        calls.append(state)
+        return {"student_knn": 0.5}
+
+    calls: list = []
+    config = dataclasses.replace(train_config, probe_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(corpus, tmp_path / "run", model_config, config, probe=killed)
+    assert events(tmp_path / "run") == ["start", "probe"]
+    again = lambda state, config: {"student_knn": 0.75}  # noqa: E731
+    assert pretrain(corpus, tmp_path / "run", model_config, config, probe=again).finished
+    assert events(tmp_path / "run") == ["start", "probe", "resume", "probe", "finished"]
+    assert pretrain(corpus, tmp_path / "run", model_config, config, probe=again).finished
+    assert len(events(tmp_path / "run")) == 5  # nothing is left to do
+
+
+def test_the_log_tells_the_options_in_force(tmp_path, corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(4))
+    config = dataclasses.replace(train_config, grad_accumulation=2, save_every=3, max_bad_steps=5)
+    pretrain(corpus, tmp_path / "run", model_config, config)
+    first, second = (r["config"] for r in read_log(tmp_path / "run" / "log.jsonl") if "config" in r)
+    assert [c["train"]["grad_accumulation"] for c in (first, second)] == [1, 2]
+    assert [c["train"]["max_bad_steps"] for c in (first, second)] == [10, 5]
+    assert first["corpus"] == second["corpus"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 12"),
+    ],
+)
+@pytest.mark.parametrize(("largest", "pieces"), [(2, 3), (1, 6)])
+def test_pieces_of_any_size_are_tried(
+    tmp_path, corpus, model_config, train_config, monkeypatch, error, largest, pieces
+):
+    honest = Matpac.forward
+
+    def small_memory(self, spec, *args, **kwargs):
+        if len(spec) > largest:
+            raise error
+        return honest(self, spec, *args, **kwargs)
+
+    monkeypatch.setattr(Matpac, "forward", small_memory)
+    config = dataclasses.replace(train_config, batch_size=6)
+    says = (
+        f"6 crops at a time do not fit into the memory of cpu, but {largest} do: --grad-accumulation {pieces} computes"
+    )
+    with pytest.raises(TrainingError, match=says):
+        pretrain(corpus, tmp_path / "run", model_config, config)
+
+
+def test_other_errors_are_not_taken_for_memory(tmp_path, corpus, model_config, train_config, monkeypatch):
+    def wrong(self, *args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Matpac, "forward", wrong)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+    assert events(tmp_path / "run") == ["start", "failed"]
+
+
+def test_a_batch_that_does_not_fit_beside_the_step_says_so(tmp_path, corpus, model_config, train_config, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(feed, "read_batch", full)
+    with pytest.raises(TrainingError, match="the next batch does not fit into the memory of cpu beside the step"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+
+
+def test_a_failure_before_the_first_step_is_in_the_log(tmp_path, corpus, model_config, train_config, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("no room for Adam")
+
+    monkeypatch.setattr(loop, "make_optimizer", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+    assert read_log(tmp_path / "run" / "log.jsonl") == [{"event": "failed", "text": "no room for Adam"}]
+
+
+def test_the_mfu_is_that_of_the_crops_that_were_drawn(tmp_path, corpus, model_config, train_config, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda device, precision: 1e9)
+    config = dataclasses.replace(train_config, crop_frames=(16, 32), log_every=12)
+    drawn = []
+    honest = loop.train_step
+
+    def train_step(model, optimizer, pieces, *args):
+        drawn.append(pieces[0][0].shape[2])
+        return honest(model, optimizer, pieces, *args)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    pretrain(corpus, tmp_path / "run", model_config, config)
+    assert set(drawn) == {16, 32}
+    (line,) = [record for record in read_log(tmp_path / "run" / "log.jsonl") if "loss" in record]
+    flops = sum(step_flops(model_config, n) for n in drawn) / len(drawn)  # a crop
+    assert line["mfu"] == pytest.approx(line["crops_per_s"] * flops / 1e9)
