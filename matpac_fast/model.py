@@ -164,10 +164,10 @@ class Matpac(nn.Module):
                 teacher_features, teacher_matrix = self.teacher_head(target), self.teacher_head.last_layer.matrix()
         with span("losses"):
             loss_cls, teacher_mean = ops.prototype_loss(
-                features,
-                matrix,
-                teacher_features,
-                teacher_matrix,
+                _factor(features),
+                _factor(matrix),
+                _factor(teacher_features),
+                _factor(teacher_matrix),
                 self.center,
                 c.student_temp,
                 schedule.teacher_temp,
@@ -240,10 +240,11 @@ class Matpac(nn.Module):
         teacher_features: Tensor,
         teacher_temp: float | Tensor,
     ) -> Sums:
-        logits = features.float() @ self.head.last_layer.matrix().float().T / self.config.student_temp
-        teacher_logits = teacher_features.float() @ self.teacher_head.last_layer.matrix().float().T
-        teacher_p = ((teacher_logits - self.center) / teacher_temp).softmax(-1)
-        return token_sums(prediction, target, logits.softmax(-1), teacher_p)
+        with torch.autocast(features.device.type, enabled=False):  # what is measured is not to be the rounding
+            logits = features.float() @ self.head.last_layer.matrix().float().T / self.config.student_temp
+            teacher_logits = teacher_features.float() @ self.teacher_head.last_layer.matrix().float().T
+            teacher_p = ((teacher_logits - self.center) / teacher_temp).softmax(-1)
+            return token_sums(prediction, target, logits.softmax(-1), teacher_p)
 
     @classmethod
     def from_official(
@@ -295,3 +296,12 @@ class Matpac(nn.Module):
     def official_state_dict(self) -> dict[str, Any]:
         """The state under the official names, teachers nested in `_ema` and `_cls_head_ema`, as fairseq saves it."""
         return checkpoint.to_official_names(self.state_dict())
+
+
+def _factor(tensor: Tensor) -> Tensor:
+    """What the prototypes' products multiply: under autocast on a GPU its 16 bits, for tensor cores make a float32
+    logit of them in a twelfth of the time that float32 factors take. A CPU would only lose bits."""
+    device = tensor.device.type
+    if device != "cuda" or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))

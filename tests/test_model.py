@@ -7,9 +7,12 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matpac_fast import checkpoint
+from matpac_fast import model as model_module
 from matpac_fast.config import PRESETS, MatpacConfig
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
@@ -205,6 +208,29 @@ def test_a_step_never_waits_for_the_device(mcl_heads):
         out = model(spec, ids_shuffle, step=3, statistics=True)
         out.loss.backward()
         model.update_teachers(3)
+
+
+def test_autocast_reaches_neither_the_statistics_nor_the_patches():
+    config = MatpacConfig.preset("tiny", n_frames=64, depth=1, predictor_depth=1)
+    model = Matpac(config).train()
+    torch.manual_seed(0)
+    latents, features = torch.randn(30, config.width), torch.randn(30, config.head_bottleneck)
+    plain = model._sums(latents, latents, features, features, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model._sums(latents, latents, features, features, 0.05)
+    assert all(torch.equal(cast[name], value) for name, value in plain.items())
+    # cuDNN would run a float32 convolution in TF32: the patches are a product, which does only what it is told.
+    with profile() as seen:
+        model.frontend(torch.randn(2, 80, 64))
+    assert not [event.key for event in seen.key_averages() if "conv" in event.key]
+
+
+def test_the_prototypes_products_take_16_bits_under_autocast_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    with FakeTensorMode():
+        for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+            assert model_module._factor(torch.empty(2, 3, device=device)).dtype == dtype
 
 
 def test_the_mask_is_a_function_of_seed_step_and_index():

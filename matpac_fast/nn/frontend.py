@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..reference import patches
 from .vit import shorten_positions, sincos_positions
 
 
@@ -46,7 +48,9 @@ class Frontend(nn.Module):
 
     def forward(self, spec: Tensor) -> Tensor:
         """(B, F, T) with T a multiple of the patch size -> every token and CLS, (B, 1 + N, D), frequency-major."""
-        tokens = self.patch_embed.proj(spec[:, None]).flatten(2).transpose(1, 2)  # (B, N, D)
+        proj = self.patch_embed.proj
+        # As a product: cuDNN runs a float32 convolution in TF32, ten bits, unless it is told not to.
+        tokens = F.linear(patches(spec, self.patch_size), proj.weight.flatten(1), proj.bias)  # (B, N, D)
         pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
         cls = (self.cls_token + pos[:, :1]).expand(spec.shape[0], -1, -1)
         return torch.cat([cls, tokens + pos[:, 1:]], dim=1)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..backend import device_guard
 
+# Whether torch multiplies 16-bit matrices into a float32 result on a GPU: from torch 2.8 on.
+_MM_TAKES_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 _NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3, torch.float16: 5}
 # Logits come in chunks of rows of this many bytes: on the CPU a share of the cache, since they are read again at once;
 # on a GPU enough to fill it with one matrix product. But never fewer rows than make a product worth its while.
@@ -41,8 +43,7 @@ def _both_16_bit(a: Tensor, b: Tensor, work: torch.dtype) -> bool:
 
 
 def _multiplies_16_bits(tensor: Tensor) -> bool:
-    """Whether torch multiplies 16-bit matrices into a float32 result: on a GPU, from torch 2.8 on."""
-    return tensor.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
+    return tensor.is_cuda and _MM_TAKES_DTYPE
 
 
 class Sides:
