@@ -20,7 +20,9 @@
 #ifdef __CUDACC__
 #define MATPAC_FFT __host__ __device__ __forceinline__
 #define MATPAC_UNROLL _Pragma("unroll")
+#define MATPAC_NO_UNROLL _Pragma("unroll 1")
 #else
+#define MATPAC_NO_UNROLL
 #define MATPAC_FFT inline __attribute__((always_inline))
 #ifdef __clang__
 #define MATPAC_UNROLL _Pragma("clang loop unroll(full)")

@@ -62,8 +62,7 @@ struct Plan {
   uint32_t tiles_per_clip, tiles;
   int hop;    // of the samples in memory: at most a window, since what lies between windows is not loaded
   int pitch;  // odd, so that the lanes' samples lie in different banks
-  int step_rows, step_rest;  // kThreads samples on, in rows of `hop` and a rest
-  float log_offset, mean, std;
+  float log_offset, mean, inverse_std;
 
   explicit Plan(const LogMelArgs& a) : args(a), normaliser(a.mean, a.std) {
     const int64_t per_clip = (a.frames + kFrames - 1) / kFrames;
@@ -72,9 +71,7 @@ struct Plan {
     tiles = uint32_t(a.batch * per_clip);
     hop = a.hop < kSize ? int(a.hop) : kSize;
     pitch = hop | 1;
-    step_rows = kThreads / hop;
-    step_rest = kThreads % hop;
-    log_offset = float(a.log_offset), mean = float(a.mean), std = float(a.std);
+    log_offset = float(a.log_offset), mean = float(a.mean), inverse_std = float(1 / a.std);
   }
   // Floats that the samples and, later, the powers take.
   int sample_floats() const {
@@ -144,15 +141,33 @@ MATPAC_FFT void fill_tables(const Plan& plan, const Shared& shared, int thread) 
   }
 }
 
+// A warp takes a row of `hop` samples at a time, so that addresses within it differ by constants alone.
 template <typename In>
 MATPAC_FFT void load(const Plan& plan, const Shared& shared, const Tile& tile, int thread) {
-  const In* wave = static_cast<const In*>(plan.args.wave) + tile.clip * plan.args.stride + tile.first * plan.args.hop;
-  const int count = (tile.frames - 1) * plan.hop + kSize;
-  int q = thread / plan.hop, r = thread - q * plan.hop;
-  for (int i = thread; i < count; i += kThreads) {
-    shared.samples[q * plan.pitch + r] = float(wave[q * plan.args.hop + r]);
-    q += plan.step_rows, r += plan.step_rest;
-    if (r >= plan.hop) r -= plan.hop, ++q;
+  constexpr int kAtOnce = 5;  // reads in flight: a hop of 160 samples is one round
+  const int lane = thread % kFrames, warp = thread / kFrames;
+  const int64_t first = tile.clip * plan.args.stride + (tile.first + warp) * plan.args.hop + lane;
+  const In* wave = static_cast<const In*>(plan.args.wave) + first;
+  float* samples = shared.samples + warp * plan.pitch + lane;
+  // From this lane's first sample of the row to the end of the tile.
+  int left = (tile.frames - 1 - warp) * plan.hop + kSize - lane;
+  for (; left > -lane; left -= kWarps * plan.hop, wave += kWarps * plan.args.hop, samples += kWarps * plan.pitch) {
+    const int in_row = plan.hop - lane;
+    const In* from = wave;
+    float* to = samples;
+    MATPAC_NO_UNROLL
+    for (int n = left < in_row ? left : in_row; n > 0; n -= kAtOnce * kFrames) {
+      In some[kAtOnce];
+      MATPAC_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i * kFrames < n) some[i] = from[i * kFrames];
+      }
+      MATPAC_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i * kFrames < n) to[i * kFrames] = float(some[i]);
+      }
+      from += kAtOnce * kFrames, to += kAtOnce * kFrames;
+    }
   }
 }
 
@@ -186,23 +201,40 @@ MATPAC_FFT void columns(const Shared& shared, int thread) {
   }
 }
 
+// Bins of a mel and its weights come in fours: the weights of all lanes are the same, and one load brings four.
+struct alignas(16) Band {
+  int32_t first, fours, weights, unused;
+};
+struct alignas(16) Weights {
+  float at[4];
+};
+
 template <typename Out>
 MATPAC_FFT void mels(const Plan& plan, const Shared& shared, const Tile& tile, int thread) {
   const LogMelArgs& args = plan.args;
-  const int lane = thread % kFrames;
+  const int lane = thread % kFrames, warp = thread / kFrames;
   if (lane >= tile.frames) return;
-  Out* out = static_cast<Out*>(args.out) + tile.clip * args.n_mels * args.frames + tile.first + lane;
-  const float* weights = static_cast<const float*>(args.weights);
-  for (int m = thread / kFrames; m < args.n_mels; m += kWarps) {
-    const int32_t* band = args.bands + 3 * m;
-    const float* power = shared.samples + band[0] * kFrames + lane;
-    const float* weight = weights + band[2];
+  const float* powers = shared.samples + lane;
+  const Weights* all_weights = static_cast<const Weights*>(args.weights);
+  const Band* bands = reinterpret_cast<const Band*>(args.bands);
+  Out* out = static_cast<Out*>(args.out) + (tile.clip * args.n_mels + warp) * args.frames + tile.first + lane;
+  const int64_t step = kWarps * args.frames;
+  MATPAC_NO_UNROLL
+  for (int m = warp; m < args.n_mels; m += kWarps, out += step) {
+    const Band band = bands[m];
+    const float* power = powers + band.first * kFrames;
+    const Weights* weights = all_weights + band.weights;
     float mel = plan.log_offset;
-    for (int j = 0; j < band[1]; ++j) mel = Lane::fma(power[j * kFrames], weight[j], mel);
+    MATPAC_NO_UNROLL
+    for (int left = band.fours; left > 0; --left, power += 4 * kFrames, ++weights) {
+      const Weights w = *weights;
+      MATPAC_UNROLL
+      for (int j = 0; j < 4; ++j) mel = Lane::fma(power[j * kFrames], w.at[j], mel);
+    }
     float y = plan.normaliser.of<Lane>(mel);
     // Zero, subnormal, infinite or NaN: not for the formula of the normaliser.
-    if (!(mel >= 0x1p-126f && mel <= 0x1.fffffep127f)) y = (logf(mel) - plan.mean) / plan.std;
-    out[m * args.frames] = Out(y);
+    if (!(mel >= 0x1p-126f && mel <= 0x1.fffffep127f)) y = (logf(mel) - plan.mean) * plan.inverse_std;
+    *out = Out(y);
   }
 }
 

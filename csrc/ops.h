@@ -29,8 +29,10 @@ struct LogMelArgs {
   int64_t hop, frames;
   void* out;  // (batch, n_mels, frames) contiguous; float64 for a float64 wave, else float32 (on CUDA also bfloat16)
   DType out_dtype;
-  const double* window;      // (400,)
-  const int32_t* bands;      // (n_mels, 3): the first bin of a mel, how many, where its weights begin
+  const double* window;  // (400,)
+  // (n_mels, 3): the first bin of a mel, how many, where its weights begin. For CUDA (n_mels, 4), aligned to 16 bytes:
+  // the first bin, how many fours of bins, where their weights begin, in fours, and nothing.
+  const int32_t* bands;
   const void* weights;       // all mels', one after the other; float64 for a float64 wave, else float32
   const void* inverse_sums;  // (n_mels,) 1 / the sum of a mel's weights, of the same type
   int n_mels;

@@ -147,8 +147,10 @@ class _Clip:
             if len(values) > len(self.spans):
                 pieces = values.split([len(window) for window in self._columns])
                 values = torch.stack([window.sum(0) for window in pieces])
-            columns = values.new_tensor([sum(window) for window in self._columns])
-            values = values / columns[:, None, None]
+            columns = [sum(window) for window in self._columns]
+            # Windows of one length are divided by a number: a tensor of them would have to be copied to the device.
+            same = min(columns) == max(columns)
+            values = values / (columns[0] if same else values.new_tensor(columns)[:, None, None])
         start, end = self._times()
         return Embeddings(values if self._windowing.layers == "all" else values[:, 0], start, end)
 

@@ -70,11 +70,16 @@ def _choose(wave: Tensor, config: LogMelConfig) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _plan(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan(
+    config: LogMelConfig, dtype: torch.dtype, device: torch.device, fours: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the kernels need of `config`.
 
     window (400,) float64; bands (n_mels, 3) int32: a mel's first bin, how many, where its weights begin; weights: all
     mels', one after the other; inverse_sums (n_mels,): 1 / the sum of a mel's weights.
+
+    With `fours`, as the CUDA kernel wants it, a mel has a multiple of four bins, some of weight 0, and bands are
+    (n_mels, 4): its first bin, how many fours, where their weights begin, in fours, and 0.
     """
     window = reference.mel_window(config) * config.gain
     bank = reference.mel_bank(config)
@@ -82,7 +87,10 @@ def _plan(config: LogMelConfig, dtype: torch.dtype, device: torch.device) -> tup
     for row in bank:
         bins = row.nonzero()[:, 0].tolist()
         first, count = (bins[0], bins[-1] - bins[0] + 1) if bins else (0, 0)
-        bands.append((first, count, start))
+        if fours:
+            count += -count % 4
+            first = min(first, len(row) - count)
+        bands.append((first, count // 4, start // 4, 0) if fours else (first, count, start))
         weights.append(row[first : first + count])
         start += count
     return (
@@ -130,7 +138,7 @@ def _launch_cuda(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tens
     from .. import _C
 
     out = wave.new_empty((wave.shape[0], config.n_mels, config.n_frames(wave.shape[1])), dtype=dtype)
-    args = _args(wave, out, config, _plan(config, torch.float32, wave.device))
+    args = _args(wave, out, config, _plan(config, torch.float32, wave.device, fours=True))
     _C.log_mel_cuda(args, wave.device.index, torch.cuda.current_stream(wave.device).cuda_stream)
     return out
 

@@ -223,7 +223,7 @@ def test_other_front_ends_take_the_reference(config):
 def run_emulated(wave: Tensor, config: LogMelConfig, dtype: torch.dtype, blocks: int, backwards: bool) -> Tensor:
     """The CUDA kernel's threads, one after the other on the CPU."""
     out = torch.full((wave.shape[0], config.n_mels, config.n_frames(wave.shape[1])), torch.nan, dtype=dtype)
-    plan = op_module._plan(config, torch.float32, wave.device)
+    plan = op_module._plan(config, torch.float32, wave.device, fours=True)
     _C.log_mel_emulated(op_module._args(wave, out, config, plan), blocks, backwards)
     return out
 
@@ -243,6 +243,24 @@ def test_the_cuda_kernel_block_by_block(config):
         run_emulated(whole, config, torch.float32, 1, False),
         run_emulated(whole / 32768, config, torch.float32, 1, True),
     )
+
+
+@pytest.mark.parametrize("hop", [1, 31, 32, 33, 159, 161, 320, 347])
+def test_the_cuda_kernel_reads_a_tile_of_any_hop(hop):
+    config, wave = LogMelConfig(hop=hop), noise(2, 40 * hop + 437)
+    out = run_emulated(wave, config, torch.float32, blocks=2, backwards=False)
+    torch.testing.assert_close(out, reference.log_mel(wave.double(), config).float(), rtol=0, atol=1e-5)
+
+
+def test_the_cuda_kernels_table_is_the_bank():
+    for n_mels in (4, 80, 128):
+        config = LogMelConfig(n_mels=n_mels)
+        _, bands, weights, _ = op_module._plan(config, torch.float32, torch.device("cpu"), fours=True)
+        bank = torch.zeros(n_mels, 201)
+        for row, (first, fours, start, _) in zip(bank, bands.tolist(), strict=True):
+            assert first + 4 * fours <= 201  # never reads beyond the powers
+            row[first : first + 4 * fours] = weights[4 * start : 4 * (start + fours)]
+        assert torch.equal(bank, reference.mel_bank(config).float())
 
 
 def shared_bytes(hop: int) -> int:
