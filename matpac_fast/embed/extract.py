@@ -179,7 +179,7 @@ def embed_collection(
                 changed |= len(manifest.shards) > n
             if changed:
                 write_manifest(out, manifest)
-            leases.claim(WORKER + leases.worker)
+            leases.claim(WORKER + leases.worker, keep=True)
         settings |= {"source": stored_source(out), "made_by": _versions()}
         worker = _Worker(manifest, source, out, embedder, settings, leases, report, max_errors, progress)
         if shards is None:
@@ -252,7 +252,8 @@ class _Worker:
                 self._look()
                 if self._missing:  # all that is left is in others' hands
                     time.sleep(min(1.0, self._leases.seconds / 10))
-            self._leases.clear(_SHARD)
+            # Others may be at work on shards that were added since: those are not this worker's to clear.
+            self._leases.clear(_name(shard) for shard in range(len(self._manifest.shards)))
         except _TooManyErrors:
             self._report.stopped = True
         self._look()
@@ -263,7 +264,7 @@ class _Worker:
         self._report.failed = len(errors)
         self._report.failed_before = sum(shard is None or shard in self._done_before for shard in shards)
         self._report.failed_here = sum(shard in self._done_here for shard in shards)
-        write_errors(self._out, errors)
+        self._write(lambda: write_errors(self._out, errors))
 
     def run_only(self, shards: Sequence[int], threads: int) -> None:
         """Return once nothing more of these shards can be had."""
@@ -278,13 +279,26 @@ class _Worker:
     def _embed(self, shard: int, audio: Iterator[Audio]) -> None:
         rows = self._embedder.embed(self._manifest.shards[shard], audio, self._out)
         with closing(rows):
-            rows.write(self._out, shard, self._kind, self._settings)
+            self._write(lambda: rows.write(self._out, shard, self._kind, self._settings))
         self._claimed.popleft()
         self._missing.pop(shard)
         self._done_here.add(shard)
         self._leases.release(_name(shard))
         self._failed, self._in_hand = [], [0, 0.0]
         self._look()
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Call `write`, and once more where the file that it was writing has vanished.
+
+        A worker that stood still for long was given up. Whoever came since took the folder for idle, and cleared away
+        what it was writing. Nothing is lost: the rows stay in their spool until it is closed. With its lease renewed
+        this worker is seen again, so nobody does that a second time.
+        """
+        try:
+            write()
+        except FileNotFoundError:
+            self._leases.renew()
+            write()
 
     def _jobs(self) -> Iterator[Job]:
         """Decoding of the files of one shard after another, each claimed once the threads get to it."""

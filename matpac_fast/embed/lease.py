@@ -4,6 +4,9 @@ A lease is a file that one process alone can create (O_EXCL, which network file 
 it now and then. Whoever sees it unchanged for `seconds` by a clock of their own takes it over, by creating the lease of
 the next number: again only one can. On the machine of the owner a process that is gone is seen at once.
 
+Only time counts in which one could renew one's own: where the disk stood still, or this process did, nobody could be
+heard of, and nobody is dead for that.
+
 Two workers may still do the same work, where one slept for long and was given up. That costs time and nothing else:
 results are renamed into place whole, and are the same whoever made them.
 """
@@ -18,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +46,14 @@ class Leases:
         self._me = {"worker": self.worker, "host": socket.gethostname(), **_process(os.getpid())}
         self.status: dict[str, Any] = {}
         self._held: dict[str, Path] = {}
+        self._kept: set[str] = set()  # of those held, the ones that are made again where they vanish
         self._seen: dict[Path, tuple[bytes, float]] = {}  # what a lease of another said, and when it began to
         self._beat = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
+        self._renewed = time.monotonic()  # when the last round of renewals ended
+        self._resumed = self._renewed  # when the last one ended that had been long in coming
         self._thread = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
         self._thread.start()
 
@@ -57,8 +63,15 @@ class Leases:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def claim(self, name: str, among: dict[str, Path] | None = None) -> bool:
-        """Take the lease of `name`, if nobody alive holds it. `among`: what `taken` said, to save looking again."""
+    def claim(self, name: str, among: dict[str, Path] | None = None, keep: bool = False) -> bool:
+        """Take the lease of `name`, if nobody alive holds it.
+
+        Args:
+            name: of the lease.
+            among: what `taken` said, to save looking again.
+            keep: make it again where others remove it: for a name that is this worker's alone. A piece of work may be
+                another's by then, or done.
+        """
         current = (self.taken() if among is None else among).get(name)
         if current is not None and not self._given_up(current):
             return False
@@ -72,6 +85,8 @@ class Leases:
             file.write(self._content())
         with self._lock:
             self._held[name] = path
+            if keep:
+                self._kept.add(name)
         return True
 
     @contextlib.contextmanager
@@ -90,6 +105,7 @@ class Leases:
         """Give back a lease, and clear away those of the dead that it followed."""
         with self._lock:
             mine = self._held.pop(name, None)
+            self._kept.discard(name)
         if mine is not None:  # and its own one last, so that nobody takes those of the dead for the present one
             for number in range(_number(mine) + 1):
                 (self._folder / f"{name}.{number}").unlink(missing_ok=True)
@@ -105,10 +121,12 @@ class Leases:
                     found.append(_parse(self._seen[path][0]).get("status", {}))
         return found
 
-    def clear(self, prefix: str) -> None:
-        """Remove all leases that begin with `prefix`, whose work is done."""
-        for path in self._folder.glob(f"{prefix}*"):
-            path.unlink(missing_ok=True)
+    def clear(self, names: Iterable[str]) -> None:
+        """Remove all leases of these names, whose work is done."""
+        names = set(names)
+        for path in self._folder.glob("*"):
+            if path.name.rpartition(".")[0] in names:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give back all that is held."""
@@ -148,9 +166,14 @@ class Leases:
             since = now
         self._seen[path] = said, since
         owner = _parse(said)
-        if owner.get("machine") == self._me["machine"] and self._me["machine"]:
-            return _process(owner.get("pid", 0)) != {key: owner.get(key) for key in ("pid", "machine", "began")}
-        return now - since > self.seconds
+        process = {key: owner.get(key) for key in ("pid", "machine", "began")}
+        here = self._me["machine"] is not None and process["machine"] == self._me["machine"]
+        if here and _process(owner.get("pid", 0)) != process:
+            return True
+        # One that is there, on this machine too, may be stopped or frozen for good: for all others the time decides.
+        if now - self._renewed > self.seconds / 2:
+            return False  # neither was this worker heard of: the disk, or this machine, may stand still
+        return now - max(since, self._resumed) > self.seconds
 
     def _content(self) -> bytes:
         return json.dumps({**self._me, "beat": self._beat, "status": self.status}).encode()
@@ -160,15 +183,35 @@ class Leases:
             self.renew()
 
     def renew(self) -> None:
-        """Tell the others now."""
-        self._beat += 1
-        content = self._content()
+        """Tell the others now, and note that this was possible."""
+        failed = False
         with self._lock:
-            for path in self._held.values():
-                # Gone where another has done the work and cleared up; a disk that fails now may answer next time.
-                with contextlib.suppress(OSError), open(path, "r+b") as file:
-                    file.write(content)
-                    file.truncate()
+            self._beat += 1
+            content = self._content()
+            with contextlib.suppress(OSError):
+                os.utime(self._folder)  # who holds nothing has to wait for a disk that stands still as well
+            for name, path in self._held.items():
+                try:
+                    self._rewrite(name, path, content)
+                except OSError:  # a disk that fails now may answer next time
+                    failed = True
+        if failed:
+            return
+        now = time.monotonic()
+        if now - self._renewed > self.seconds / 2:
+            self._resumed = now  # before the next line, since `_given_up` may look in between
+        self._renewed = now
+
+    def _rewrite(self, name: str, path: Path, content: bytes) -> None:
+        try:
+            handle = os.open(path, os.O_WRONLY)
+        except FileNotFoundError:
+            if name not in self._kept:
+                return  # another has done the work and cleared up
+            handle = self._create(path)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.truncate()
 
 
 def _number(path: Path) -> int:

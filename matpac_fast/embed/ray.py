@@ -80,7 +80,7 @@ def embed_collection(
     assert manifest is not None
     kind = options.get("format", "parquet")
     with Leases(out / LEASES, **_given(options)) as leases:
-        leases.claim(WORKER + leases.worker)  # so that the actors join, and look for no new files each
+        leases.claim(WORKER + leases.worker, keep=True)  # so that the actors join, and look for no new files each
         while missing := _missing(out, manifest, kind):
             progress(len(manifest.shards) - len(missing), len(manifest.shards))
             tasks = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +29,21 @@ def leases(tmp_path):
 def foreign(path: Path, beat: int = 0) -> None:
     """A lease of a worker on a machine of which nothing is known."""
     path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "began": "1", "beat": beat, "status": {"files": 3}}))
+
+
+class Clock:
+    """A clock that the test turns, in place of `time.monotonic`."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(lease.time, "monotonic", lambda: self.now)
+
+    def turn(self, now: float, *workers: Leases) -> None:
+        """Turn it to `now`, the workers renewing meanwhile as often as their threads would."""
+        while self.now < now:
+            self.now = min(now, self.now + 10.0)
+            for worker in workers:
+                worker.renew()
 
 
 def test_a_lease_has_one_owner_and_can_be_given_back(leases, tmp_path):
@@ -50,26 +68,84 @@ def test_of_many_that_want_it_at_once_one_gets_it(tmp_path):
 
 
 def test_a_lease_that_is_renewed_is_kept_and_one_that_is_not_is_inherited(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(lease.time, "monotonic", lambda: now[0])
+    clock = Clock(monkeypatch)
     first, second = Leases(tmp_path, 60.0), Leases(tmp_path, 60.0)
     foreign(tmp_path / "a.0")
     assert not first.claim("a")
-    now[0] = 59.0
+    clock.turn(59.0, first, second)
     foreign(tmp_path / "a.0", beat=1)  # renewed in time
     assert not first.claim("a")
-    now[0] = 118.0
+    clock.turn(118.0, first, second)
     assert not first.claim("a")
     assert not second.claim("a")  # which sees it for the first time, whatever its age
-    now[0] = 119.5
+    clock.turn(119.5, first, second)
     assert first.claim("a")
-    now[0] = 500.0
+    clock.turn(500.0, first, second)
     assert not second.claim("a")  # a new owner, who is alive
     assert sorted(os.listdir(tmp_path)) == ["a.0", "a.1"]
     first.release("a")
     assert os.listdir(tmp_path) == []
     first.close()
     second.close()
+
+
+def test_after_a_standstill_all_have_their_time_anew(tmp_path, monkeypatch):
+    """Of the disk, or of this process: nobody was heard of, this worker neither."""
+    clock = Clock(monkeypatch)
+    with Leases(tmp_path, 60.0) as mine:
+        foreign(tmp_path / "a.0")
+        foreign(tmp_path / "worker-x.0")
+        assert not mine.claim("a")
+        assert mine.others("worker-") == [{"files": 3}]
+        clock.now = 500.0
+        assert not mine.claim("a")  # before this worker's thread runs again,
+        assert mine.others("worker-") == [{"files": 3}]
+        mine.renew()
+        assert not mine.claim("a")  # and after
+        clock.turn(559.0, mine)
+        foreign(tmp_path / "worker-x.0", beat=1)  # which needed its time to wake up
+        assert not mine.claim("a")
+        assert mine.others("worker-") == [{"files": 3}]
+        clock.turn(561.0, mine)
+        assert mine.claim("a")
+        assert mine.others("worker-") == [{"files": 3}]
+
+
+def test_a_round_that_comes_a_little_late_changes_nothing(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with Leases(tmp_path, 60.0) as mine:
+        foreign(tmp_path / "a.0")
+        assert not mine.claim("a")
+        for clock.now in (29.0, 58.0, 61.0):
+            mine.renew()
+        assert mine.claim("a")
+
+
+def test_who_cannot_renew_gives_nobody_up(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with Leases(tmp_path, 60.0) as mine:
+        mine.claim("b")
+        foreign(tmp_path / "a.0")
+        assert not mine.claim("a")
+        with monkeypatch.context() as broken:
+
+            def fail(*_: object) -> None:
+                raise OSError(errno.EIO, "the disk does not answer")
+
+            broken.setattr(mine, "_rewrite", fail)
+            clock.turn(100.0, mine)
+        assert not mine.claim("a")
+        clock.turn(159.0, mine)
+        assert not mine.claim("a")
+        clock.turn(171.0, mine)
+        assert mine.claim("a")
+
+
+def test_who_holds_nothing_asks_the_disk_too(leases, tmp_path):
+    """Else its rounds would end while the disk stands still, and whom it waits for be given up."""
+    os.utime(tmp_path, (0, 0))
+    leases.renew()
+    assert tmp_path.stat().st_mtime > 0
 
 
 def test_one_that_is_half_written_is_nobody_s_yet(leases, tmp_path):
@@ -99,6 +175,29 @@ os._exit(0)
     assert leases.claim("a")
 
 
+def test_an_owner_on_this_machine_that_is_stopped_is_replaced_after_the_time(tmp_path):
+    code = f"""
+import pathlib, time
+from matpac_fast.embed.lease import Leases
+Leases(pathlib.Path({str(tmp_path)!r}), 1.0).claim("a")
+print("ready", flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-P", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner, Leases(tmp_path, 1.0) as mine:
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == "ready\n"
+            owner.send_signal(signal.SIGSTOP)
+            begin = time.monotonic()
+            while not mine.claim("a"):
+                assert time.monotonic() < begin + 60, "never given up"
+                time.sleep(0.05)
+            assert time.monotonic() > begin + 1.0
+        finally:
+            owner.kill()
+
+
 def test_a_process_of_the_same_number_is_not_the_owner(leases, tmp_path):
     leases.claim("b")
     said = json.loads((tmp_path / "b.0").read_text())
@@ -119,6 +218,32 @@ def test_a_lost_lease_is_not_raised_from_the_dead(leases, tmp_path):
     (tmp_path / "a.0").unlink()
     leases.renew()
     assert not (tmp_path / "a.0").exists()
+
+
+def test_a_worker_s_own_lease_is_made_again(tmp_path):
+    """It was given up, and is back."""
+    with Leases(tmp_path / "in") as mine:
+        mine.claim("worker-x", keep=True)
+        (tmp_path / "in" / "worker-x.0").unlink()
+        mine.renew()
+        assert json.loads((tmp_path / "in" / "worker-x.0").read_text())["worker"] == mine.worker
+        shutil.rmtree(tmp_path / "in")  # by the last of the others
+        mine.renew()
+        assert (tmp_path / "in" / "worker-x.0").exists()
+        mine.release("worker-x")
+        mine.renew()
+        assert not (tmp_path / "in" / "worker-x.0").exists()
+        mine.claim("worker-x")
+        (tmp_path / "in" / "worker-x.0").unlink()
+        mine.renew()  # what was said of the one given back does not hold for this one
+        assert not (tmp_path / "in" / "worker-x.0").exists()
+
+
+def test_what_is_done_is_cleared_and_nothing_else(leases, tmp_path):
+    for name in ("shard-1.0", "shard-1.1", "shard-10.0", "shard-2.0", "worker-x.0"):
+        foreign(tmp_path / name)
+    leases.clear(["shard-1", "shard-3"])
+    assert sorted(os.listdir(tmp_path)) == ["shard-10.0", "shard-2.0", "worker-x.0"]
 
 
 def _hold(folder: Path, log: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from matpac_fast.embed import writer
 from matpac_fast.embed.extract import embed_collection
 from tests.embed import crew
 
@@ -84,6 +87,67 @@ def test_a_worker_that_is_not_heard_of_is_replaced(collection, undisturbed, tmp_
     assert time.monotonic() - clock >= 1.0
     assert report.files == 68
     assert crew.result(source) == undisturbed
+
+
+def test_a_worker_that_is_stopped_is_replaced_and_goes_on_when_it_is_back(collection, undisturbed, tmp_path):
+    """Ctrl-Z, or a frozen group of processes: on this machine too it is the time that decides."""
+    options = dict(files_per_shard=2, lease_seconds=1.0)
+    stopped = crew.start(collection, tmp_path, seconds=0.05, **options)
+    while not list(tmp_path.glob("shard-*")):
+        time.sleep(0.01)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    alarm = threading.Timer(60, os.kill, (stopped.pid, signal.SIGCONT))  # so that the test fails rather than hangs
+    alarm.start()
+    try:
+        report = embed_collection(collection, tmp_path, crew.Tiny(), 0.1, **options)
+        assert alarm.is_alive(), "it was waited for"
+    finally:
+        alarm.cancel()
+        os.kill(stopped.pid, signal.SIGCONT)
+    assert sum(report.embedded) == 64
+    stopped.join(60)
+    assert stopped.exitcode == 0
+    assert crew.result(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("parquet", ".parquet"), ("npz", ".npz"), ("npy", ".npy"), ("npy", ".index.parquet")]
+)
+def test_what_is_cleared_away_while_it_is_written_is_written_again(collection, tmp_path, monkeypatch, kind, ending):
+    """A worker was given up and is back: another came meanwhile, took the folder for idle and cleared up."""
+    options = dict(files_per_shard=2, format=kind)
+    embed_collection(collection, tmp_path / "undisturbed", crew.Tiny(), 0.1, **options)
+    out, atomic = tmp_path / "out", writer.atomic
+    cleared: set[Path] = set()
+
+    @contextlib.contextmanager
+    def disturbed(path):
+        with atomic(path) as beside:
+            yield beside
+            if path in cleared:
+                assert list((out / "leases").glob("worker-*")), "the next to come would clear away this one as well"
+            elif path.name.endswith(ending):
+                cleared.add(path)
+                beside.unlink()
+                for mine in (out / "leases").glob("worker-*"):
+                    mine.unlink()
+
+    monkeypatch.setattr(writer, "atomic", disturbed)
+    monkeypatch.setattr(writer, "_IN_MEMORY", 16)  # rows that wait on the disk are there for the second time too
+    report = embed_collection(collection, out, crew.Tiny(), 0.1, **options)
+    assert (report.files, report.failed) == (68, 4)
+    assert len(cleared) == 34 + (ending == ".parquet")  # errors.parquet too
+    assert crew.result(out) == crew.result(tmp_path / "undisturbed")
+
+
+def test_leases_on_shards_that_were_added_since_are_left_alone(collection, tmp_path):
+    embed_collection(collection, tmp_path, crew.Tiny(), 0.1, files_per_shard=2)
+    (tmp_path / "leases").mkdir()
+    owner = {"machine": "elsewhere", "pid": 1, "began": "1", "beat": 5, "status": {}}
+    for shard in (3, 34):  # one that is done, whose owner died before it gave it back; and one not in the list
+        (tmp_path / "leases" / f"shard-{shard:05d}.0").write_text(json.dumps(owner))
+    embed_collection(collection, tmp_path, crew.Tiny(), 0.1, files_per_shard=2)
+    assert os.listdir(tmp_path / "leases") == ["shard-00034.0"]
 
 
 def test_who_joins_takes_the_list_of_the_others_and_sees_their_progress(collection, tmp_path):
