@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ import torch
 from matpac_fast import backend, use_backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SAMPLE = 5e-3  # seconds between two events of a GPU, at least: a few thousand times their resolution
+MOST_CALLS = 100  # and calls at most
+CYCLES = 2e9  # of a GPU a second, about; waiting a little long does no harm
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,67 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def _best(call: Callable[[], Any], rounds: int) -> float:
-    times = []
-    for _ in range(rounds):
+@dataclass(frozen=True)
+class Pace:
+    """How a call is timed on a GPU: how many of it lie between two events, and how long the device waits for them."""
+
+    calls: int = 1
+    hold: float = 0.0  # seconds
+
+
+def pace(call: Callable[[], Any]) -> Pace:
+    """For a call that is warm: as many as last some milliseconds; on a CPU one, and it is not called."""
+    if DEVICE.type != "cuda":
+        return Pace()
+    seconds, host = timed(call)
+    assert host is not None
+    calls = min(MOST_CALLS, math.ceil(SAMPLE / max(seconds, 1e-6)))
+    return Pace(calls, 1.2 * calls * host)
+
+
+def timed(call: Callable[[], Any], at: Pace = Pace()) -> tuple[float, float | None]:
+    """Seconds of one call; and on a GPU, of which these are the device's, those in which the host hands it on.
+
+    There the calls lie back to back between two events. The device is held up until the host has queued them all: a
+    kernel that is shorter than its launch would have to wait for it.
+    """
+    if DEVICE.type != "cuda":
         start = clock()
         call()
-        times.append(clock() - start)
-    return min(times)
+        return clock() - start, None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    if at.hold:
+        torch.cuda._sleep(int(at.hold * CYCLES))
+    begin.record()
+    start = time.perf_counter()
+    for _ in range(at.calls):
+        call()
+    host = time.perf_counter() - start
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / at.calls, host / at.calls
+
+
+def timed_on_gpu(call: Callable[[], Any], seconds: float = 0.5) -> dict[str, Any]:
+    """What an op's row has of a call that is warm: the device's times, of five samples or more, and the host's."""
+    at, samples = pace(call), []
+    until = time.perf_counter() + seconds
+    while len(samples) < 5 or (time.perf_counter() < until and len(samples) < 200):
+        samples.append(timed(call, at))
+    device, host = zip(*samples, strict=True)
+    of_device = summary(list(device))
+    return {
+        "median_ms": of_device["ms"],
+        "fastest_ms": 1e3 * min(device),
+        "spread_ms": of_device["spread_ms"],
+        "host_ms": 1e3 * statistics.median(host),
+        "calls": at.calls,
+    }
+
+
+def _best(call: Callable[[], Any], rounds: int) -> float:
+    return min(timed(call, Pace(calls=3))[0] for _ in range(rounds))
 
 
 @functools.cache
@@ -161,7 +219,11 @@ def run(benchmark: Any, case: Case) -> None:
         first = clock() - start
         call()
         peak = peak_extra_mib(call)
-        benchmark(call)
+        if DEVICE.type == "cuda":
+            benchmark.extra_info.update(timed_on_gpu(call))
+            benchmark.pedantic(call)  # once: its record is what the numbers travel in
+        else:
+            benchmark(call)
     benchmark.extra_info.update(
         op=case.op,
         size=case.size,
@@ -175,13 +237,18 @@ def run(benchmark: Any, case: Case) -> None:
     )
 
 
+def told(info: dict[str, Any], median: float, fastest: float) -> tuple[dict[str, Any], float, float]:
+    """A benchmark's numbers for the table: a GPU's own where it has them, else pytest-benchmark's, seconds."""
+    return info, info.get("median_ms", 1e3 * median) / 1e3, info.get("fastest_ms", 1e3 * fastest) / 1e3
+
+
 def table(results: list[tuple[dict[str, Any], float, float]]) -> list[str]:
     """Lines of the whole table from (extra_info, median, fastest) of each benchmark, seconds."""
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"{name}: copy {bandwidth() / 1e9:.0f} GB/s, float32 product {matrix_rate(torch.float32) / 1e9:.0f} GFLOP/s",
         f"{'op':<20} {'size':<35} {'variant':<20} {'ms':>9} {'fastest':>9} {'rate':>14} {'of floor':>8} "
-        f"{'x reference':>11} {'extra MiB':>9}",
+        f"{'x reference':>11} {'extra MiB':>9}" + f" {'host ms':>9}" * (DEVICE.type == "cuda"),
     ]
     references = {(i["op"], i["size"]): median for i, median, _ in results if i["variant"] == "reference"}
     for info, median, fastest in results:
@@ -193,6 +260,7 @@ def table(results: list[tuple[dict[str, Any], float, float]]) -> list[str]:
         lines.append(
             f"{info['op']:<20} {info['size']:<35} {info['variant']:<20} {1e3 * median:>9.3f} {1e3 * fastest:>9.3f} "
             f"{rate:>14} {info['floor_ms'] / 1e3 / median:>8.0%} {speedup:>11} {peak:>9}"
+            + (f" {info['host_ms']:>9.3f}" if "host_ms" in info else "")
         )
     lines.append("first call, what it compiles included:")
     for info, _, _ in results:

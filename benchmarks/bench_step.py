@@ -7,6 +7,10 @@ Every variant starts from the same weights and takes the same spectrograms and m
 first losses are compared, and the run fails where they differ. The rounds are interleaved and the ratio is the median
 of the rounds' ratios, so that a machine that slows down slows all of them. On a CPU the official code has a process of
 its own: `pretrain`, and so this script, changes how malloc gives memory back, which would speed up both.
+
+On a GPU each precision has its turn alone, since the models of both beside the memory of a graph would fill it, and
+its speed-ups are over the first in that precision. The JSON is written anew after every round, so that what is known
+is there however the script ends.
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +39,7 @@ import _timing
 
 from matpac_fast import __version__, ops, use_backend
 from matpac_fast.config import PRESETS, MatpacConfig
+from matpac_fast.files import write_text
 from matpac_fast.model import Matpac
 from matpac_fast.reference import LogMelConfig
 from matpac_fast.train.compiled import compile_blocks
@@ -43,6 +50,8 @@ from matpac_fast.train.memory import freed_memory_kept
 from matpac_fast.train.step import make_optimizer, train_step
 
 STEP = 7  # past step 0, which moves no average
+Run = Callable[[], float]  # a step, to its loss
+Make = Callable[[], Run]
 
 
 def main() -> None:
@@ -64,50 +73,96 @@ def main() -> None:
 
     config = MatpacConfig.preset(options.preset, mcl_heads=options.mcl_heads)
     wave, index = batch(config, options.batch_size, device)
-    variants: dict[str, Callable[[], float]] = {}
     start = Matpac(config)
-    for precision in precisions:
-        if checkout := os.environ.get("MATPAC_OFFICIAL"):
-            make = in_a_process if device.type == "cpu" else official_step
-            variants[f"official {precision}"] = make(checkout, config, options.batch_size, precision, device)
-        for backend in ("auto",) if options.skip_reference else ("reference", "auto"):
-            name = f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}"
-            variants[name] = our_step(copy.deepcopy(start).to(device).train(), wave, index, precision, backend)
-        for graph in [False] * options.compile + [True] * options.cuda_graph:
-            model = copy.deepcopy(start).to(device).train()
-            if options.compile:
-                os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # or the first step would be that of another day
-                compile_blocks(model)
-            name = f"ours {precision}{', compiled' * options.compile}{', graph' * graph}"
-            variants[name] = our_step(model, wave, index, precision, "auto", graph)
+    groups = [variants(options, precision, precisions, start, wave, index) for precision in precisions]
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        # All of them turn by turn, built before malloc is told to keep what is freed.
+        built = {name: make() for group in groups for name, make in group.items()}
+        groups = [{name: lambda run=run: run for name, run in built.items()}]
     del start
 
-    with freed_memory_kept(device):
-        times, first = measure(variants, options.rounds)
-    report(times, first, config, options, device)
+    rows: dict[str, dict[str, Any]] = {}
+    losses: dict[str, float] = {}
+    base = next(iter(groups[0]))  # the official code where it is at hand, else ours on the reference
+    header = {"preset": options.preset, "batch_size": options.batch_size, "device": device_name(device)}
+    header["speedup_over"] = base if len(groups) == 1 else f"{base.rsplit(' ', 1)[0]}, same precision"
+    header |= {"torch": torch.__version__, "matpac_fast": __version__}
+    for makers in groups:
+        with freed_memory_kept(device):
+            for times, first in measure(makers, options.rounds, on_gpu, losses):
+                rows |= rows_of(times, first, config, options.batch_size, device)
+                if options.json:
+                    write_text(options.json, json.dumps({**header, "rows": rows}, indent=2) + "\n")
+        if on_gpu:  # before the models of the next precision come
+            gc.collect()
+            torch.cuda.empty_cache()
+    report(rows, header, options.rounds)
 
 
-def measure(variants: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every variant in each round, and of its first step."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    losses, first = {}, {}
-    for name, run in variants.items():  # the first step warms up, and compiles
+def variants(
+    options: argparse.Namespace,
+    precision: str,
+    precisions: list[str],
+    start: Matpac,
+    wave: torch.Tensor,
+    index: torch.Tensor,
+) -> dict[str, Make]:
+    """What is to be timed in one precision, in order, each still to be built."""
+    device, found = wave.device, {}
+
+    def ours(backend: str = "auto", compiled: bool = False, graph: bool = False) -> Run:
+        model = copy.deepcopy(start).to(device).train()
+        if compiled:
+            os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # or the first step would be that of another day
+            compile_blocks(model)
+        return our_step(model, wave, index, precision, backend, graph)
+
+    if checkout := os.environ.get("MATPAC_OFFICIAL"):
+        make = in_a_process if device.type == "cpu" else official_step
+        found[f"official {precision}"] = partial(make, checkout, start.config, len(wave), precision, device)
+    for backend in ("auto",) if options.skip_reference else ("reference", "auto"):
+        name = f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}"
+        found[name] = partial(ours, backend)
+    # Nobody trains in float32 on a GPU that has better: it is there to compare with, and compiling takes a minute.
+    if device.type == "cuda" and precision == "float32" and len(precisions) > 1:
+        return found
+    for graph in [False] * options.compile + [True] * options.cuda_graph:
+        name = f"ours {precision}{', compiled' * options.compile}{', graph' * graph}"
+        found[name] = partial(ours, "auto", options.compile, graph)
+    return found
+
+
+def measure(
+    makers: dict[str, Make], rounds: int, one_by_one: bool, losses: dict[str, float]
+) -> Iterator[tuple[dict[str, list[float]], dict[str, float]]]:
+    """Seconds of every variant in each round so far, and of its first step, after each round; `losses` are added to.
+
+    One by one, where a round is short beside building and compiling: a variant is built when those before it have been
+    timed, and then all that are there go round again. Otherwise only all of them together.
+    """
+    runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
+    for name, make in makers.items():
+        runs[name] = run = make()
         began = time.perf_counter()
-        losses[name] = run()
+        losses[name] = run()  # the first step warms up, and compiles
         first[name] = time.perf_counter() - began
         if name.endswith("graph"):  # recorded on the third
             run(), run()
-    for name, loss in losses.items():
         tolerance = 1e-4 if "float32" in name else 2e-2
-        if abs(loss / losses["ours float32"] - 1) > tolerance:
+        if not abs(losses[name] / next(iter(losses.values())) - 1) <= tolerance:
             sys.exit(f"the first losses differ: {losses}")
-    for _ in range(rounds):
-        for name, run in variants.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
-            print(f"{name:<32}{1e3 * times[name][-1]:>10.1f} ms", file=sys.stderr)
-    return times, first
+        if len(runs) < len(makers) and not one_by_one:
+            continue
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - began)
+                print(f"{name:<32}{1e3 * times[name][-1]:>10.1f} ms", file=sys.stderr)
+            yield times, first
 
 
 def batch(config: MatpacConfig, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +172,9 @@ def batch(config: MatpacConfig, rows: int, device: torch.device) -> tuple[torch.
     return wave.to(device, torch.int16), torch.arange(rows, device=device)
 
 
-def our_step(model: Matpac, wave: torch.Tensor, index: torch.Tensor, precision: str, backend: str, graph: bool = False):
+def our_step(
+    model: Matpac, wave: torch.Tensor, index: torch.Tensor, precision: str, backend: str, graph: bool = False
+) -> Run:
     """From int16 crops on the device to new weights, as the training loop does it."""
     optimizer = make_optimizer(model, TrainConfig())
     graphed = GraphedStep(model, optimizer, 3.0, precision) if graph else None
@@ -184,37 +241,37 @@ def _answer(pipe: Connection, *arguments: Any) -> None:
             pipe.send(step())
 
 
-def report(
-    times: dict[str, list[float]],
-    first: dict[str, float],
-    config: MatpacConfig,
-    options: argparse.Namespace,
-    device: torch.device,
-) -> None:
-    base = next(iter(times))  # the official code where it is at hand, else ours on the reference
-    rows = {}
+def rows_of(
+    times: dict[str, list[float]], first: dict[str, float], config: MatpacConfig, crops: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Of variants that took turns; speed-ups are over the first of them."""
+    base, rows = next(iter(times.values())), {}
     for name, seconds in times.items():
-        crops = options.batch_size / statistics.median(seconds)
+        rate = crops / statistics.median(seconds)
         rows[name] = {
             **_timing.summary(seconds),
             "first_ms": 1e3 * first[name],
-            "crops_per_s": crops,
-            "gflop_per_s": crops * step_flops(config) / 1e9,
-            "speedup": statistics.median(b / s for b, s in zip(times[base], seconds, strict=True)),
+            "crops_per_s": rate,
+            "gflop_per_s": rate * step_flops(config) / 1e9,
+            "speedup": statistics.median(b / s for b, s in zip(base, seconds, strict=True)),
         }
         if peak := peak_flops(device, "bf16" if "bf16" in name else "float32"):
-            rows[name]["mfu"] = crops * step_flops(config) / peak
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{options.preset}, batch {options.batch_size}, {where}, torch {torch.__version__}, {options.rounds} rounds")
+            rows[name]["mfu"] = rate * step_flops(config) / peak
+    return rows
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def report(rows: dict[str, dict[str, Any]], header: dict[str, Any], rounds: int) -> None:
+    print(f"{header['preset']}, batch {header['batch_size']}, {header['device']}, ", end="")
+    print(f"torch {header['torch']}, {rounds} rounds")
     print(f"{'':<32}{'ms':>10}{'crops/s':>10}{'GFLOP/s':>10}{'speed-up':>10}{'the first':>11}")
     for name, row in rows.items():
         print(f"{name:<32}{row['ms']:>10.1f}{row['crops_per_s']:>10.2f}{row['gflop_per_s']:>10.0f}", end="")
         print(f"{row['speedup']:>9.2f}x{row['first_ms'] / 1e3:>9.1f} s")
-    print(f"speed-up over: {base}")
-    if options.json:
-        header = {"preset": options.preset, "batch_size": options.batch_size, "device": where, "speedup_over": base}
-        header |= {"torch": torch.__version__, "matpac_fast": __version__}
-        options.json.write_text(json.dumps({**header, "rows": rows}, indent=2) + "\n")
+    print(f"speed-up over: {header['speedup_over']}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@
     python benchmarks/bench_temporal_support.py --preset tiny --backends reference --batch-sizes 1 16
 
 Of every backend and temporal support, for each batch size: time, peak memory and counted multiply-adds a clip; and the
-largest batch that fits. On a GPU that is tried, from a guess by the growth of memory on; on a CPU, where running out
-would take the machine down, it is the guess itself, for half of the memory that is free, and marked with ~. The peak is
-the allocator's on a GPU, and on a CPU what resident memory grows by, in a process of its own, from before there is a
-model: weights, and in training gradients and moments, count in both.
+largest batch that fits. On a GPU that is tried, from a guess by the growth of memory on: a training step, and of
+embedding the network alone, over log-mels that are ready, since `embed` halves a batch that does not fit by itself. On
+a CPU, where running out would take the machine down, it is the guess itself, for half of the memory that is free, and
+marked with ~. The peak is the allocator's on a GPU, and on a CPU what resident memory grows by, in a process of its
+own, from before there is a model: weights, and in training gradients and moments, count in both. The JSON is written
+anew after every point, so that what is known is there however the script ends.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,8 +36,10 @@ from _plots import temporal_support as plot
 from matpac_fast import __version__, ops, use_backend
 from matpac_fast.backend import BACKENDS
 from matpac_fast.config import PRESETS, MatpacConfig
-from matpac_fast.encoder import load_encoder
+from matpac_fast.encoder import Encoder, load_encoder
+from matpac_fast.files import write_text
 from matpac_fast.model import Matpac
+from matpac_fast.oom import is_out_of_memory
 from matpac_fast.reference import LogMelConfig
 from matpac_fast.train.config import TrainConfig, resolve_precision
 from matpac_fast.train.flops import step_flops
@@ -61,49 +67,61 @@ def main() -> None:
     options = parser.parse_args()
     if options.point:
         kind, seconds, backend = options.point
-        print(json.dumps(measure(kind, float(seconds), backend, options)))
+        print(json.dumps(next(measure(kind, float(seconds), [backend], options))))
         return
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.preset}, {where}, torch {torch.__version__}")
     heads = ("", "backend", "s", "batch", "ms", "ms per s", "peak MiB", "GMAC", "a second", "largest")
     print("".join(f"{head:>10}" for head in heads))
     began, rows, left_out = time.monotonic(), [], []
+    result = {"preset": options.preset, "device": where, "torch": torch.__version__, "matpac_fast": __version__}
+    result |= {"rows": rows, "left_out": left_out}
     # The shortest first, and of each all backends: what a limit cuts off is the long end.
     for seconds in options.seconds:
         if options.limit and time.monotonic() - began > options.limit:
             left_out.append(f"{seconds:g} s")
             continue
         for kind in KINDS:
-            for backend in options.backends:
-                found = point(kind, seconds, backend, options)
+            for found in points(kind, seconds, options):
                 rows += found
                 for row in found:
                     cells = [f"{row[c]:,.1f}" if c != "largest_batch" else row[c] for c in COLUMNS]
-                    cells = [kind, backend, f"{seconds:g}", str(row["batch_size"]), *cells]
+                    cells = [kind, row["backend"], f"{seconds:g}", str(row["batch_size"]), *cells]
                     print("".join(f"{cell:>10}" for cell in cells), flush=True)
+                save(result, options.json)
     if left_out:
         print(f"left out for want of time: {', '.join(left_out)}")
-    result = {"preset": options.preset, "device": where, "torch": torch.__version__, "matpac_fast": __version__}
-    result |= {"rows": rows, "left_out": left_out}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, options.json)
     if options.plot:
         plot(result, options.plot)
 
 
-def point(kind: str, seconds: float, backend: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a batch size: here on a GPU, whose allocator tells the peak of a call; on a CPU in a process of its own."""
+def save(result: dict[str, Any], path: Path | None) -> None:
+    if path:
+        write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+Rows = list[dict[str, Any]]
+
+
+def points(kind: str, seconds: float, options: argparse.Namespace) -> Iterator[Rows]:
+    """Of each backend a row a batch size: here on a GPU, whose allocator tells the peak of a call; on a CPU in a
+    process of its own.
+    """
     if options.device != "cpu":
-        return measure(kind, seconds, backend, options)
-    command = [sys.executable, __file__, "--point", kind, str(seconds), backend, "--device", options.device]
-    command += ["--preset", options.preset, "--batch-sizes", *map(str, options.batch_sizes)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(run.stderr)
-    return json.loads(run.stdout.splitlines()[-1])
+        yield from measure(kind, seconds, options.backends, options)
+        return
+    for backend in options.backends:
+        command = [sys.executable, __file__, "--point", kind, str(seconds), backend, "--device", options.device]
+        command += ["--preset", options.preset, "--batch-sizes", *map(str, options.batch_sizes)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(run.stderr)
+        yield json.loads(run.stdout.splitlines()[-1])
 
 
-def measure(kind: str, seconds: float, backend: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(kind: str, seconds: float, backends: list[str], options: argparse.Namespace) -> Iterator[Rows]:
+    """The rows of each backend, all with one model: to build one takes longer than to time it on a GPU."""
     device = torch.device(options.device)
     mels = LogMelConfig()
     frames = round(seconds * mels.sample_rate / mels.hop)
@@ -113,41 +131,68 @@ def measure(kind: str, seconds: float, backend: str, options: argparse.Namespace
     if device.type == "cuda":  # the model of the point before
         gc.collect()
         torch.cuda.empty_cache()
-    with use_backend(backend):
-        call, gmacs = make(kind, frames, options.preset, device)
-        rows = []
-        for batch in sorted(options.batch_sizes):
-            wave = 0.1 * torch.randn(batch, mels.n_samples(frames), generator=torch.Generator().manual_seed(0))
-            wave = wave.to(device)
-            call(wave)
-            times = []
-            for _ in range(ROUNDS):
-                start = _timing.clock()
-                call(wave)
-                times.append((_timing.clock() - start) / batch)
-            row = {"kind": kind, "seconds": seconds, "backend": backend, "batch_size": batch, **_timing.summary(times)}
-            row |= {"ms_per_second": row["ms"] / seconds, "gmacs": gmacs, "gmacs_per_second": gmacs / seconds}
-            rows.append(row | {"peak_mib": peak_mib(lambda wave=wave: call(wave), device) - idle})
-        guess = largest_guess(rows, device)
-        if device.type == "cuda":
-            fits = largest_that_fits(call, min(guess, MOST), mels.n_samples(frames), device)
-            largest = f">{fits}" if fits == MOST else str(fits)
-        else:
-            largest = f"~{float(f'{guess:.2g}'):.0f}"
-    return [row | {"largest_batch": largest} for row in rows]
+    with use_backend(backends[0]):
+        made = make(kind, frames, options.preset, device)
+    largest = ""
+    for backend in backends:
+        with use_backend(backend):
+            rows = timed_rows(made, kind, seconds, backend, sorted(options.batch_sizes), device, idle)
+            if device.type == "cpu":
+                guess = largest_guess([(row["batch_size"], row["peak_mib"]) for row in rows], device)
+                largest = f"~{float(f'{guess:.2g}'):.0f}"
+            elif kind == "train" or not largest:  # the network alone is the same on every backend
+                sizes = (rows[0]["batch_size"], rows[-1]["batch_size"])
+                peaks = [(n, peak_mib(lambda n=n: made.fits(n), device)) for n in sizes]
+                fits = largest_that_fits(made.fits, min(largest_guess(peaks, device), MOST))
+                largest = f">{fits}" if fits == MOST else str(fits)
+        yield [row | {"largest_batch": largest} for row in rows]
 
 
-def make(kind: str, frames: int, preset: str, device: torch.device) -> tuple[Callable[[torch.Tensor], Any], float]:
-    """What is timed, from waves (B, S) on the device, and its multiply-adds a clip in thousand millions."""
+class Made(NamedTuple):
+    call: Callable[[torch.Tensor], Any]  # what is timed, from waves (B, S) on the device
+    fits: Callable[[int], Any]  # a batch of so many; fails where memory runs out
+    gmacs: float  # multiply-adds a clip, in thousand millions
+
+
+def timed_rows(
+    made: Made, kind: str, seconds: float, backend: str, batch_sizes: list[int], device: torch.device, idle: float
+) -> Rows:
+    rows, mels = [], LogMelConfig()
+    samples = mels.n_samples(round(seconds * mels.sample_rate / mels.hop))
+    for batch in batch_sizes:
+        wave = 0.1 * torch.randn(batch, samples, generator=torch.Generator().manual_seed(0))
+        wave = wave.to(device)
+        made.call(wave)
+        times = []
+        for _ in range(ROUNDS):
+            start = _timing.clock()
+            made.call(wave)
+            times.append((_timing.clock() - start) / batch)
+        row = {"kind": kind, "seconds": seconds, "backend": backend, "batch_size": batch, **_timing.summary(times)}
+        row |= {"ms_per_second": row["ms"] / seconds, "gmacs": made.gmacs, "gmacs_per_second": made.gmacs / seconds}
+        rows.append(row | {"peak_mib": peak_mib(lambda wave=wave: made.call(wave), device) - idle})
+    return rows
+
+
+def make(kind: str, frames: int, preset: str, device: torch.device) -> Made:
     mels = LogMelConfig()
+    samples = mels.n_samples(frames)
     if kind == "embed":
         encoder = load_encoder(f"untrained-{preset}", device)
-        one = torch.zeros(1, mels.n_samples(frames), device=device)
+        assert isinstance(encoder, Encoder)
+        one = torch.zeros(1, samples, device=device)
 
         def embed(wave: torch.Tensor) -> Any:
             return encoder.embed(wave, mels.sample_rate, batch_size=len(wave))
 
-        return embed, count_macs(lambda: embed(one)) / 1e9
+        def network(batch: int) -> Any:
+            # What a clip is cut into, of so many clips: one pass, as `embed` makes one of a batch.
+            shapes = Counter(piece.shape for piece in encoder.pieces(one[0], np.array([[0, samples]])))
+            with torch.no_grad():
+                groups = [torch.zeros(batch * n, *shape, device=device) for shape, n in shapes.items()]
+                return encoder.forward_groups(groups, "mean", "last")
+
+        return Made(embed, network, count_macs(lambda: embed(one)) / 1e9)
     config = MatpacConfig.preset(preset, n_frames=frames)
     model = Matpac(config).to(device).train()
     optimizer = make_optimizer(model, TrainConfig())
@@ -157,28 +202,31 @@ def make(kind: str, frames: int, preset: str, device: torch.device) -> tuple[Cal
         ids_shuffle = ops.mask_shuffle(0, 7, torch.arange(len(wave), device=device), config.n_tokens)
         return train_step(model, optimizer, [(ops.log_mel(wave), ids_shuffle)], 7, 3e-4, 3.0, precision)
 
-    return train, step_flops(config) / 2e9
+    return Made(train, lambda batch: train(torch.zeros(batch, samples, device=device)), step_flops(config) / 2e9)
 
 
-def largest_guess(rows: list[dict[str, Any]], device: torch.device) -> float:
-    """The batch at which memory, growing as between the least and the largest batch measured, would run out."""
-    first, last = rows[0], rows[-1]
+def largest_guess(peaks: list[tuple[int, float]], device: torch.device) -> float:
+    """The batch at which memory, growing as between the least and the largest batch measured, would run out.
+
+    `peaks` are batches and MiB.
+    """
+    (least, first), (most, last) = peaks[0], peaks[-1]
     room = torch.cuda.mem_get_info(device)[1] / 2**20 if device.type == "cuda" else free_mib() / 2
-    more = last["batch_size"] - first["batch_size"]
-    growth = (last["peak_mib"] - first["peak_mib"]) / more if more else last["peak_mib"] / last["batch_size"]
-    return max(0.0, first["batch_size"] + (room - first["peak_mib"]) / max(growth, 0.01))
+    growth = (last - first) / (most - least) if most > least else last / most
+    return max(0.0, least + (room - first) / max(growth, 0.01))
 
 
-def largest_that_fits(call: Callable[[torch.Tensor], Any], guess: float, samples: int, device: torch.device) -> int:
+def largest_that_fits(fits: Callable[[int], Any], guess: float) -> int:
     """The largest of guess, 0.97 guess, 0.94 guess ... that runs: a few trials, and a few hundredths off at most."""
     batch = max(1, int(guess))
     while batch > 1:
         try:
-            call(torch.zeros(batch, samples, device=device))
+            fits(batch)
             torch.cuda.synchronize()
             return batch
-        except torch.cuda.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         # Outside of the handler, which keeps the frames and tensors of what failed.
         torch.cuda.empty_cache()
         batch = min(batch - 1, int(0.97 * batch))

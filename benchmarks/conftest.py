@@ -23,5 +23,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     done = [b for b in session.benchmarks if "op" in b.extra_info and b.stats.data] if session else []
     if done:
         terminalreporter.section("ops")
-        for line in _timing.table([(b.extra_info, b.stats.median, b.stats.min) for b in done]):
+        for line in _timing.table([_timing.told(b.extra_info, b.stats.median, b.stats.min) for b in done]):
             terminalreporter.line(line)

@@ -29,7 +29,8 @@ PAGE = """# Benchmarks
 The newest result of every device, whole. Made by `python benchmarks/report.py --readme` from `benchmarks/results/`,
 which `python benchmarks/sheet.py` fills. "Of floor" is the least time that the bytes or products would take on this
 device, over the time taken (`benchmarks/floors.py`); "extra" is the memory that a call takes beyond its arguments and
-results; the first call is that of a new process, with what it compiles.
+results; the first call is that of a new process, with what it compiles. A GPU's ops and attention are timed on the
+device, calls back to back; "host" is the time in which the host hands one on, which is the longer of small ones.
 """
 Result = dict[str, Any]
 
@@ -37,7 +38,8 @@ Result = dict[str, Any]
 def read(path: Path) -> Result:
     """A recorded result, or exit with what is wrong with it."""
     result = json.loads(path.read_text())
-    wrong = [f"{name} ended with {code}" for name, code in result["exit_codes"].items() if code]
+    codes = {name: code for name, code in result["exit_codes"].items() if name != "sanitizer"}  # told, not a reason
+    wrong = [f"{name} ended with {code}" for name, code in codes.items() if code]
     if result["changes"]:
         wrong.append(f"the tree had changes: {', '.join(result['changes'][:3])}")
     if "tests" not in result["exit_codes"]:
@@ -146,6 +148,8 @@ def tables(result: Result) -> list[str]:
     if profile := result.get("profile"):
         lines += ["A training step of `base` taken apart, by `matpac-fast bench --profile`:", ""]
         lines += ["```", *profile, "```", ""]
+    if (code := result["exit_codes"].get("sanitizer")) is not None:
+        lines += [f"compute-sanitizer ended with {code}: {result['sanitizer']}.", ""]
     if result["left_out"]:
         lines += ["Left out: " + "; ".join(result["left_out"].values()) + ".", ""]
     return lines
@@ -180,9 +184,11 @@ def op_table(ops: list[Result]) -> list[str]:
                 f"{reference / row['median_ms']:.2f}×" if reference else "",
                 "" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}",
                 f"{row['first_call_ms']:,.0f}" if "first_call_ms" in row else "",
+                *([f"{row['host_ms']:.3g}"] if "host_ms" in row else []),
             ]
         )
-    return table(["op", "ms", "rate", "of floor", "over reference", "extra MiB", "first call, ms"], rows)
+    heads = ["op", "ms", "rate", "of floor", "over reference", "extra MiB", "first call, ms"]
+    return table(heads + ["host, ms"] * any("host_ms" in row for row in ops), rows)
 
 
 Times = tuple[float, float, float]  # median, lower and upper quartile, ms

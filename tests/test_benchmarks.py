@@ -5,13 +5,20 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import sys
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
+import _timing
+import bench_attention
+import bench_step
+import bench_temporal_support
 import floors
 import pytest
 import report
+import torch
 from _timing import Case, summary
+
+from matpac_fast.encoder import Encoder
 
 
 def test_bytes_and_flops_against_counts_by_hand():
@@ -188,74 +195,141 @@ def test_curves_of_temporal_support(result, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture
-def sheet(monkeypatch, tmp_path):
-    """sheet.py with two stages, of which one takes too long or fails as asked, and results of its own."""
-    module = importlib.import_module("sheet")
-    monkeypatch.setattr(module, "HERE", tmp_path / "benchmarks")
-    monkeypatch.setattr(module, "told", lambda *command: "0123456789" if "rev-parse" in command else "")
-    out = tmp_path / "out"
+class FakeGpu:
+    """Clocks of a host and of the device that works off its queue; a call costs each of them its seconds."""
 
-    def run(tests: str = "print('3 passed in 1 s')", other: str = "pass", *arguments: str) -> tuple[int, dict]:
-        step = f"open({str(out / 'step.json')!r}, 'w').write('{{\"rows\": {{}}}}'); {other}"
-        stages = [
-            module.Stage("tests", 60, [sys.executable, "-c", tests]),
-            module.Stage("step", 60, [sys.executable, "-c", step]),
-        ]
-        monkeypatch.setattr(module, "stages", lambda *_: (stages, {"GPU kernels": "no CUDA device"}))
-        monkeypatch.setattr("sys.argv", ["sheet.py", "--out", str(out), *arguments])
-        (tmp_path / "benchmarks").mkdir(exist_ok=True)
-        code = module.main()
-        return code, json.loads((out / "sheet.json").read_text())
+    def __init__(self, monkeypatch, host, device):
+        self.now = self.free = 0.0
+        self.host, self.device, self.held, self.calls = host, device, [], 0
+        monkeypatch.setattr(_timing, "DEVICE", torch.device("cuda"))
+        monkeypatch.setattr(_timing.time, "perf_counter", lambda: self.now)
+        for name, fake in (("Event", self.event), ("synchronize", self.wait), ("_sleep", self.hold)):
+            monkeypatch.setattr(torch.cuda, name, fake)
 
-    return run
+    def call(self):
+        self.now += self.host
+        self.calls += 1
+        self.work(self.device)
 
+    def work(self, seconds):
+        self.free = max(self.now, self.free) + seconds
 
-def recorded(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "benchmarks" / "results").rglob("*.json"))
+    def wait(self):
+        self.now = max(self.now, self.free)
 
+    def hold(self, cycles):
+        self.held.append(cycles)
+        self.work(cycles / _timing.CYCLES)
 
-def test_a_sheet_is_recorded_with_its_logs_in_one_file(sheet, tmp_path, capsys):
-    code, found = sheet(other="print('hello')")
-    assert (code, found["exit_codes"], found["tests"]) == (0, {"tests": 0, "step": 0}, "3 passed in 1 s")
-    assert found["step"] == {"rows": {}}
-    (record,) = recorded(tmp_path)
-    assert report.read(record) == found
-    assert record.name == f"{found['date'][:10]}-012345678.json"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "sheet.json"]
-    assert "hello" in (tmp_path / "out" / "log.txt").read_text()
-    assert "left out: GPU kernels: no CUDA device" in capsys.readouterr().out
+    def event(self, enable_timing):
+        found = SimpleNamespace()
+        found.record = lambda: setattr(found, "at", max(self.now, self.free))
+        found.elapsed_time = lambda end: 1e3 * (end.at - found.at)
+        return found
 
 
-@pytest.mark.parametrize(
-    ("tests", "other", "arguments", "reason"),
-    [
-        ("exit(1)", "pass", [], "tests ended with 1"),
-        ("pass", "exit(3)", [], "step ended with 3"),
-        ("pass", "pass", ["--only", "step"], "no test was run"),
-        ("pass", "pass", ["--dry-run"], "a dry run"),
-    ],
-)
-def test_a_sheet_that_is_not_recorded(sheet, tmp_path, capsys, tests, other, arguments, reason):
-    code, _ = sheet(tests, other, *arguments)
-    assert code == int("ended" in reason)
-    assert reason in capsys.readouterr().out
-    assert recorded(tmp_path) == []
+@pytest.mark.parametrize(("host", "device", "calls"), [(5e-5, 1e-5, 84), (5e-5, 2e-3, 3), (1e-3, 2e-2, 1)])
+def test_a_gpu_is_timed_back_to_back_and_its_host_apart(monkeypatch, host, device, calls):
+    gpu = FakeGpu(monkeypatch, host, device)
+    assert _timing.pace(gpu.call).calls == calls
+    found = _timing.timed_on_gpu(gpu.call)
+    assert found["median_ms"] == pytest.approx(1e3 * device)
+    assert found["fastest_ms"] == pytest.approx(1e3 * device)
+    assert found["host_ms"] == pytest.approx(1e3 * host)
+    assert found["calls"] == calls
+    assert min(gpu.held) > calls * host * 2e9  # the device begins when all is queued
 
 
-def test_a_stage_without_time_left_is_left_out(sheet, tmp_path):
-    code, found = sheet("pass", "pass", "--minutes", "0.01")
-    assert (code, found["exit_codes"]) == (0, {})
-    assert found["left_out"]["step"] == "step had no time left of 0.01 minutes"
-    assert recorded(tmp_path) == []
+def test_the_ops_row_of_a_gpu_has_the_devices_time(monkeypatch):
+    gpu = FakeGpu(monkeypatch, 5e-5, 1e-5)
+    monkeypatch.setattr(_timing, "bandwidth", lambda: 50.0)
+    monkeypatch.setattr(_timing, "matrix_rate", lambda dtype: 10.0)
+    monkeypatch.setattr(_timing, "peak_extra_mib", lambda call: 1.0)
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda call: call())
+    _timing.run(benchmark, Case("an op", "", "reference", lambda: gpu.call, floors.Work(100)))
+    assert benchmark.extra_info["median_ms"] == pytest.approx(1e-2)
+    stats = {"median": 1.0, "min": 1.0, "q1": 1.0, "q3": 1.0}
+    row = importlib.import_module("sheet").op_row({"stats": stats, "extra_info": benchmark.extra_info})
+    assert (row["median_ms"], row["host_ms"]) == (pytest.approx(1e-2), pytest.approx(5e-2))
+    assert _timing.told(benchmark.extra_info, 1.0, 1.0)[1] == pytest.approx(1e-5)
+    assert "host, ms |" in "\n".join(report.op_table([row]))
+    assert _timing.told({}, 2.0, 1.0) == ({}, 2.0, 1.0)
 
 
-def test_a_stage_that_takes_too_long_is_ended_with_what_it_said(tmp_path, monkeypatch):
-    module = importlib.import_module("sheet")
+def test_a_cpu_is_timed_call_by_call():
+    calls = []
+    assert _timing.pace(lambda: calls.append(1)) == _timing.Pace()
+    assert calls == []
+    seconds, host = _timing.timed(lambda: calls.append(1))
+    assert (calls, host) == ([1], None)
+    assert seconds > 0
 
-    def run(command, *, stdout, timeout, **_):
-        stdout.write("begun\n")
-        raise module.subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
-    assert module.run(module.Stage("x", 60, ["x"]), 3, tmp_path / "log.txt") == (124, "begun\n")
+def test_attention_may_differ_by_roundings_of_large_numbers():
+    math, near = torch.tensor([5.0, 0.5], dtype=torch.bfloat16), torch.tensor([5.03125, 0.5], dtype=torch.bfloat16)
+    assert bench_attention.difference((near,), (math,)) == pytest.approx(0.03125 / 5)
+    assert bench_attention.difference((math + 0.25,), (math,)) == 0.25  # of the small number
+
+
+def step_options(**changes):
+    return SimpleNamespace(**{"skip_reference": False, "compile": True, "cuda_graph": True} | changes)
+
+
+def test_what_a_step_is_compared_with(monkeypatch):
+    monkeypatch.delenv("MATPAC_OFFICIAL", raising=False)
+
+    def names(device, precision, precisions):
+        wave = SimpleNamespace(device=torch.device(device))
+        return list(bench_step.variants(step_options(), precision, precisions, None, wave, None))
+
+    both = ["float32", "bf16"]
+    assert names("cuda", "float32", both) == ["ours on the reference float32", "ours float32"]
+    more = ["ours bf16, compiled", "ours bf16, compiled, graph"]
+    assert names("cuda", "bf16", both) == ["ours on the reference bf16", "ours bf16", *more]
+    assert names("cuda", "float32", ["float32"])[2:] == [name.replace("bf16", "float32") for name in more]
+    assert names("cpu", "float32", both)[2:] == [name.replace("bf16", "float32") for name in more]
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_variants_take_turns_and_are_known_after_every_round(one_by_one):
+    order = []
+
+    def make(name):
+        order.append(f"build {name}")
+        return lambda: order.append(name) or 1.0
+
+    makers = {name: partial(make, name) for name in ("a float32", "b float32")}
+    rounds = [list(times) for times, _ in bench_step.measure(makers, 2, one_by_one, {})]
+    a, b = makers
+    turns = [a, b, a, b]
+    if one_by_one:
+        assert order == [f"build {a}", a, a, a, f"build {b}", b, *turns]
+        assert rounds == [[a], [a], [a, b], [a, b]]
+    else:
+        assert order == [f"build {a}", a, f"build {b}", b, *turns]
+        assert rounds == [[a, b], [a, b]]
+
+
+def test_first_losses_that_differ_end_the_run():
+    makers = {f"{x} float32": lambda x=x: lambda: x for x in (1.0, 1.01)}
+    with pytest.raises(SystemExit, match="the first losses differ"):
+        list(bench_step.measure(makers, 1, True, {}))
+
+
+def test_the_largest_batch_is_of_one_pass_through_the_network(monkeypatch):
+    made = bench_temporal_support.make("embed", 624, "tiny", torch.device("cpu"))
+    shapes = []
+
+    def forward(encoder, groups, pool, layers):
+        shapes.append([tuple(group.shape) for group in groups])
+        if len(groups[0]) > 90:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Encoder, "forward_groups", forward)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench_temporal_support.largest_that_fits(made.fits, 100.7) == 88
+    assert shapes[0] == [(100, 80, 608), (100, 80, 16)]
+    assert [found[0][0] for found in shapes] == [100, 97, 94, 91, 88]
+    monkeypatch.setattr(Encoder, "forward_groups", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        bench_temporal_support.largest_that_fits(made.fits, 100)
