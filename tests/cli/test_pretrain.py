@@ -64,6 +64,8 @@ def test_a_run_ends_with_an_encoder_and_goes_on_without_options(corpus, tmp_path
     # Finished already: the run's own options are taken, nothing is trained.
     assert run(corpus, "--out", out, "--device", "cpu") == 0
     assert capsys.readouterr().out.splitlines()[0] == f"finished at step 4 of 4: {out}"
+    assert run(corpus, "--out", out, "--device", "cpu", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("about 0:00:00 for the 0 steps that are left")
 
 
 def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsys):
@@ -188,14 +190,6 @@ def test_what_nohup_ignores_stays_ignored(capsys):
     with pretrain_command._Signals(pretrain_command._Watcher(TrainConfig(steps=1), quiet=True)):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     signal.signal(signal.SIGHUP, before)
-
-
-def test_a_dry_run_of_a_begun_run_counts_what_is_left(corpus, tmp_path, capsys):
-    assert run(corpus, "--out", tmp_path / "run", "--steps", 4, *SMALL) == 0
-    capsys.readouterr()
-    assert run(corpus, "--out", tmp_path / "run", "--device", "cpu", "--dry-run") == 0
-    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert rows["time"].strip() == "about 0:00:00 for the 0 steps that are left"
 
 
 def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_path):

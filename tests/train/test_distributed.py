@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from ranks import assert_same_curve, curve, on_ranks, tensors, train
+from stops import after
 
 from matpac_fast import ops
 from matpac_fast.errors import ConfigError
@@ -36,16 +37,19 @@ def test_two_ranks_draw_the_curve_of_one(tmp_path, corpus, model_config, train_c
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, corpus, model_config, train_config, whole):
-    """Begun by two that hold a half each, stopped by the second one, gone on with by four, ended by one."""
+    """Begun by one, gone on with by four with a part of the model each, by two with all of it, ended by two halves.
+
+    Four hold less than a row of some tensors, and nothing of others.
+    """
     run = tmp_path / "run"
-    halves = dataclasses.replace(train_config, shard=True)
-    stopped = on_ranks(2, train, corpus, run, model_config, halves, 3)
-    assert stopped == {0: (4, False), 1: (4, False)}  # all of them learn of it one step later, and save the same step
-    stopped = on_ranks(4, train, corpus, run, model_config, train_config, 5)
-    assert set(stopped.values()) == {(10, False)}
-    assert pretrain(corpus, run, model_config, train_config, "cpu").finished
+    parts = dataclasses.replace(train_config, shard=True)
+    assert pretrain(corpus, run, model_config, train_config, "cpu", stop=after(3)).step == 3
+    stopped = on_ranks(4, train, corpus, run, model_config, parts, 2)
+    assert set(stopped.values()) == {(6, False)}  # all of them learn of it one step later, and save the same step
+    assert set(on_ranks(2, train, corpus, run, model_config, train_config, 2).values()) == {(9, False)}
+    assert set(on_ranks(2, train, corpus, run, model_config, parts).values()) == {(12, True)}
     assert_same_curve(whole, run)
-    assert [r["ranks"] for r in read_log(run / "log.jsonl") if r.get("event") in ("start", "resume")] == [2, 4, 1]
+    assert [r["ranks"] for r in read_log(run / "log.jsonl") if r.get("event") in ("start", "resume")] == [1, 4, 2, 2]
 
 
 def poisoned(rank, corpus, folder, model, config):
