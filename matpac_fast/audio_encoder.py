@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
@@ -13,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .audio.decode import MAX_PEAK
 from .embedding import Embeddings, Windowing, extract
 from .errors import AudioError, ConfigError
 from .stream import Stream, WholeStream
 
 Wave: TypeAlias = "Tensor | np.ndarray"
 Clip: TypeAlias = "Tensor | np.ndarray | str | os.PathLike[str]"
+
+_CHANNELS = 32  # of a recording, at most; a batch of waves as short as this is none
 
 
 class AudioEncoder(nn.Module):
@@ -222,9 +226,17 @@ class AudioEncoder(nn.Module):
         if not (wave.is_floating_point() or wave.dtype == torch.int16):
             raise AudioError(f"{what} is {wave.dtype}; expected float or int16")
         wave = wave.detach()
-        wave = wave / 32768.0 if wave.dtype == torch.int16 else wave.float()
-        if not torch.isfinite(wave).all():
+        if wave.dtype == torch.int16:
+            return wave / 32768.0
+        wave = wave.float()
+        low, high = torch.stack(wave.aminmax()).tolist() if wave.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise AudioError(f"{what} holds NaN or infinite samples")
+        if (peak := max(-low, high)) > MAX_PEAK:
+            raise AudioError(
+                f"{what} holds a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}: divide by the full "
+                "scale of the integers it comes from, or give int16"
+            )
         return wave
 
     def _wave(self, wave: Wave, sample_rate: int | None, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
@@ -235,6 +247,11 @@ class AudioEncoder(nn.Module):
             raise AudioError(f"{what} is {tuple(wave.shape)}; expected {shapes}, mono: mix channels down first")
         if wave.numel() == 0:
             raise AudioError(f"{what} is {tuple(wave.shape)}: no audio")
+        if wave.ndim == 2 and wave.shape[1] <= _CHANNELS < wave.shape[0]:
+            raise AudioError(
+                f"{what} is {tuple(wave.shape)}, which looks like samples by channels, as soundfile reads them; "
+                "expected (S,) or (B, S), mono: mix channels down first, wave.mean(1)"
+            )
         if sample_rate is None:
             raise ConfigError(f"{what} needs a sample_rate, in Hz")
         if _check_rate(sample_rate, "embed") != self.sample_rate:

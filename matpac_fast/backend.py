@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import shutil
 import warnings
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -67,9 +69,24 @@ def _native_missing() -> str | None:
         from . import _C  # noqa: F401
     except ImportError as error:
         if importlib.util.find_spec("matpac_fast._C") is None:
+            here = Path(__file__).parent
+            if _installed_elsewhere(here):
+                return (
+                    f"these are the sources in {here.parent}, which Python takes before the package that is installed: "
+                    "run it from another folder, or set PYTHONSAFEPATH=1, or pip install -e ."
+                )
             return "the extension matpac_fast._C was not built; install with a C++17 compiler: pip install ."
         return f"the extension matpac_fast._C does not load: {error}"
     return None
+
+
+def _installed_elsewhere(here: Path) -> bool:
+    """Whether another copy of this package, with its extension, is installed."""
+    try:
+        files = importlib.metadata.files("matpac_fast") or []
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return any(file.name.startswith("_C.") and Path(str(file.locate())).parent != here for file in files)
 
 
 def _gpu_missing() -> str | None:

@@ -53,6 +53,8 @@ class Windowing:
             if getattr(self, name) not in allowed:
                 options = " or ".join([", ".join(map(repr, allowed[:-1])), repr(allowed[-1])])
                 raise ConfigError(f"embed: {name} is {getattr(self, name)!r}; expected {options}")
+        if self.hop is not None and self.temporal_support is None:
+            raise ConfigError(f"embed: hop is {self.hop} s without a temporal_support; give both, or neither")
 
     def samples(self, sample_rate: int) -> tuple[int | None, int | None]:
         """Window and hop in samples; None for the whole clip."""

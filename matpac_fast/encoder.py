@@ -347,10 +347,12 @@ def _interpret(
         raise CheckpointError(
             f"{path}: not a checkpoint of {kind or 'MATPAC or M2D'}; its first names are {', '.join(list(state)[:3])}"
         )
-    if "sizes" in metadata:
-        return state, metadata["sizes"], metadata.get("id")
-    if "config" in metadata:
-        return state, sizes_of(MatpacConfig.from_dict(metadata["config"])), None
+    if ours:
+        whole = "sizes" in metadata
+        sizes = metadata["sizes"] if whole else sizes_of(MatpacConfig.from_dict(metadata["config"]))
+        if num_heads not in (None, sizes["num_heads"]):
+            raise ConfigError(f"{path}: num_heads is {num_heads}; the file says {sizes['num_heads']}: leave it out")
+        return state, sizes, metadata.get("id") if whole else None
     if found == "M2D":
         state, sizes = m2d.from_m2d(state, path)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreter import EARLY, InterpretedTests
 from torch import Tensor
+
+from matpac_fast import backend
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -20,6 +24,22 @@ sys.path.append(str(Path(__file__).parent.parent))
 # Triton decides at import whether it interprets, so these run in a pytest process of their own
 # (tests/test_interpreted.py starts it).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+def pytest_sessionstart() -> None:
+    if "these are the sources" in (reason := backend.unavailable("cpp") or ""):
+        pytest.exit(f"matpac_fast: {reason}; or run pytest, not python -m pytest", returncode=2)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    whole = len(session.items) > 1000 and any(item.name == "test_interpreted_kernels" for item in session.items)
+    if whole and not session.config.option.collectonly and importlib.util.find_spec("triton"):
+        session.config.stash[EARLY] = InterpretedTests(session.config.rootpath)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (run := session.config.stash.get(EARLY, None)) is not None:
+        run.end()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

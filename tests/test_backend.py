@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +62,7 @@ class Machine:
         self.patch.setitem(sys.modules, "matpac_fast._C", None)
         spec = None if "not built" in message else importlib.machinery.ModuleSpec("matpac_fast._C", None)
         self.patch.setattr(backend.importlib.util, "find_spec", lambda name: spec)
+        self.patch.setattr(importlib.metadata, "files", lambda name: [])  # an editable install has it elsewhere
 
 
 @pytest.fixture
@@ -175,6 +178,16 @@ def test_extension_that_is_not_built_or_does_not_load(machine, message):
     assert message in refused("cpp")
     assert message in refused("cuda")
     assert backend.choose("log_mel", CPU) == "reference"
+
+
+@pytest.mark.parametrize(("folder", "says"), [("site-packages", "run it from another folder"), (".", "was not built")])
+def test_sources_before_the_package_that_is_installed(machine, tmp_path, folder, says):
+    """`python -m` in a clone takes the sources, whose extension was built elsewhere."""
+    machine.no_native("was not built")
+    machine.patch.setattr(backend, "__file__", str(tmp_path / "matpac_fast" / "backend.py"))
+    built = SimpleNamespace(name="_C.abi3.so", locate=lambda: tmp_path / folder / "matpac_fast" / "_C.abi3.so")
+    machine.patch.setattr(importlib.metadata, "files", lambda name: [built])
+    assert says in refused("cpp")
 
 
 @pytest.mark.parametrize("op", OPS)

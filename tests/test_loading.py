@@ -182,3 +182,10 @@ def test_a_gpu_that_is_not_there_is_named():
         pytest.skip("there is a GPU here")
     with pytest.raises(ConfigError, match="device is 'cuda', and torch sees no GPU"):
         load_encoder("untrained-nano", "cuda")
+
+
+def test_heads_that_a_file_knows_better_are_refused(tmp_path):
+    make().save(tmp_path / "own.safetensors")
+    assert load_encoder(tmp_path / "own.safetensors", "cpu", num_heads=1).embedding_dim
+    with pytest.raises(ConfigError, match="num_heads is 2; the file says 1: leave it out"):
+        load_encoder(tmp_path / "own.safetensors", "cpu", num_heads=2)

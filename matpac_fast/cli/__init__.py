@@ -25,9 +25,11 @@ COMMANDS = {
     "doctor": ("doctor", "what runs here, what is missing for what, and the command that mends it"),
 }
 
-# Exit codes: 0 done, 2 the command could not do its work, 130 interrupted (Ctrl-C); others are a command's own.
+# Exit codes: 0 done, 2 the command could not do its work, 130 interrupted (Ctrl-C), 141 nobody reads what it prints;
+# others are a command's own.
 FAILED = 2
 INTERRUPTED = 130
+UNHEARD = 141  # as a program that SIGPIPE ends
 
 
 def _usage() -> str:
@@ -60,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"matpac-fast {argv[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # nobody reads on, as behind `| head`; Python would say so once more when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNHEARD
     except (MatpacFastError, OSError) as error:
         if os.environ.get("MATPAC_FAST_DEBUG") == "1":
             raise

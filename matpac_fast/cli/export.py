@@ -42,5 +42,6 @@ def main(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 error = export(loaded, path)
-            print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; off from PyTorch by at most {error:.1e} deviations")
+            size = f"{path.stat().st_size / 2**20:.1f} MiB"
+            print(f"{path}: {size}; off from PyTorch by at most {error:.1e} of the embeddings' standard deviation")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -90,7 +91,8 @@ def main(
         center_of: centre by the teacher's probabilities or by its logits, as DINO. Default: probabilities, as official.
         precision: auto is bf16 where the device computes in it, else float32. Default: auto.
         seed: names the initial weights, the order, the crops and the masks. Default: 0.
-        init: start a new run from these weights: a run, a file, or an official training checkpoint. Default: random.
+        init: start a new run from these weights: a run, a file, or an official training checkpoint. Without a preset
+            the model is as large as theirs. Default: random.
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
         compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
             Default: not.
@@ -111,11 +113,12 @@ def main(
     """
     from ..audio.corpus import Corpus
     from ..train.loop import pick_device, pretrain
-    from ..train.state import read_config, steps_done
+    from ..train.state import read_config, steps_done, weights_sizes
 
     target = pick_device(device)
     clips = Corpus(corpus)
     stored = read_config(out)
+    first = os.environ.get("RANK", "0") == "0"
     given_model = _given(mask_ratio=mask_ratio, mcl_heads=mcl_heads, teacher_init=teacher_init, center_of=center_of)
     given_train = _given(
         steps=steps,
@@ -139,7 +142,11 @@ def main(
     if preset is not None:
         model = MatpacConfig.preset(preset)
         given_model |= {name: getattr(model, name) for name in set().union(*PRESETS.values())}
+    elif init is not None and stored is None and first:  # what is gone on with says how large it is
+        given_model = weights_sizes(init) | given_model
     if crop_seconds is not None:
+        if not crop_seconds:
+            raise ConfigError("--crop-seconds: expected one length or more, such as 6.08")
         frames = tuple(map(_frames, crop_seconds))
         given_model["n_frames"] = max(frames)
         given_train["crop_frames"] = frames if len(frames) > 1 else None
@@ -156,7 +163,6 @@ def main(
         model = MatpacConfig.from_dict({**stored["model"], **given_model, **decays})
         init = init or stored["init"]
 
-    first = os.environ.get("RANK", "0") == "0"
     if dry_run:
         from ..train.estimate import estimate
 
@@ -181,7 +187,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _frames(seconds: float) -> int:
-    frames = round(100 * seconds)
+    frames = round(100 * seconds) if math.isfinite(seconds) else 0
     if frames < 16 or frames % 16:
         below = frames // 16 * 16
         near = " or ".join(f"{n / 100:g}" for n in (max(0, below), max(0, below) + 16) if n)

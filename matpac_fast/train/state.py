@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import checkpoint, distcp
 from ..audio.corpus import Corpus
-from ..config import MatpacConfig
+from ..config import PRESETS, MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
 from ..model import Matpac
@@ -344,6 +344,19 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     own = model.state_dict()
     state |= {name: own[name] for name in ("frontend.pos_embed", "predictor.pos_embed")}
     checkpoint.load_into(model, state, str(path))
+
+
+def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them."""
+    state, metadata = checkpoint.load(checkpoint.find_weights(source))
+    if "config" in metadata:
+        sizes = metadata["config"]
+    else:
+        official = checkpoint.is_official(state)
+        sizes = checkpoint.read_sizes(checkpoint.from_official_names(state) if official else state)
+        sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], None)
+    wanted = {"patch_size", "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
+    return {name: value for name, value in sizes.items() if name in wanted}
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

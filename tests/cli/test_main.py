@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from pathlib import Path
 from typing import Annotated
@@ -65,6 +66,18 @@ def test_errors_are_one_line_without_traceback(monkeypatch, capsys, error, code,
     err = capsys.readouterr().err
     assert line in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_nothing_is_said_to_nobody(monkeypatch, capfd):
+    def unheard() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    moved: list = []
+    monkeypatch.setattr(cli.os, "dup2", lambda *handles: moved.append(handles))
+    monkeypatch.setattr(cli.importlib, "import_module", lambda *_: types.SimpleNamespace(main=unheard))
+    assert cli.main(["demo"]) == cli.UNHEARD
+    assert capfd.readouterr() == ("", "")
+    assert [to for _, to in moved] == [sys.stdout.fileno()]  # for what Python flushes when it exits
 
 
 def test_a_switch_is_left_as_it_is_where_nothing_is_said():

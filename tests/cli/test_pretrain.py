@@ -17,7 +17,9 @@ import torch
 from matpac_fast import cli
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.cli import pretrain as pretrain_command
+from matpac_fast.config import MatpacConfig
 from matpac_fast.encoder import load_encoder
+from matpac_fast.model import Matpac
 from matpac_fast.train import TrainConfig, read_log
 from matpac_fast.train.config import resolve_precision
 
@@ -128,6 +130,9 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         (["--crop-seconds", "6"], "--crop-seconds 6: expected a multiple of 0.16 s, such as 5.92 or 6.08"),
         (["--crop-seconds", "0.1"], "expected a multiple of 0.16 s, such as 0.16"),
         (["--crop-seconds", "6.08"], "no clip is as long as a crop, 97520 samples; the longest of 5 has 12800"),
+        (["--crop-seconds"], "--crop-seconds: expected one length or more, such as 6.08"),
+        (["--crop-seconds", "nan"], "--crop-seconds nan: expected a multiple of 0.16 s"),
+        (["--lr", "inf"], "lr is inf; expected a positive number"),
         (["--steps", "0"], "steps is 0; expected at least 1"),
         (["--device", "cuda:99"], "device is 'cuda:99'; torch finds"),
         (["--device", "gpu"], "device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
@@ -160,6 +165,19 @@ def test_several_crop_lengths_mcl_and_decays(corpus, tmp_path):
     assert config["model"]["mcl_heads"] == 2
     assert [config["model"][name] for name in ("ema_start", "ema_end", "head_ema_start")] == [0.99, 0.999, 0.99]
     assert run(corpus, "--out", tmp_path / "run", "--device", "cpu") == 0
+
+
+def test_a_run_from_other_weights_is_as_large_as_they_are(corpus, tmp_path):
+    options = [*SMALL, "--preset", "nano", "--mcl-heads", 2, "--steps", 2]
+    assert run(corpus, "--out", tmp_path / "a", *options) == 0
+    short = ["--crop-seconds", "0.16", "--batch-size", 2, "--device", "cpu", "--steps", 1]
+    assert run(corpus, "--out", tmp_path / "b", "--init", tmp_path / "a", *short) == 0
+    a, b = (read_log(tmp_path / name / "log.jsonl")[0]["config"]["model"] for name in "ab")
+    assert {name for name in a if a[name] != b[name]} <= {"n_frames", "max_steps", "mcl_temp_decay"}
+    assert b["mcl_heads"] == 2
+    # As large as an official one, too.
+    torch.save({"model": Matpac(MatpacConfig.from_dict(a)).official_state_dict()}, tmp_path / "official.pt")
+    assert run(corpus, "--out", tmp_path / "c", "--init", tmp_path / "official.pt", *short, "--dry-run") == 0
 
 
 def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
