@@ -260,6 +260,12 @@ def _unreadable(path: Path, error: OSError) -> Exception:
     return CorpusError(f"{path}: {error.strerror}: copy or prepare the corpus again")
 
 
+def damaged(path: Path, error: Exception) -> CorpusError:
+    """Of a Parquet file; not to be prepared again in the same folder, whose shards nothing would describe."""
+    said = str(error).splitlines()[0]
+    return CorpusError(f"{path}: cannot be read ({said}): copy it again, or prepare the corpus in a new folder")
+
+
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / SHARDS / f"{shard:05d}.i16"
 
@@ -276,7 +282,7 @@ def read_metadata(schema: Any, path: Path) -> dict[str, Any]:
     metadata = json.loads((schema.metadata or {}).get(METADATA, b"{}"))
     if metadata.get("format") != FORMAT:
         found = f"format {metadata['format']}" if "format" in metadata else "no index of a corpus"
-        raise CorpusError(f"{path}: {found}, expected format {FORMAT}: prepare the corpus again")
+        raise CorpusError(f"{path}: {found}, expected format {FORMAT}: prepare the corpus in a new folder")
     return metadata
 
 
@@ -294,6 +300,6 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
     try:
         table = pq.read_table(path, columns=["frames", "shard", "offset"])
     except (pa.ArrowException, OSError) as error:
-        raise CorpusError(f"{path}: cannot be read ({str(error).splitlines()[0]}): prepare the corpus again") from None
+        raise damaged(path, error) from None
     metadata = read_metadata(table.schema, path)
     return metadata, [table[name].to_numpy().astype(np.int64) for name in ("frames", "shard", "offset")]

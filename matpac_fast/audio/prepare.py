@@ -7,6 +7,7 @@ finished is done again, so the result is the same however often it was killed.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,6 +40,9 @@ class PrepareReport:
     vanished: int  # clips that are kept though their file is no longer there
     clipped: int  # clips of this run with samples beyond full scale
     rejected: dict[str, int]  # reason without its details -> files; all that are left out now
+    remade: int = 0  # clips made again, because their shard was gone or cut short
+    lost: int = 0  # clips that went with their shard and could not be made again
+    sample_rate: int = 16_000
 
 
 class _Loaded(NamedTuple):
@@ -62,7 +66,8 @@ def prepare(
     Run again, it goes on where it was interrupted; where nothing has changed, it writes nothing. Files that are new go
     into new shards. A file whose content changed is decoded again and takes the place of its old clip, whose samples
     stay in their shard, unused. The clip of a file that vanished is kept: a corpus does not need its source. (So a
-    file that was renamed is there twice; make a new corpus then.)
+    file that was renamed is there twice; make a new corpus then.) Clips whose shard is gone, or was cut short before
+    their end, are made again in new shards; where their file is gone too, they are dropped from the index.
 
     Args:
         source: a folder; audio in it and below is found by suffix (see `find_audio`).
@@ -83,6 +88,10 @@ def prepare(
     for name, value in (("sample_rate", sample_rate), ("workers", workers), ("shard_seconds", shard_seconds)):
         if not value > 0:
             raise CorpusError(f"prepare: {name} is {value}; expected more than 0")
+    if not 0 <= min_seconds < math.inf:
+        raise CorpusError(f"prepare: min_seconds is {min_seconds}; expected seconds, 0 or more")
+    if not silence_db < math.inf:  # -inf leaves out nothing
+        raise CorpusError(f"prepare: silence_db is {silence_db}; expected a level in dB, such as -70")
     settings = Settings(sample_rate, float(min_seconds), float(silence_db))
     unreadable: list[_Loaded] = []
     paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)))
@@ -90,7 +99,7 @@ def prepare(
     if not found and not unreadable:
         raise CorpusError(f"{source}: no audio in it; looked for {' '.join(sorted(AUDIO_SUFFIXES))}")
 
-    added, replaced, clipped = 0, 0, 0
+    added, replaced, remade, clipped = 0, 0, 0, 0
     with Store(out, settings) as store:
         if len(store.clips) and not any(map(store.is_clip, found)):
             raise CorpusError(f"{out}: a corpus of other audio: none of its {len(store.clips)} files is in {source}")
@@ -106,13 +115,15 @@ def prepare(
         )
 
         def changes() -> Iterator[_Loaded]:
-            nonlocal added, replaced, clipped
+            nonlocal added, replaced, remade, clipped
             yield from unreadable
             for done, item in enumerate(loaded, 1):
                 if item is not None:
                     if item.wave is not None:
-                        replaced += store.is_clip(item.row["path"])
-                        added += not store.is_clip(item.row["path"])
+                        path = item.row["path"]
+                        remade += path in store.lost
+                        replaced += path not in store.lost and store.is_clip(path)
+                        added += not store.is_clip(path)
                         clipped += item.row["clipped"] > 0
                     yield item
                 progress(done, len(todo))
@@ -139,6 +150,9 @@ def prepare(
         vanished=sum(path not in found for path in store.clips["path"].to_pylist()),
         clipped=clipped,
         rejected=dict(Counter(reason.partition(":")[0] for reason in rejected).most_common()),
+        remade=remade,
+        lost=len(store.lost) - remade,
+        sample_rate=sample_rate,
     )
 
 

@@ -2,7 +2,7 @@
 
 `Store` holds one row a file, of a clip or of a rejected one. The rows of a finished shard are written at once, as a
 part; on leaving, all rows become index.parquet and rejected.parquet, each replaced as a whole and only if it changes,
-and the parts go.
+and the parts go. Clips whose samples are gone, with their shard or cut off its end, count as files still to be read.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from ..errors import CorpusError
 from ..files import atomic, sync_folder
-from .corpus import FORMAT, INDEX, METADATA, PARTS, REJECTED, SHARDS, read_metadata
+from .corpus import FORMAT, INDEX, METADATA, PARTS, REJECTED, SHARDS, damaged, read_metadata, shard_path
 from .decode import decoder_versions
 
 Row = dict[str, Any]
@@ -40,6 +42,7 @@ class Store:
     Attributes:
         next_shard: number of the next shard to be written.
         present: set by the caller, the files that the source holds now: rejections of others are forgotten.
+        lost: files of clips whose samples were not there when this run began; they leave the index when it ends well.
         clips, rejected: after leaving, the rows of index.parquet and rejected.parquet, as pyarrow Tables.
 
     Raises:
@@ -71,7 +74,7 @@ class Store:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._finish()
+            self._finish(done=kind is None)
         except OSError as failed:
             error = error if isinstance(error, OSError) else failed
         finally:
@@ -79,7 +82,7 @@ class Store:
         if isinstance(error, OSError):
             mend = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
             raise CorpusError(
-                f"{self.out}: cannot be written: {error.strerror}; {len(self.clips)} clips are safe; "
+                f"{self.out}: cannot be written: {error.strerror}; {self._safe} clips are safe; "
                 f"{mend} and run the same again"
             ) from error
 
@@ -89,12 +92,14 @@ class Store:
 
     def is_current(self, path: str, status: os.stat_result) -> bool:
         """Whether a file is known and still has the size and time of then; what could not be opened has neither."""
-        row = self._row.get(path)
+        row = None if path in self.lost else self._row.get(path)
         return row is not None and (self._size[row], self._time[row]) == (status.st_size, status.st_mtime_ns)
 
     def sha256(self, path: str) -> str | None:
-        """The hash that a file had, where it is known."""
-        return self._rows["sha256"][self._row[path]].as_py() if path in self._row else None
+        """The hash that a file had, where it is known and its samples are there."""
+        if path not in self._row or path in self.lost:
+            return None
+        return self._rows["sha256"][self._row[path]].as_py()
 
     def commit(self, rows: list[Row]) -> None:
         """Keep the rows of shard `next_shard`, whose samples are on disk, and of files rejected on the way to it."""
@@ -136,13 +141,31 @@ class Store:
         self._size = self._rows["size"].fill_null(-1).to_numpy()
         self._time = self._rows["mtime_ns"].fill_null(-1).to_numpy()
         self.next_shard = 1 + max([-1, *self._rows["shard"].drop_null().unique().to_pylist()])
+        self.lost = self._find_lost()
 
-    def _finish(self) -> None:
-        """Bring index and rejections up to date on disk; then the parts are needed no longer."""
+    def _find_lost(self) -> set[str]:
+        """The clips that reach beyond the end of their shard as it is on disk, or have none."""
+        rows = np.array([row for row in self._row.values() if self._accepted[row]], np.int64)
+        place, offset, frames = (
+            self._rows[name].fill_null(0).to_numpy()[rows] for name in ("shard", "offset", "frames")
+        )
+        shards, of = np.unique(place, return_inverse=True)
+        sizes = np.array([_bytes(shard_path(self.out, int(shard))) for shard in shards], np.int64)
+        return set(self._rows["path"].take(rows[2 * (offset + frames) > sizes[of]]).to_pylist())
+
+    def _finish(self, done: bool) -> None:
+        """Bring index and rejections up to date on disk; then the parts are needed no longer.
+
+        Of a run that is not `done` the lost clips stay in the index: the next one shall know of them, and make them.
+        """
         import pyarrow as pa
 
         rows = pa.concat_tables([self._rows, *self._new])
         last = {path: row for row, path in enumerate(rows["path"].to_pylist())}
+        still_lost = [path for path in self.lost if last[path] < len(self._rows)]
+        if done:
+            for path in still_lost:
+                del last[path]
         rows = rows.take(pa.array(sorted(last.values()), pa.int64()))
         clips = rows.filter(rows["reason"].is_null())
         rejected = rows.filter(rows["reason"].is_valid()).sort_by("path")
@@ -151,6 +174,7 @@ class Store:
                 pa.array([path in self.present for path in rejected["path"].to_pylist()], pa.bool_())
             )
         written, self.clips, self.rejected = (self.clips, self.rejected), clips, rejected
+        self._safe = len(clips) - (0 if done else len(still_lost))
         if not clips.equals(written[0]):
             self._write(clips.drop_columns("reason"), self.out / INDEX)
         if not rejected.equals(written[1]):
@@ -184,7 +208,7 @@ class Store:
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise CorpusError(f"{path}: cannot be read ({str(error).splitlines()[0]}); give a new folder") from None
+            raise damaged(path, error) from None
         metadata = read_metadata(table.schema, path)
         wanted = asdict(self._settings)
         differ = [
@@ -198,6 +222,16 @@ class Store:
             for field in schema
         ]
         return pa.table(columns, schema=schema)
+
+
+def _bytes(shard: Path) -> int:
+    """Of a shard; fewer than none where it is missing."""
+    try:
+        return os.stat(shard).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+    except OSError as error:  # it may be there: nothing is made again for a disk that does not answer
+        raise CorpusError(f"{shard}: cannot be read: {error.strerror}; mend that and run the same again") from None
 
 
 def _schema() -> Any:

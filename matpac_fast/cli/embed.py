@@ -60,7 +60,7 @@ def main(
             own pre-trained one.
         out: folder for the embeddings.
         temporal_support: seconds of audio that one embedding sees. Default: the whole file.
-        hop: seconds from one window to the next. Default: the temporal support.
+        hop: seconds from one window to the next, where there is a temporal support. Default: as much.
         pool: mean, one embedding a window; none, one for every 160 ms.
         layers: last, or all of them.
         remainder: the end of a file that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
@@ -131,6 +131,13 @@ def summary(report: Report) -> list[str]:
         lines.append(
             f"{report.rows} embeddings of {report.audio_seconds / 3600:.2f} h of audio in {seconds:.1f} s, "
             f"{report.audio_seconds / seconds:.0f} times real time; {report.limit} was the limit"
+        )
+    if report.changed or report.gone:
+        names = [*report.changed, *report.gone]
+        examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        lines.append(
+            f"{len(report.changed)} files changed in size and {len(report.gone)} gone since they were embedded "
+            f"({examples}): their old rows stay; to be without them, embed into a new folder"
         )
     if report.failed:
         lines.append(f"{report.failed} files could not be used; {report.out / 'errors.parquet'} says why")

@@ -14,6 +14,8 @@ from ._quiet import quiet_libraries
 if TYPE_CHECKING:
     from ..audio.prepare import PrepareReport
 
+_RATE_OF_TRAINING = 16_000  # Hz; pretrain refuses a corpus of another one
+
 
 def main(
     source: Annotated[Path, tyro.conf.Positional],
@@ -30,7 +32,8 @@ def main(
 
     Takes wav, flac, ogg, opus, mp3, aiff and the like, of any rate and number of channels, and writes 16-bit mono in
     shards that training reads in place. What cannot be used is left out; rejected.parquet says what and why. Run again,
-    it goes on where it was interrupted and adds files that are new; where there is nothing to do, it writes nothing.
+    it goes on where it was interrupted, adds files that are new, and makes again what went with a lost or truncated
+    shard; where there is nothing to do, it writes nothing.
     Exits with 0, with 2 where nothing could be used.
 
     Args:
@@ -69,6 +72,12 @@ def summary(report: PrepareReport) -> str:
         f"{report.out}: {_count(report.clips, 'clip')}, {_length(report.seconds)}, "
         f"{_count(report.shards, 'shard')}; {report.added} added"
     ]
+    if report.remade:
+        lines.append(f"{_count(report.remade, 'clip')} made again, because a shard was gone or cut short")
+    if report.lost:
+        lines.append(
+            f"{_count(report.lost, 'clip')} dropped: lost with a shard, and the file is gone too or cannot be used"
+        )
     if report.replaced:
         lines.append(f"{_count(report.replaced, 'clip')} replaced, because the file had changed")
     if report.vanished:
@@ -79,7 +88,9 @@ def summary(report: PrepareReport) -> str:
         reasons = ", ".join(f"{n} {reason}" for reason, n in report.rejected.items())
         left_out = _count(sum(report.rejected.values()), "file")
         lines.append(f"{left_out} left out: {reasons}; {report.out / 'rejected.parquet'} says which and why")
-    return "\n".join([*lines, f"next: matpac-fast pretrain {report.out} --out runs/a"])
+    if report.sample_rate == _RATE_OF_TRAINING:
+        lines.append(f"next: matpac-fast pretrain {report.out} --out runs/a")
+    return "\n".join(lines)
 
 
 def _count(n: int, what: str) -> str:

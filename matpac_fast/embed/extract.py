@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ from ..audio_encoder import AudioEncoder
 from ..errors import ConfigError
 from .lease import SECONDS, Leases
 from .manifest import (
+    LEASES,
     Entry,
     Manifest,
+    check_folder,
     check_source,
     extend,
     keep_settings,
+    look_over,
     read_manifest,
     retried,
     root,
@@ -40,7 +43,6 @@ from .manifest import (
 from .shard import Audio, Job, ShardEmbedder, Work
 from .writer import DTYPES, FORMATS, shard_path, write_errors
 
-LEASES = "leases"
 WORKER, _SHARD = "worker-", "shard-"
 _LOOK_SECONDS = 5.0  # from one look at what the others have done to the next
 
@@ -56,6 +58,9 @@ class Report(Work):
     failed_here: int = 0  # of these, in this worker's hands
     stopped: bool = False  # for too many failures
     out: Path = Path()
+    # Files of another size than when they were embedded, and those that are no longer there: their old rows stay.
+    changed: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
 
     @property
     def embedded(self) -> tuple[int, int, int]:
@@ -128,7 +133,7 @@ def embed_collection(
 
     Raises:
         AudioError: no such folder or list, or no audio in it.
-        ConfigError: an option that cannot be, or `out` holds other embeddings.
+        ConfigError: an option that cannot be, or `out` holds other embeddings, or other things.
     """
     source, out = Path(source), Path(out)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -140,6 +145,10 @@ def embed_collection(
             raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
     if not lease_seconds > 0:
         raise ConfigError(f"lease_seconds is {lease_seconds}; expected more than 0")
+    if max_errors is not None and max_errors < 0:
+        raise ConfigError(f"max_errors is {max_errors}; expected 0 or more")
+    if hop is not None and temporal_support is None:
+        raise ConfigError(f"hop is {hop} s and there is no temporal_support; hop needs temporal_support: give both")
     options = dict(temporal_support=temporal_support, hop=hop, pool=pool, layers=layers, remainder=remainder)
     report = Report(out=out)
     embedder = ShardEmbedder(encoder, options, batch_size, dtype, report)
@@ -154,6 +163,7 @@ def embed_collection(
         "decoder": decoder_versions(),
     }
     sizes = (files_per_shard, shard_seconds)
+    check_folder(out)
     manifest = None
     if not out.exists():  # a folder without audio is named before anything is made
         manifest, _ = extend(None, source, *sizes, workers)
@@ -171,11 +181,14 @@ def embed_collection(
                     beside.unlink(missing_ok=True)
                 if manifest is None or known is not None:
                     manifest, changed = extend(known, source, *sizes, workers)
+                if known is not None:
+                    report.changed, report.gone, renewed = look_over(known, source, out, format, workers)
+                    changed |= renewed
             if known is None:
                 keep_settings(out, settings, any_decoder)
             if retry_errors:
                 n = len(manifest.shards)
-                manifest = retried(manifest, out, format, *sizes)
+                manifest = retried(manifest, source, out, format, *sizes)
                 changed |= len(manifest.shards) > n
             if changed:
                 write_manifest(out, manifest)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..errors import AudioError, ConfigError
 from ..files import atomic, write_text
 from .writer import Failure, read_errors, shard_path
 
+LEASES = "leases"  # the folder of those who are at work
 _COLUMNS = ("path", "seconds", "bytes", "shard", "reason")
 
 
@@ -57,15 +58,35 @@ class Manifest:
         return errors
 
 
+def check_folder(out: Path) -> None:
+    """Raise ConfigError where `out` is no folder, or holds things and no embeddings: nothing is mixed in there."""
+    try:
+        entries = {name for name in os.listdir(out) if not name.startswith(".")}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise ConfigError(f"{out}: a file, where a folder for the embeddings was expected") from None
+    ours = entries & {"manifest.parquet", "settings.json", LEASES} or any(out.glob("shard-*"))
+    if entries and not ours:
+        raise ConfigError(f"{out} is not empty and holds no embeddings; give a new folder to --out")
+
+
 def read_manifest(out: Path) -> Manifest | None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = out / "manifest.parquet"
     if not path.exists():
         return None
     manifest = Manifest()
-    table = pq.read_table(path)
-    for name, seconds, size, shard, reason in zip(*(table[c].to_pylist() for c in _COLUMNS), strict=True):
+    try:
+        table = pq.read_table(path)
+        columns = [table[name].to_pylist() for name in _COLUMNS]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        # Without it nobody knows what the shards' numbers stand for, so a new one could not be made to fit them.
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: damaged ({said}): copy it again, or give a new folder to --out") from None
+    for name, seconds, size, shard, reason in zip(*columns, strict=True):
         if shard is None:
             manifest.unusable.append((name, reason))
             continue
@@ -123,6 +144,30 @@ def extend(
     return Manifest(shards, unusable), bool(new) or unusable != before.unusable or known is None
 
 
+def look_over(known: Manifest, source: Path, out: Path, kind: str, workers: int) -> tuple[list[str], list[str], bool]:
+    """Files with embeddings that have another size in bytes now; those that are gone; and whether `known` changed.
+
+    Sizes are all that is looked at, since a list has no times. `known` changes, in its shards, with files that are
+    still to be embedded: their embeddings will be of what they hold now.
+    """
+    homes, changed, gone, renewed = known.homes(), [], [], False
+    done = [shard_path(out, i, kind).exists() for i in range(len(known.shards))]
+    places = [(i, j) for i, shard in enumerate(known.shards) for j, e in enumerate(shard) if homes[e.path] == i]
+    jobs = ((1, partial(_size, root(source) / known.shards[i][j].path)) for i, j in places)
+    for (i, j), size in zip(places, in_order(jobs, workers), strict=True):
+        entry = known.shards[i][j]
+        if (size or 0) == entry.bytes:  # or it could not be read then, and cannot now
+            continue
+        if done[i]:
+            (gone if size is None else changed).append(entry.path)
+        else:
+            known.shards[i][j], renewed = replace(entry, bytes=size or 0), True
+    if changed or gone:
+        failed = {name for name, _ in known.errors(out, kind)}  # these have none, and can be tried again
+        changed, gone = ([name for name in names if name not in failed] for names in (changed, gone))
+    return changed, gone, renewed
+
+
 def root(source: Path) -> Path:
     """What the paths of a manifest are relative to."""
     return source.parent if source.is_file() else source
@@ -153,11 +198,14 @@ def _cut(entries: list[Entry], files_per_shard: int, shard_seconds: float) -> li
     return shards
 
 
-def retried(manifest: Manifest, out: Path, kind: str, files_per_shard: int, shard_seconds: float) -> Manifest:
-    """The manifest with the files that failed in finished shards in new shards, to be tried again."""
+def retried(
+    manifest: Manifest, source: Path, out: Path, kind: str, files_per_shard: int, shard_seconds: float
+) -> Manifest:
+    """The manifest with the files that failed in finished shards in new shards, as they are now, to be tried again."""
     names = {name for name, _ in manifest.errors(out, kind)}
     homes = manifest.homes()
-    failed = [e for i, shard in enumerate(manifest.shards) for e in shard if e.path in names and homes[e.path] == i]
+    listed = [e.path for i, shard in enumerate(manifest.shards) for e in shard if homes[e.path] == i]
+    failed = [_entry(root(source), name) for name in listed if name in names]
     return Manifest(manifest.shards + _cut(failed, files_per_shard, shard_seconds), manifest.unusable)
 
 
@@ -222,7 +270,7 @@ def check_source(out: Path, source: Path, manifest: Manifest) -> None:
     if stored == str(source.resolve()):
         return
     entries = {entry.path: entry for shard in manifest.shards for entry in shard}
-    others = [name for name, entry in entries.items() if _size(root(source) / name) != entry.bytes]
+    others = [name for name, entry in entries.items() if (_size(root(source) / name) or 0) != entry.bytes]
     if others:
         raise ConfigError(
             f"{out} holds embeddings of {stored}, and {len(others)} of its {len(entries)} files are not the same in "
@@ -230,11 +278,12 @@ def check_source(out: Path, source: Path, manifest: Manifest) -> None:
         )
 
 
-def _size(file: Path) -> int:
+def _size(file: Path) -> int | None:
+    """In bytes; None where there is no such file, or none that can be reached."""
     try:
         return os.stat(file).st_size
     except OSError:
-        return 0
+        return None
 
 
 def _differences(stored: Mapping[str, Any], here: Mapping[str, Any], without: tuple[str, ...] = ()) -> list[str]:

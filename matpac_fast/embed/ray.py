@@ -18,10 +18,10 @@ from typing import Any
 
 from ..encoder import DEFAULT, load_encoder
 from ..errors import ConfigError
-from .extract import LEASES, WORKER, Report
+from .extract import WORKER, Report
 from .extract import embed_collection as embed_here
 from .lease import Leases
-from .manifest import Manifest, read_manifest
+from .manifest import LEASES, Manifest, read_manifest
 from .writer import shard_path
 
 _PAUSE_SECONDS = 2.0  # before another look for shards that other workers had in hand

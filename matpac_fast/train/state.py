@@ -162,8 +162,7 @@ class RunFolder:
         first = snapshot.group is None or dist.get_rank(snapshot.group) == 0
         try:
             if snapshot.group is not None:
-                tensors = {f"model.{name}": tensor for name, tensor in snapshot.model.items()}
-                tensors |= {f"optimizer.{name}": tensor for name, tensor in snapshot.optimizer.items()}
+                tensors = _together(snapshot.model, snapshot.optimizer)
                 distcp.save(part / checkpoint.PARTS, tensors, snapshot.metadata, snapshot.group)
                 if not first:
                     return
@@ -237,14 +236,12 @@ class RunFolder:
         if found is None:
             return None
         state, names, parts = found
-        into = model.state_dict(), empty_optimizer_tensors(model, optimizer, names)
+        own, held = model.state_dict(), empty_optimizer_tensors(model, optimizer, names)
         if parts is not None:
-            tensors = {f"model.{name}": tensor for name, tensor in into[0].items()}
-            tensors |= {f"optimizer.{name}": tensor for name, tensor in into[1].items()}
-            ranks.on_all(lambda: distcp.fill(tensors, parts))
+            ranks.on_all(lambda: distcp.fill(_together(own, held), parts))
         else:
-            ranks.hand_out(weights if ranks.first else None, into[0])
-            ranks.hand_out(moments if ranks.first else None, into[1])
+            ranks.hand_out(weights if ranks.first else None, own)
+            ranks.hand_out(moments if ranks.first else None, held)
         return state
 
     def _prune(self, keep_last: int, keep_every: int | None) -> None:
@@ -259,6 +256,12 @@ class RunFolder:
         for folder in folders:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _together(model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that they have in parts."""
+    named = {f"model.{name}": tensor for name, tensor in model.items()}
+    return named | {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
 
 
 class Saver:

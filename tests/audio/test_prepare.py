@@ -229,6 +229,63 @@ def test_a_name_that_is_no_utf8_is_a_clip(tmp_path):
     assert prepare(tmp_path / "source", tmp_path / "corpus").added == 0
 
 
+@pytest.mark.parametrize("harm", ["all", "one", "cut"])
+def test_what_went_with_a_shard_is_made_again_in_a_new_one(source, tmp_path, harm):
+    out, shards = tmp_path / "corpus", tmp_path / "corpus" / "shards"
+    prepare(source, out, shard_seconds=2.0)  # a, c; d, e, z
+    if harm == "all":
+        shutil.rmtree(shards)
+    elif harm == "one":
+        (shards / "00000.i16").unlink()
+    else:
+        os.truncate(shards / "00000.i16", 2 * RATE + 100)  # a is whole
+    again = {"all": list(GOOD), "one": list(GOOD[:2]), "cut": [GOOD[1]]}[harm]
+    report = prepare(source, out, shard_seconds=2.0)
+    assert (report.clips, report.added, report.replaced, report.remade, report.lost) == (5, 0, 0, len(again), 0)
+    index = rows(out / "index.parquet")
+    assert [path for path, row in index.items() if row["shard"] > 1] == again
+    corpus = Corpus(out)
+    for i, name in enumerate(corpus.paths):
+        np.testing.assert_array_equal(corpus.read(i), to_int16(read_audio(source / name))[0])
+    after = snapshot(out)
+    assert prepare(source, out, shard_seconds=2.0).remade == 0
+    assert snapshot(out) == after
+
+
+def test_what_went_with_a_shard_and_its_file_leaves_the_index_once_a_run_ends_well(source, tmp_path):
+    out = tmp_path / "corpus"
+    prepare(source, out)
+    shutil.rmtree(out / "shards")
+    before = (out / "index.parquet").read_bytes()
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, progress=interrupt)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(source / "a.wav", tmp_path / "elsewhere" / "other.wav")
+    with pytest.raises(CorpusError, match="a corpus of other audio"):
+        prepare(tmp_path / "elsewhere", out)
+    assert (out / "index.parquet").read_bytes() == before
+    (source / "a.wav").unlink()
+    (source / "z.wav").write_bytes(b"RIFF")
+    report = prepare(source, out)
+    assert (report.clips, report.remade, report.lost, report.vanished) == (3, 3, 2, 0)
+    assert Corpus(out).paths == list(GOOD[1:4])
+
+
+def test_a_damaged_index_is_said_alike_by_those_who_read_it_and_those_who_write(source, tmp_path):
+    out = tmp_path / "corpus"
+    prepare(source, out)
+    os.truncate(out / "index.parquet", 100)
+    said = r"index.parquet: cannot be read \(.*\): copy it again, or prepare the corpus in a new folder"
+    with pytest.raises(CorpusError, match=said):
+        prepare(source, out)
+    with pytest.raises(CorpusError, match=said):
+        Corpus(out)
+
+
 # Runs `prepare` in forked children, each killed at its k-th step towards the disk, one step later every time, in a
 # folder of its own; ends when a child gets through.
 KILLER = """
@@ -448,3 +505,11 @@ def test_a_source_without_anything_to_use_is_said(audio, tmp_path):
 def test_numbers_that_cannot_be_are_refused(audio, tmp_path, option):
     with pytest.raises(CorpusError, match=f"{next(iter(option))} is .*; expected more than 0"):
         prepare(audio, tmp_path / "corpus", **option)
+
+
+@pytest.mark.parametrize("option", [{"min_seconds": -1}, {"min_seconds": np.nan}, {"silence_db": np.nan}])
+def test_limits_that_are_none_are_refused(audio, tmp_path, option):
+    ((name, value),) = option.items()
+    with pytest.raises(CorpusError, match=f"{name} is {value}; expected"):
+        prepare(audio, tmp_path / "corpus", **option)
+    assert not (tmp_path / "corpus").exists()

@@ -111,6 +111,8 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys):
     for more, line in (
         (["--temporal-support", "-1"], "temporal_support is -1.0 s"),
         (["--files-per-shard", "0"], "files_per_shard is 0"),
+        (["--max-errors", "-1"], "max_errors is -1; expected 0 or more"),
+        (["--out", str(source)], "is not empty and holds no embeddings"),
         (["--encoder", "nothing"], "no encoder 'nothing'"),
         (["--device", "cuda:99"], "device is 'cuda:99'; torch finds"),
         (["--device", "gpu"], "device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
@@ -119,6 +121,11 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys):
         said = capsys.readouterr()
         assert line in said.err
         assert len(said.err.strip().splitlines()) == 1
+    whole = [
+        word for word in command(source, tmp_path / "out", "--hop", "1") if word not in ("--temporal-support", "0.1")
+    ]
+    assert cli.main(whole) == cli.FAILED
+    assert "hop needs temporal_support" in capsys.readouterr().err
     assert cli.main(command(tmp_path / "nowhere", tmp_path / "out")) == cli.FAILED
     assert "no such folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

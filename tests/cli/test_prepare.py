@@ -47,6 +47,25 @@ def test_the_summary_says_what_was_used_and_what_was_not(source, tmp_path, capsy
     assert capsys.readouterr().out.startswith(f"{out}: 3 clips, 3.0 s, 1 shard; 0 added\n1 file left out")
 
 
+def test_a_corpus_that_training_does_not_take_is_not_sent_there(source, tmp_path, capsys):
+    assert cli.main(["prepare", str(source), str(tmp_path / "corpus"), "--sample-rate", "8000"]) == 0
+    assert "next:" not in capsys.readouterr().out
+
+
+def test_the_summary_says_what_went_with_its_shard(source, tmp_path, capsys):
+    out = tmp_path / "corpus"
+    cli.main(["prepare", str(source), str(out)])
+    (out / "shards" / "00000.i16").unlink()
+    (source / "0.wav").unlink()
+    capsys.readouterr()
+    assert cli.main(["prepare", str(source), str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        f"{out}: 2 clips, 2.0 s, 1 shard; 0 added",
+        "2 clips made again, because a shard was gone or cut short",
+        "1 clip dropped: lost with a shard, and the file is gone too or cannot be used",
+    ]
+
+
 def test_the_summary_of_a_corpus_brought_up_to_date():
     report = PrepareReport(Path("c"), 1200, 9000.0, 3, 1, 2, 1, 1, {"silent": 2, "damaged": 1})
     assert summary(report).splitlines() == [
@@ -65,6 +84,8 @@ def test_the_summary_of_a_corpus_brought_up_to_date():
         (lambda source: [str(source / "missing"), "c"], "missing: no such folder"),
         (lambda source: [str(source), str(source)], "holds other files; give a new or empty folder"),
         (lambda source: [str(source), "c", "--workers", "0"], "workers is 0; expected more than 0"),
+        (lambda source: [str(source), "c", "--min-seconds", "-1"], "min_seconds is -1.0; expected seconds, 0 or more"),
+        (lambda source: [str(source), "c", "--silence-db", "nan"], "silence_db is nan; expected a level in dB"),
         (lambda source: [str(source), "c", "--min-seconds", "60"], "(0.wav: too short: 1 s, less than 60 s)"),
     ],
 )

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from matpac_fast import cli
 from matpac_fast.audio import container, decode
+from matpac_fast.cli.embed import summary
 from matpac_fast.embed import extract, shard
-from matpac_fast.embed.extract import embed_collection
+from matpac_fast.embed.extract import Report, embed_collection
 from matpac_fast.errors import AudioError, ConfigError
 from tests.embed import crew
 
@@ -127,6 +128,60 @@ def test_what_failed_is_tried_again_on_request_and_nothing_else(source, tmp_path
     assert before.items() <= {path.name: path.read_bytes() for path in out.glob("shard-*")}.items()
     again = embed_collection(source, out, crew.Tiny(), files_per_shard=2)
     assert (again.files, again.failed) == (0, 1)
+
+
+def test_files_that_changed_or_vanished_since_are_said_and_their_rows_stay(source, tmp_path):
+    out = tmp_path / "out"
+    (source / "bad.wav").touch()
+    embed_collection(source, out, crew.Tiny(), files_per_shard=1)
+    before = {path.name: path.read_bytes() for path in out.glob("shard-*")}
+    shard = next(path for path in sorted(out.glob("shard-*")) if pq.read_table(path)["path"].to_pylist() == ["3.wav"])
+    shard.unlink()  # so 3.wav is still to be embedded
+    for name in ("0.wav", "3.wav", "bad.wav"):
+        soundfile.write(source / name, crew.noise(999), RATE)
+    (source / "1.wav").unlink()
+    report = embed_collection(source, out, crew.Tiny(), files_per_shard=1)
+    assert (report.files, report.changed, report.gone) == (1, ["0.wav"], ["1.wav"])
+    del before[shard.name]
+    assert before.items() <= {path.name: path.read_bytes() for path in out.glob("shard-*")}.items()
+    assert summary(report)[-2] == (
+        "1 files changed in size and 1 gone since they were embedded (0.wav, 1.wav): their old rows stay; "
+        "to be without them, embed into a new folder"
+    )
+    # What is embedded now, or tried again, is as the folder knows it.
+    embed_collection(source, out, crew.Tiny(), retry_errors=True)
+    report = embed_collection(source, out, crew.Tiny())
+    assert (report.failed, report.changed, report.gone) == (0, ["0.wav"], ["1.wav"])
+    many = Report(total=9, changed=["a", "b"], gone=["c", "d"])
+    assert "2 files changed in size and 2 gone since they were embedded (a, b, c, ...)" in summary(many)[-1]
+
+
+@pytest.mark.parametrize("harm", ["cut", "columns"])
+def test_a_damaged_manifest_is_one_line_with_what_to_do(source, tmp_path, harm):
+    manifest = tmp_path / "out" / "manifest.parquet"
+    embed_collection(source, tmp_path / "out", crew.Tiny())
+    if harm == "cut":
+        os.truncate(manifest, 100)
+    else:
+        pq.write_table(pq.read_table(manifest).drop(["bytes"]), manifest)
+    with pytest.raises(ConfigError) as refused:
+        embed_collection(source, tmp_path / "out", crew.Tiny())
+    said = str(refused.value)
+    assert said.startswith(f"{manifest}: damaged (")
+    assert said.endswith("): copy it again, or give a new folder to --out")
+    assert "\n" not in said
+
+
+def test_a_folder_of_other_things_is_refused_and_nothing_is_written(source, tmp_path):
+    for out in (source, tmp_path):
+        with pytest.raises(ConfigError, match="is not empty and holds no embeddings; give a new folder to --out"):
+            embed_collection(source, out, crew.Tiny())
+    with pytest.raises(ConfigError, match="a file, where a folder for the embeddings was expected"):
+        embed_collection(source, source / "0.wav", crew.Tiny())
+    assert sorted(os.listdir(source)) == ["0.wav", "1.wav", "2.wav", "3.wav"]
+    assert os.listdir(tmp_path) == ["source"]
+    (tmp_path / "out" / ".cache").mkdir(parents=True)
+    assert embed_collection(source, tmp_path / "out", crew.Tiny()).files == 4
 
 
 def test_too_many_errors_stop_it_before_the_shard_is_written(source, tmp_path, capsys, monkeypatch):
