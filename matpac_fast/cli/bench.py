@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ STEP = 7  # past step 0, which moves no average
 
 
 def main(
-    preset: Literal["tiny", "small", "base"] = "small",
+    preset: Literal["nano", "tiny", "small", "base", "large"] = "small",
     batch_size: int = 8,
     seconds: float = 60.0,
     device: str = "auto",
@@ -54,6 +55,8 @@ def main(
         raise ConfigError(f"--batch-size is {batch_size}; expected at least 1")
     if not seconds > 0:
         raise ConfigError(f"--seconds is {seconds:g}; expected a positive number")
+    if profile is not None:
+        _check_folder(profile)
     target = pick_device(device)
     where = torch.cuda.get_device_name(target) if target.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, matpac_fast {__version__}, preset {preset}, batch {batch_size}\n")
@@ -70,6 +73,18 @@ def main(
 
             print("\n" + "\n".join(take_apart(config, batch_size, target, profile)))
     return 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Make it and try a file in it: what cannot be written is said before minutes are measured."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--profile {folder} is a file; expected a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--profile {folder} cannot be written ({error.strerror}); give another folder") from None
 
 
 def make_cases(config: MatpacConfig, batch: int, preset: str, device: torch.device) -> list[tuple[str, str, Call]]:

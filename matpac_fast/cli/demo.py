@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +27,7 @@ from ..train.state import read_config
 from . import _demo_report as report
 from ._demo_study import CLIP_SECONDS, PACKAGED, TRAINED, UNTRAINED, compare, verdicts
 from ._progress import progress
-from .pretrain import _frames
+from .pretrain import _frames, _Signals, _Watcher
 
 
 def main(
@@ -45,7 +48,8 @@ def main(
     Pre-trains the preset nano on 400 instrument notes and 64 mixtures, embeds other notes (other pitches, other
     recordings) at several temporal supports, and asks a linear probe for their instrument family, against log-mel
     statistics, the same encoder before training, and the pre-trained one of this package. Writes report.html,
-    results.json and run/, the trained encoder. Run again on the same folder, it goes on with the run that is there.
+    results.json and run/, the trained encoder. Run again on the same folder, it goes on with the run that is there;
+    Ctrl-C while it pre-trains saves the run first.
 
     Args:
         out: folder for report and run.
@@ -58,11 +62,7 @@ def main(
         seed: names the initial weights, the order, the crops and the masks.
         device: auto, cpu, cuda or cuda:1.
     """
-    for ts in temporal_supports:
-        if ts <= 0 or abs(CLIP_SECONDS / ts - round(CLIP_SECONDS / ts)) > 1e-6:
-            raise ConfigError(f"--temporal-supports {ts:g}: expected seconds that divide {CLIP_SECONDS} s")
-    if not minutes > 0:
-        raise ConfigError(f"--minutes is {minutes:g}; expected a positive number")
+    _check(minutes, temporal_supports, crop_seconds)
     # Its report must not take the place of a file of someone else's.
     if out.is_dir() and not (out / "run" / "config.json").exists() and {p.name for p in out.iterdir()} - {"run"}:
         raise ConfigError(f"{out} is not empty and holds no demo; give a new folder to --out")
@@ -83,8 +83,12 @@ def main(
         train = dataclasses.replace(train, steps=steps, log_every=max(1, steps // 50))
         model = fit_to_run(preset, train)
 
-    with progress("pre-training", "steps") as update:
-        result = pretrain(corpus, run, model, train, target, reporter=_Steps(update, train.steps))
+    with progress("pre-training", "steps") as update, _Signals(_Said(train)) as signals:
+        reporter = _Steps(update, train.steps)
+        result = pretrain(corpus, run, model, train, target, reporter=reporter, stop=signals.caught)
+    if not result.finished:
+        print(f"stopped at step {result.step} of {train.steps}; the same command goes on from here", flush=True)
+        return 128 + (signals.number or signal.SIGTERM)
     with tempfile.TemporaryDirectory() as folder:
         Matpac(model).save(Path(folder, "untrained.safetensors"))
         untrained = load_encoder(Path(folder, "untrained.safetensors"), target)
@@ -102,6 +106,20 @@ def main(
     report.write_report(out / "report.html", rows, corpus, model, train, read_log(run / "log.jsonl"), made)
     print(f"\nopen {out / 'report.html'}; next: matpac-fast embed AUDIO --encoder {run} --out embeddings/")
     return 0
+
+
+def _check(minutes: float, temporal_supports: tuple[float, ...], crop_seconds: tuple[float, ...]) -> None:
+    for name, values in (("temporal-supports", temporal_supports), ("crop-seconds", crop_seconds)):
+        if not values:
+            raise ConfigError(f"--{name} has no numbers; expected one or more, such as 0.8 2.4")
+    for ts in temporal_supports:
+        if not 0 < ts <= CLIP_SECONDS or abs(CLIP_SECONDS / ts - round(CLIP_SECONDS / ts)) > 1e-6:
+            raise ConfigError(f"--temporal-supports {ts:g}: expected seconds that divide {CLIP_SECONDS} s")
+    for seconds in crop_seconds:
+        if not math.isfinite(seconds):
+            raise ConfigError(f"--crop-seconds {seconds:g}: expected a multiple of 0.16 s, such as 2.4")
+    if not 0 < minutes < math.inf:
+        raise ConfigError(f"--minutes is {minutes:g}; expected a positive number of them")
 
 
 def _seconds_a_step(corpus: Corpus, model: MatpacConfig, train: TrainConfig, device: torch.device) -> float:
@@ -124,6 +142,14 @@ class _Clock(Reporter):
 
     def step(self, step: int) -> None:
         self.ticks.append(time.perf_counter())
+
+
+class _Said(_Watcher):
+    """Says what a signal does by `print`, which a progress bar makes room for."""
+
+    def say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            print(text, flush=True)
 
 
 class _Steps(Reporter):

@@ -13,7 +13,7 @@ from ..study.results import tabulate
 from ..study.sweep import StudyConfig, run_study
 from ..train.loop import pick_device
 from ..weights import DEFAULT
-from .study import _numbers, _stages
+from .study import _numbers, _stages, check_resamples, left_out
 
 
 def main(
@@ -57,13 +57,15 @@ def main(
         standardize: bring features to zero mean and unit spread before the probe.
         resamples: of the bootstrap.
         batch_size: windows per forward pass when embedding.
-        partial: take a data set's folder that is incomplete for what it has.
+        partial: take a data set's folder for what it has: files that are missing or cannot be decoded are left out and
+            named.
         split_seed: draws the folds of a folder that has none.
         cache: folder that keeps embeddings and probes, such as a study's. Default: they are not kept.
         workers: decoding threads. Default: one a core.
         device: auto, cpu, cuda or cuda:1.
         dtype: float32 or bfloat16, of the encoder's arithmetic.
     """
+    check_resamples(resamples)
     config = StudyConfig(
         encoders=(encoder,),
         tasks=(task,),
@@ -80,7 +82,7 @@ def main(
         dtype=dtype,
         seed=split_seed,
         partial=partial,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
     )
     with tempfile.TemporaryDirectory() as folder, _stages() as hear:
         cells = run_study(config, cache or Path(folder), hear)
@@ -90,4 +92,6 @@ def main(
             f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f}), "
             f"{row['test_clips']} test clips, {row['folds']} folds, {row['seeds']} seeds"
         )
+    for line in left_out(cells)[0]:
+        print(line)
     return 0

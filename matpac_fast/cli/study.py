@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,15 @@ from ..study.cache import Aggregate
 from ..study.cost import Cost, device_name
 from ..study.linear import ProbeConfig
 from ..study.plots import write_plots
-from ..study.results import Tables, tabulate, write_table
+from ..study.results import Cell, Tables, tabulate, write_table
 from ..study.study_page import as_json, write_report
 from ..study.sweep import Progress, StudyConfig, cost_sweep, run_study
 from ..tasks import DatasetError
 from ..train.logs import versions
 from ..train.loop import pick_device
 from ._progress import progress
+
+_NAMED = 5  # files that one line names
 
 
 def main(
@@ -85,12 +88,16 @@ def main(
         standardize: bring features to zero mean and unit spread before the probe.
         resamples: of the bootstrap.
         batch_size: windows per forward pass when embedding.
-        partial: take a data set's folder that is incomplete for what it has.
+        partial: take a data set's folder for what it has: files that are missing or cannot be decoded are left out and
+            named.
         split_seed: draws the folds of a folder that has none.
         workers: decoding threads. Default: one a core.
         device: auto, cpu, cuda or cuda:1.
         dtype: float32 or bfloat16, of the encoder's arithmetic.
     """
+    check_resamples(resamples)
+    if not 0 <= margin < math.inf:
+        raise ConfigError(f"--margin is {margin:g}; expected 0 or more, such as 0.01")
     if not cost_only and not tasks:
         raise ConfigError("--tasks is missing; expected NAME:FOLDER, or --cost-only to measure costs alone")
     config = StudyConfig(
@@ -104,14 +111,15 @@ def main(
             _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
         ),
         cost=cost or cost_only,
-        batch_sizes=tuple(round(n) for n in _numbers("--batch-sizes", batch_sizes)),
+        batch_sizes=tuple(_whole("--batch-sizes", n) for n in _numbers("--batch-sizes", batch_sizes)),
         batch_size=batch_size,
         device=str(pick_device(device)),
         dtype=dtype,
         seed=split_seed,
         partial=partial,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
     )
+    cells: list[Cell] = []
     with _stages() as hear:
         if cost_only:
             found, tables = list(cost_sweep(config, out, hear).values()), Tables([], [], [])
@@ -123,6 +131,11 @@ def main(
             tables = tabulate(cells, margin, cheapest_by, resamples)
     made = _made(config)
     lines = _sentences(tables, margin)
+    told, files = left_out(cells)
+    lines += told
+    if len(files) > _NAMED:
+        write_text(out / "problems.txt", "".join(f"{line}\n" for line in files))
+        lines.append(f"All files that are left out are in {out / 'problems.txt'}.")
     if tables.results:
         for name in ("results", "comparisons", "choices"):
             write_table(out / f"{name}.parquet", getattr(tables, name))
@@ -134,12 +147,12 @@ def main(
     return 0
 
 
-def _checked(config: StudyConfig, out: Path, hear: Progress) -> Any:
+def _checked(config: StudyConfig, out: Path, hear: Progress) -> list[Cell]:
     """The study; of a data set that is not whole, every file is named in problems.txt."""
     try:
         return run_study(config, out, hear)
     except DatasetError as error:
-        if len(error.problems) > 5:
+        if len(error.problems) > _NAMED:
             lines = "".join(f"{name}: {reason}\n" for name, reason in error.problems)
             write_text(out / "problems.txt", lines)
             raise DatasetError(f"{error}; all of them are in {out / 'problems.txt'}", error.problems) from None
@@ -165,20 +178,25 @@ def _stages() -> Iterator[Progress]:
 
 def choice_cells(tables: Tables) -> tuple[list[str], list[list[str]]]:
     """Header and body: for each task and encoder the best and the cheapest temporal support."""
-    header = ["task", "encoder", "metric", "best TS", "score (95 %)", "cheapest TS", "score (95 %)", "memory", "time"]
-    return header, [
-        [
-            row["task"],
-            row["encoder"],
-            row["metric"],
-            f"{row['best_temporal_support']:g} s",
-            _score(row, "best"),
-            f"{row['cheapest_temporal_support']:g} s",
-            _score(row, "cheapest"),
-            *("" if not row[key] else f"{-100 * row[key]:+.0f} %" for key in ("memory_saved", "time_saved")),
-        ]
-        for row in tables.choices
-    ]
+    header = ["task", "encoder", "metric", "best TS", "score (95 %)"]
+    costed = any(row["cheapest_temporal_support"] is not None for row in tables.choices)
+    if costed:
+        header += ["cheapest TS", "score (95 %)", "memory change", "time change"]
+    body = []
+    for row in tables.choices:
+        line = [row["task"], row["encoder"], row["metric"], f"{row['best_temporal_support']:g} s", _score(row, "best")]
+        if costed and row["cheapest_temporal_support"] is None:
+            line += ["–"] * 4
+        elif costed:
+            changes = (_change(row["memory_saved"]), _change(row["time_saved"]))
+            line += [f"{row['cheapest_temporal_support']:g} s", _score(row, "cheapest"), *changes]
+        body.append(line)
+    return header, body
+
+
+def _change(saved: float) -> str:
+    text = f"{-100 * saved:+.0f} %"
+    return "same" if text[1:] == "0 %" else text
 
 
 def _score(row: dict[str, Any], which: str) -> str:
@@ -225,7 +243,9 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
     for row in tables.choices:
         best, cheapest = row["best_temporal_support"], row["cheapest_temporal_support"]
         text = f"{row['task']}, {row['encoder']}: {best:g} s is best on validation clips, {_score(row, 'best')} on test"
-        if cheapest == best:
+        if cheapest is None:  # costs were not measured, so nothing is known of cheaper ones
+            text += "."
+        elif cheapest == best:
             text += f"; nothing cheaper is within {margin:g} of it."
         else:
             text += f"; {cheapest:g} s is cheaper and within {margin:g}, {row['difference']:+.3f} on test "
@@ -233,9 +253,26 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
         found.append(text)
     shared = {row["task"]: row["shared_audio"] for row in tables.results if row["shared_audio"]}
     found += [f"{task}: {n} test clips are copies of training clips, by their bytes." for task, n in shared.items()]
-    left = {row["task"]: row["left_out"] for row in tables.results if row["left_out"]}
-    found += [f"{task}: {n} clips are missing or altered and left out." for task, n in left.items()]
     return found
+
+
+def left_out(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
+    """A sentence for each task that is not whole, with the first few files by name; and a line for every file."""
+    sentences, lines = [], []
+    for task in {cell.task.name: cell.task for cell in cells}.values():
+        if not task.left_out:
+            continue
+        named = [f"{name}: {reason}" for name, reason in task.left_out]
+        some = "; ".join(named[:_NAMED]) + (f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+        count = "1 clip is" if len(named) == 1 else f"{len(named)} clips are"
+        sentences.append(f"{task.name}: {count} left out, missing, altered or damaged: {some}.")
+        lines += [f"{task.name}: {line}" for line in named]
+    return sentences, lines
+
+
+def check_resamples(resamples: int) -> None:
+    if resamples < 1:
+        raise ConfigError(f"--resamples is {resamples}; expected at least 1, such as 1000")
 
 
 def _made(config: StudyConfig) -> dict[str, str]:
@@ -259,3 +296,9 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(word) for word in _words(text))
     except ValueError:
         raise ConfigError(f"{option} is {text!r}; expected numbers with commas between them") from None
+
+
+def _whole(option: str, number: float) -> int:
+    if not number.is_integer():
+        raise ConfigError(f"{option} has {number:g}; expected whole numbers")
+    return int(number)

@@ -25,6 +25,7 @@ from ..audio.ahead import in_order
 from ..audio.decode import decoder_versions, read_audio
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
+from ..errors import AudioError
 from ..files import atomic, sha256, write_text
 from ..tasks.task import Fold
 from .linear import Rows
@@ -146,32 +147,55 @@ def fill(
     workers: int,
     done: Callable[[int], None],
     share: tuple[int, int] = (0, 1),
+    left_out: dict[str, str] | None = None,
 ) -> None:
     """Embed what is missing in several caches of one encoder, decoding each file once for all of them.
 
     `audio` are the hashes of `paths`; `done` is told of each number of (clip, cache) pairs that are dealt with. With
-    `share` (rank, of how many) only this process's part of the missing clips is embedded.
+    `share` (rank, of how many) only this process's part of the missing clips is embedded. `left_out`, where given,
+    takes up hash -> error of each file that cannot be decoded, and those in it already are not tried.
 
     Raises:
-        AudioError: a file that cannot be decoded.
+        AudioError: a file that cannot be decoded, without `left_out`.
     """
     first = dict(zip(reversed(audio), reversed(paths), strict=True))  # the same audio is embedded once
-    missing = [[name for name in first if name not in known] for known in (cache.known() for cache in caches)]
+    skipped = left_out or {}
+    missing = [
+        [name for name in first if name not in known and name not in skipped]
+        for known in (cache.known() for cache in caches)
+    ]
     wanted = set().union(*missing) if missing else set()
     done(sum(len(audio) - len(names) for names in missing))
     clips = [name for name in first if name in wanted]
     parts = [clips[i : i + _CLIPS] for i in range(0, len(clips), _CLIPS)][share[0] :: share[1]]
     lacking = [set(names) for names in missing]
     rate = caches[0].encoder.sample_rate if caches else 0
-    jobs = ((os.stat(first[name]).st_size, partial(read_audio, first[name], rate)) for part in parts for name in part)
-    waves: Iterator[np.ndarray] = in_order(jobs, workers)
+    jobs = ((os.stat(first[name]).st_size, partial(_decode, first[name], rate)) for part in parts for name in part)
+    waves: Iterator[np.ndarray | AudioError] = in_order(jobs, workers)
     for part in parts:
-        heard = {name: next(waves) for name in part}
+        heard: dict[str, np.ndarray] = {}
+        for name in part:
+            wave = next(waves)
+            if not isinstance(wave, AudioError):
+                heard[name] = wave
+            elif left_out is None:
+                raise wave
+            else:
+                left_out[name] = str(wave)
         for cache, names in zip(caches, lacking, strict=True):
-            mine = [name for name in part if name in names]
+            wanted_here = [name for name in part if name in names]
+            mine = [name for name in wanted_here if name in heard]
             if mine:
                 cache.write(mine, cache.embed([heard[name] for name in mine]))
-                done(len(mine))
+            if wanted_here:
+                done(len(wanted_here))
+
+
+def _decode(path: Path, rate: int) -> np.ndarray | AudioError:
+    try:
+        return read_audio(path, rate)
+    except AudioError as error:
+        return error
 
 
 def shared_audio(audio: Sequence[str], folds: Sequence[Fold]) -> int:

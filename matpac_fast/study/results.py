@@ -59,7 +59,8 @@ def tabulate(cells: Sequence[Cell], margin: float, cheapest_by: str = "memory", 
 
     The best temporal support is the one of the best validation score, and the cheapest is the one of least cost whose
     validation score is within `margin` of that; test clips only say what both are worth. Costs are those of the
-    largest batch. The resamples are the same for every cell of a task, so differences are paired.
+    largest batch; where they were not measured there is no cheapest, and its columns are None. The resamples are the
+    same for every cell of a task, so differences are paired.
     """
     tables = Tables([], [], [])
     for task in {cell.task.name: cell.task for cell in cells}.values():
@@ -73,17 +74,19 @@ def tabulate(cells: Sequence[Cell], margin: float, cheapest_by: str = "memory", 
             best = max(range(len(mine)), key=lambda i: (mine[i].valid_score, -mine[i].view.temporal_support))
             near = [i for i in range(len(mine)) if mine[i].valid_score >= mine[best].valid_score - margin]
             column = CHEAPEST_BY[cheapest_by]
-            cheapest = min(near, key=lambda i: (_cost(rows[i], column), mine[i].view.temporal_support))
+            measured = all(rows[i][column] is not None for i in near)
+            cheapest = min(near, key=lambda i: (rows[i][column], mine[i].view.temporal_support)) if measured else None
             for i, cell in enumerate(mine):
                 tables.results.append(rows[i])
                 for subset, member in task.subsets.items():
                     within = [torch.from_numpy(member[fold.test]) for fold in task.folds]
+                    if not any(part.any() for part in within):  # its test clips are left out
+                        continue
                     score = draws.score(task.metric, cell.probed.scores, targets, within)
                     tables.results.append(_row(cell, subset, score))
                 tables.comparisons.append(_difference(task, name, mine[i], mine[best], scored[i][0] - scored[best][0]))
-            tables.choices.append(
-                _choice(task, name, rows[best], rows[cheapest], scored[cheapest][0] - scored[best][0])
-            )
+            told = None if cheapest is None else (rows[cheapest], scored[cheapest][0] - scored[best][0])
+            tables.choices.append(_choice(task, name, rows[best], told))
     return tables
 
 
@@ -150,10 +153,6 @@ def _costs(cell: Cell) -> dict[str, Any]:
     )
 
 
-def _cost(row: dict[str, Any], column: str) -> float:
-    return row["temporal_support"] if row[column] is None else row[column]
-
-
 def _difference(task: Task, encoder: str, cell: Cell, best: Cell, difference: Tensor) -> dict[str, Any]:
     low, high = interval(difference)
     return dict(
@@ -168,17 +167,15 @@ def _difference(task: Task, encoder: str, cell: Cell, best: Cell, difference: Te
     )
 
 
+_CHEAPEST = ("temporal_support", "score", "low", "high")
+_CHANGES = ("difference", "difference_low", "difference_high", "memory_saved", "time_saved", "macs_saved")
+
+
 def _choice(
-    task: Task, encoder: str, best: dict[str, Any], cheapest: dict[str, Any], difference: Tensor
+    task: Task, encoder: str, best: dict[str, Any], told: tuple[dict[str, Any], Tensor] | None
 ) -> dict[str, Any]:
-    low, high = interval(difference)
-
-    def saved(column: str) -> float | None:
-        if best[column] is None:
-            return None
-        return 1 - cheapest[column] / best[column] if best[column] else 0.0
-
-    return dict(
+    """`told`: the cheapest row, and its resampled difference to the best; None where costs are not known."""
+    choice = dict(
         task=task.name,
         encoder=encoder,
         metric=task.metric,
@@ -186,6 +183,16 @@ def _choice(
         best_score=best["score"],
         best_low=best["low"],
         best_high=best["high"],
+    )
+    if told is None:
+        return choice | dict.fromkeys([*(f"cheapest_{name}" for name in _CHEAPEST), *_CHANGES])
+    cheapest, difference = told
+    low, high = interval(difference)
+
+    def saved(column: str) -> float:
+        return 1 - cheapest[column] / best[column] if best[column] else 0.0
+
+    return choice | dict(
         cheapest_temporal_support=cheapest["temporal_support"],
         cheapest_score=cheapest["score"],
         cheapest_low=cheapest["low"],

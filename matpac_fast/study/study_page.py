@@ -88,7 +88,9 @@ def write_report(
     to take; `sentences` say what was found, `made` how."""
     sections = []
     if tables.choices:
-        text = "Both are chosen on validation clips; their scores are those of test clips, with 95 % intervals."
+        costed = any(row["cheapest_temporal_support"] is not None for row in tables.choices)
+        text = "Both are chosen on validation clips; their" if costed else "The best is chosen on validation clips; its"
+        text += " scores are those of test clips, with 95 % intervals."
         sections.append(Section("Which temporal support to take", text, [table(*choices), _list(sentences)]))
     scores = [plot for plot in plots if plot[0].startswith(("score-", "pareto-"))]
     rest = [plot for plot in plots if plot not in scores]

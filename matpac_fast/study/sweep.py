@@ -25,9 +25,9 @@ from .. import __version__
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..encoder import load_encoder
-from ..errors import ConfigError
+from ..errors import AudioError, ConfigError
 from ..files import atomic
-from ..tasks import Task, load_task
+from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, measure
 from .linear import ProbeConfig, Probed, probe
@@ -67,7 +67,8 @@ class StudyConfig:
         if not self.tasks and not self.cost:
             raise ConfigError("study: neither tasks nor costs; expected something to study")
         if min(self.batch_sizes, default=0) < 1 or self.batch_size < 1 or self.workers < 1:
-            raise ConfigError("study: batch sizes and workers must be 1 or more")
+            came = f"batch sizes {self.batch_sizes}, batch size {self.batch_size}, workers {self.workers}"
+            raise ConfigError(f"study: {came}; expected 1 or more of each")
         for ts in self.temporal_supports:
             Windowing(ts, self.hop, remainder=self.remainder).samples(1000)
 
@@ -85,10 +86,11 @@ def run_study(
     """Cost, embed and probe everything that is missing in `out`, and return the cells, task by task.
 
     Under torchrun every process embeds its share and the first one does the rest; the others return no cells. `loaded`
-    is what `load_tasks` gave, where that is at hand.
+    is what `load_tasks` gave, where that is at hand. With `config.partial` files that cannot be decoded are left out of
+    their task for every encoder, so that all are scored on the same clips.
 
     Raises:
-        DatasetError: a task's folder is incomplete or altered; nothing was computed.
+        DatasetError: a task's folder is incomplete or altered, and nothing was computed; or too little is left of it.
         ConfigError, CheckpointError, AudioError: what cannot be studied.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -97,11 +99,16 @@ def run_study(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     tasks, audio = load_tasks(config) if loaded is None else loaded
     costs = cost_sweep(config, out, progress) if config.cost and rank == 0 else {}
-    embed_share(config, out, (tasks, audio), device, (rank, world), progress)
+    left_out = embed_share(config, out, (tasks, audio), device, (rank, world), progress)
     if world > 1:
         _wait_for_all(rank, world)
     if rank > 0:
         return []
+    if world > 1 and config.partial:  # what the others could not decode is all that is missing now
+        left_out = embed_share(config, out, (tasks, audio), device, (0, 1), progress)
+    if left_out:
+        tasks = [_without(task, audio[task.name], left_out) for task in tasks]
+        audio = {name: [each for each in names if each not in left_out] for name, names in audio.items()}
     return _probe_all(config, out, tasks, audio, costs, device, progress)
 
 
@@ -120,11 +127,62 @@ def embed_share(
     device: torch.device,
     share: tuple[int, int],
     progress: Progress = _ignored,
-) -> None:
-    """Embed what is missing, by every encoder; with `share` (rank, of how many) only that part of the clips."""
+) -> dict[str, str]:
+    """Embed what is missing, by every encoder; with `share` (rank, of how many) only that part of the clips.
+
+    Returns hash -> error of the files that a partial study leaves out, as far as they are in this share.
+    """
+    left_out: dict[str, str] = {}
     for number, name in enumerate(config.encoders):
         encoder = load_encoder(name, device, dtype=config.dtype)
-        _embed(config, out, encoder, *loaded, number, progress, share)
+        try:
+            _embed(config, out, encoder, *loaded, number, progress, share, left_out if config.partial else None)
+        except AudioError as error:
+            hint = "" if config.partial else "; mend or remove it, or leave such files out with --partial"
+            raise AudioError(f"{error}{hint}") from error
+    return left_out
+
+
+def _without(task: Task, audio: list[str], left_out: dict[str, str]) -> Task:
+    """The task of those clips whose audio is not left out."""
+    keep = np.array([name not in left_out for name in audio], bool)
+    if keep.all():
+        return task
+    bad = [
+        (str(path), left_out[name].removeprefix(f"{path}: "))
+        for path, name in zip(task.paths, audio, strict=True)
+        if name in left_out
+    ]
+    place = np.cumsum(keep) - 1  # of a clip that stays, among those that stay
+
+    def rest(part: np.ndarray, number: int, what: str) -> np.ndarray:
+        left = place[part[keep[part]]]
+        if not len(left):
+            raise DatasetError(
+                f"{task.name}: fold {number} has no {what} clips without the {len(bad)} files that cannot be decoded, "
+                f"such as {bad[0][0]}: {bad[0][1]}",
+                bad,
+            )
+        return left
+
+    folds = [
+        Fold(
+            rest(fold.train, i, "training"),
+            rest(fold.test, i, "test"),
+            None if fold.valid is None else rest(fold.valid, i, "validation"),
+        )
+        for i, fold in enumerate(task.folds)
+    ]
+    return dataclasses.replace(
+        task,
+        paths=[path for path, kept in zip(task.paths, keep, strict=True) if kept],
+        targets=task.targets[keep],
+        groups=task.groups[keep],
+        folds=folds,
+        seconds=task.seconds[keep],
+        subsets={name: member[keep] for name, member in task.subsets.items()},
+        left_out=[*task.left_out, *bad],
+    )
 
 
 def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple[str, float, int], Cost]:
@@ -169,6 +227,7 @@ def _embed(
     number: int,
     progress: Progress,
     share: tuple[int, int],
+    left_out: dict[str, str] | None,
 ) -> None:
     each = sum(len(task.paths) for task in tasks) * len(config.temporal_supports)  # clips of an encoder, at every TS
     done = number * each
@@ -179,7 +238,7 @@ def _embed(
             done += count
             progress("embedding", done, each * len(config.encoders))
 
-        fill(_caches(config, out, encoder), audio[task.name], task.paths, config.workers, more, share)
+        fill(_caches(config, out, encoder), audio[task.name], task.paths, config.workers, more, share, left_out)
 
 
 def _probe_all(

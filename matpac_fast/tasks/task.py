@@ -71,10 +71,13 @@ class Task:
         if self.targets.shape != wanted or len(self.groups) != n or len(self.seconds) != n:
             raise ConfigError(f"{self.name}: {n} clips of {k} classes with targets {self.targets.shape}")
         for number, fold in enumerate(self.folds):
-            parts = [fold.train, fold.test] + ([] if fold.valid is None else [fold.valid])
-            together = np.concatenate(parts)
-            if len(np.unique(together)) != len(together) or not all(len(part) for part in parts):
-                raise DatasetError(f"{self.name}: fold {number} has a part without clips, or a clip in two parts")
+            named = {"training": fold.train, "test": fold.test}
+            named |= {} if fold.valid is None else {"validation": fold.valid}
+            together = np.concatenate(list(named.values()))
+            if empty := [what for what, part in named.items() if not len(part)]:
+                raise DatasetError(f"{self.name}: fold {number} has no {' and no '.join(empty)} clips")
+            if len(np.unique(together)) != len(together):
+                raise DatasetError(f"{self.name}: fold {number} has a clip in two parts")
             heard = self.targets[fold.train]
             lacking = (
                 np.setdiff1d(self.targets[fold.test], heard)

@@ -19,7 +19,10 @@ _PANELS = (
     ("teacher: effective rank", ("effective_rank",)),
     ("crops a second", ("crops_per_s",)),
 )
-_PROBE = ("probe accuracy", ("student_knn", "student_linear", "teacher_knn", "teacher_linear", "statistics_linear"))
+_PROBE = (
+    "probe accuracy",
+    tuple(f"{of}_{score}" for of in ("student", "teacher", "statistics") for score in ("knn", "linear")),
+)
 
 
 class Curves(Reporter):
@@ -65,11 +68,14 @@ def draw_curves(log: str | os.PathLike[str], out: str | os.PathLike[str]) -> Non
             points = [(r["step"], float(r[name])) for r in shown if name in r]  # NaN is a gap in the curve
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker="." if len(points) < 30 else "")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
-        if len(axes.lines) > 1:
-            axes.legend(fontsize=7, framealpha=0.5)  # where it covers a curve, the curve shows
+        if len(axes.lines) > 1:  # beside the title, where it covers no curve
+            axes.legend(
+                loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=7, frameon=False, borderaxespad=0.2,
+                columnspacing=1.0, handlelength=1.5,
+            )  # fmt: skip
     with atomic(out) as beside:
         figure.savefig(beside, format="png", dpi=100)
 

@@ -48,6 +48,22 @@ def test_the_command(capsys, monkeypatch):
     assert float(rows["embedding, 2 x 10 s"][-1].rstrip("x")) > 0
 
 
+@pytest.mark.parametrize("preset", ["nano", "large"])
+def test_every_preset_is_one(preset, capsys):
+    assert cli.main(["bench", "--preset", preset, "--seconds", "0"]) == cli.FAILED
+    assert "--seconds is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "message"), [("file", "is a file"), ("file/below", "cannot be written")])
+def test_a_profile_that_cannot_be_written_is_said_first(name, message, tmp_path, capsys, monkeypatch):
+    from matpac_fast.cli import bench
+
+    monkeypatch.setattr(bench, "make_cases", lambda *_: pytest.fail("measured before it was checked"))
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "--profile", str(tmp_path / name), "--device", "cpu"]) == cli.FAILED
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--batch-size", "0"], "--batch-size is 0"), (["--seconds", "-1"], "--seconds is -1"), (["--device", "x"], "x")],

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from matpac_fast.errors import ConfigError
 from matpac_fast.ops import log_mel
 from matpac_fast.samples import Samples
 from matpac_fast.study.probe import ProbeResult, bootstrap_interval
+from matpac_fast.train.logs import read_log
 
 OPTIONS = ["--crop-seconds", "0.16", "0.32", "--batch-size", "4", "--temporal-supports", "0.8", "2.4"]
 
@@ -103,6 +105,29 @@ def test_a_second_run_goes_on_with_the_first(
     assert asked[UNTRAINED].native_seconds == asked[TRAINED].native_seconds == 0.32
 
 
+def test_ctrl_c_saves_the_steps_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = demo._Steps.step
+
+    def interrupted(self: demo._Steps, step: int) -> None:
+        real(self, step)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(demo, "load_samples", few)
+    monkeypatch.setattr(demo._Steps, "step", interrupted)
+    command = ["demo", "--out", str(tmp_path), "--steps", "3", *OPTIONS]
+    assert cli.main(command) == cli.INTERRUPTED
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "stopped at step 2 of 3; the same command goes on from here"
+    assert not (tmp_path / "report.html").exists()
+    monkeypatch.setattr(demo, "compare", lambda *_: [row(250)])
+    assert cli.main(command) == 0
+    steps = [record["step"] for record in read_log(tmp_path / "run/log.jsonl") if record.get("event") == "resume"]
+    assert steps == [2]
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report.html").write_text("my thesis")
     assert cli.main(["demo", "--out", str(tmp_path)]) == cli.FAILED
@@ -137,7 +162,14 @@ def test_a_step_is_timed_by_training(tmp_path: Path) -> None:
     [
         (["--temporal-supports", "0.7"], "--temporal-supports 0.7: expected seconds that divide 2.4 s"),
         (["--temporal-supports", "0"], "--temporal-supports 0: expected"),
+        (["--temporal-supports", "nan"], "--temporal-supports nan: expected seconds"),
+        (["--temporal-supports", "inf"], "--temporal-supports inf: expected seconds"),
+        (["--temporal-supports"], "--temporal-supports has no numbers"),
         (["--minutes", "0"], "--minutes is 0"),
+        (["--minutes", "inf"], "--minutes is inf"),
+        (["--minutes", "nan"], "--minutes is nan"),
+        (["--crop-seconds"], "--crop-seconds has no numbers"),
+        (["--crop-seconds", "nan"], "--crop-seconds nan: expected"),
         (["--steps", "0"], "steps is 0; expected at least 1"),
         (["--crop-seconds", "1.3"], "--crop-seconds 1.3: expected a multiple of 0.16 s"),
         (["--crop-seconds", "9.6", "--steps", "1"], "no clip is as long as a crop"),

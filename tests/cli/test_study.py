@@ -9,12 +9,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 
 from matpac_fast import cli, load_encoder
+from matpac_fast.cli.study import choice_cells
 from matpac_fast.study import sweep
 from matpac_fast.study.cost import measure_here
+from matpac_fast.study.results import Tables
 from tests.study.conftest import clips, encoder_file  # noqa: F401
 from tests.tasks import miniature
 
@@ -124,6 +128,63 @@ def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  
     assert len(pq.read_table(tmp_path / "cost.parquet")) == 2
     assert 'id="costs"' in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "results.parquet").exists()
+
+
+def test_changes_are_told_as_such(study):
+    tables = Tables([], [], pq.read_table(study / "choices.parquet").to_pylist())
+    header, body = choice_cells(tables)
+    assert header[-2:] == ["memory change", "time change"]
+    tables.choices[0].update(memory_saved=0.0, time_saved=0.25)
+    assert choice_cells(tables)[1][0][-2:] == ["same", "-25 %"]
+    assert all(cell for line in body for cell in line)
+
+
+def test_without_costs_nothing_is_cheaper_and_what_is_left_out_is_named(
+    encoder_file,  # noqa: F811
+    clips,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    folder = shutil.copytree(clips, tmp_path / "tones")
+    soundfile.write(folder / "0-0.wav", np.full(16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    common = ["--resamples", "20", "--device", "cpu", "--workers", "1", "--seeds", "1", "--partial"]
+    arguments = ["--encoders", str(encoder_file), "--tasks", f"folder:{folder}", "--temporal-support", "0.2,0.5"]
+    out = tmp_path / "out"
+    assert cli.main(["study", *arguments, "--margin", "0.9", "--no-cost", "--out", str(out), *common]) == 0
+    said = capsys.readouterr().out
+    assert "cheap" not in said
+    assert "memory" not in said
+    line = f"tones: 1 clip is left out, missing, altered or damaged: {folder / '0-0.wav'}: not finite"
+    assert line in said
+    assert "1 clip is left out" in (out / "report.html").read_text()
+    assert "cheapest" not in (out / "report.html").read_text()
+    assert "The best is chosen on validation clips" in (out / "report.html").read_text()
+    arguments = ["--encoder", str(encoder_file), "--task", f"folder:{folder}", "--temporal-support", "0.5"]
+    assert cli.main(["probe", *arguments, "--cache", str(out), *common]) == 0
+    said = capsys.readouterr().out
+    assert line in said
+    assert "11 test clips" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("study", ["--margin", "-1"], "--margin is -1; expected 0 or more"),
+        ("study", ["--margin", "nan"], "--margin is nan"),
+        ("study", ["--resamples", "0"], "--resamples is 0; expected at least 1"),
+        ("probe", ["--resamples", "-5"], "--resamples is -5"),
+        ("study", ["--batch-sizes", "1,inf"], "--batch-sizes has inf; expected whole numbers"),
+        ("study", ["--workers", "0"], "workers 0; expected 1 or more"),
+    ],
+)
+def test_numbers_that_cannot_be_end_it_before_any_work(command, options, said, tmp_path, capsys):
+    needed = ["--encoders", "e", "--tasks", "folder:x", "--out", str(tmp_path / "out")]
+    needed = needed if command == "study" else ["--task", "folder:x"]
+    assert cli.main([command, *needed, *options, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 
 from matpac_fast import load_encoder
-from matpac_fast.errors import ConfigError
+from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.study import cache as cache_module
 from matpac_fast.study import sweep
 from matpac_fast.study.cache import View
@@ -18,7 +21,7 @@ from matpac_fast.study.cost import Cost, count_macs, measure, measure_here
 from matpac_fast.study.linear import ProbeConfig, Probed
 from matpac_fast.study.results import Cell, read_costs, tabulate, write_costs, write_table
 from matpac_fast.study.sweep import StudyConfig, run_study
-from matpac_fast.tasks import load_task
+from matpac_fast.tasks import DatasetError, load_task
 
 PROBE = ProbeConfig(learning_rates=(0.3,), decays=(1e-3, 1e-1), seeds=2, steps=60)
 
@@ -183,6 +186,86 @@ def test_costs_that_are_known_are_not_measured_again(encoder_file, tmp_path, mon
     more = sweep.cost_sweep(dataclasses.replace(study, temporal_supports=(0.2, 0.5, 0.6)), tmp_path, lambda *_: None)
     assert asked[4:] == [(0.6, 1), (0.6, 2)]
     assert all(more[key] == cost for key, cost in found.items())
+
+
+@pytest.fixture
+def damaged(clips, tmp_path):
+    """The clips, of which two cannot be decoded although their headers are fine: a test clip, and one to learn from."""
+    folder = tmp_path / "damaged" / "tones"
+    shutil.copytree(clips, folder)
+    for name in ("0-0.wav", "1-9.wav"):
+        soundfile.write(folder / name, np.full(16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    return folder
+
+
+def test_a_partial_study_leaves_out_what_cannot_be_decoded(encoder_file, damaged, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_CLIPS", 8)
+    told: list[tuple[str, int, int]] = []
+    study = config(encoder_file, damaged, partial=True)
+    cells = run_study(study, tmp_path / "out", lambda *told_now: told.append(told_now))
+    assert ("embedding", 60, 60) in told
+    task = cells[0].task
+    assert [(Path(name).name, "not finite" in reason) for name, reason in task.left_out] == [
+        ("0-0.wav", True),
+        ("1-9.wav", True),
+    ]
+    assert cells[0].probed.scores[0].shape == (2, 11, 3)
+    assert {path.name for path in task.paths} == {p.name for p in damaged.glob("*.wav")} - {"0-0.wav", "1-9.wav"}
+    for i in task.folds[0].test.tolist():  # the split is still that of clips.csv
+        assert task.paths[i].name[2] in "0123"
+        assert task.targets[i] == int(task.paths[i].name[0])
+    rows = tabulate(cells, 0.01, resamples=20).results
+    assert [(row["test_clips"], row["clips"], row["left_out"]) for row in rows[:3]] == [
+        (11, 28, 2),
+        (5, 28, 2),
+        (6, 28, 2),
+    ]
+    again = run_study(study, tmp_path / "out")
+    assert again[0].task.left_out == task.left_out
+    assert torch.equal(again[0].probed.scores[0], cells[0].probed.scores[0])
+
+
+def test_the_first_of_several_processes_learns_what_the_others_could_not_decode(
+    encoder_file, damaged, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache_module, "_CLIPS", 8)
+    monkeypatch.setattr(sweep, "_wait_for_all", lambda *_: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        found.append(run_study(config(encoder_file, damaged, partial=True), tmp_path / "out"))
+    assert found[0] == []
+    assert [Path(name).name for name, _ in found[1][0].task.left_out] == ["0-0.wav", "1-9.wav"]
+
+
+def test_without_partial_a_damaged_file_ends_it_and_says_what_helps(encoder_file, damaged, tmp_path):
+    with pytest.raises(AudioError, match=r"0-0\.wav: .*--partial"):
+        run_study(config(encoder_file, damaged), tmp_path / "out")
+
+
+def test_a_partial_study_without_test_clips_says_so(encoder_file, damaged, tmp_path):
+    for path in damaged.glob("*-[0-3].wav"):
+        shutil.copy(damaged / "0-0.wav", path) if path.name != "0-0.wav" else None
+    with pytest.raises(DatasetError, match="fold 0 has no test clips without the 13 files"):
+        run_study(config(encoder_file, damaged, partial=True), tmp_path / "out")
+
+
+def test_without_costs_nothing_is_said_of_the_cheapest(clips, tmp_path):
+    cells = [
+        dataclasses.replace(made_cell(clips, ts, valid, 9, 1.0), costs=[]) for ts, valid in ((0.5, 0.9), (1.0, 0.9))
+    ]
+    tables = tabulate(cells, 0.5, resamples=10)
+    (choice,) = tables.choices
+    assert choice["best_temporal_support"] == 0.5
+    assert {choice[name] for name in choice if "cheapest" in name or "saved" in name} == {None}
+    write_table(tmp_path / "choices.parquet", tables.choices)
+    assert pq.read_table(tmp_path / "choices.parquet").column_names == list(choice)
+
+
+def test_what_came_is_said_of_numbers_below_one():
+    with pytest.raises(ConfigError, match=r"batch sizes \(1, 0\), batch size 16, workers 2; expected 1 or more"):
+        StudyConfig(("a",), batch_sizes=(1, 0))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import struct
 import sys
 
@@ -65,6 +66,25 @@ def test_curves_show_what_is_there(tmp_path):
         log.write('{"event": "probe", "step": 2, "student_knn": 0.5}\n')
     draw_curves(tmp_path / "log.jsonl", tmp_path / "b.png")
     assert size(tmp_path / "b.png")[1] > size(tmp_path / "a.png")[1]  # one row of panels more
+
+
+def test_every_score_is_drawn_and_no_legend_covers_one(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    scores = [f"{of}_{score}" for of in ("student", "teacher", "statistics") for score in ("knn", "linear")]
+    lines = [{"step": 1, "loss": 1.0, "loss_pred": 0.5, "loss_cls": 0.5}]
+    lines += [{"event": "probe", "step": step} | dict.fromkeys(scores, 0.5) for step in (0, 1)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures, real = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or real(self, *a, **k))
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    axes = figures[0].axes
+    assert [line.get_label() for line in axes[-1].lines] == scores
+    for panel in (axes[0], axes[-1]):
+        legend, title = panel.get_legend().get_window_extent(), panel._left_title.get_window_extent()
+        assert legend.y0 >= panel.get_window_extent().y1 - 1
+        assert legend.x0 >= title.x1  # beside it, not upon it
+        assert figures[0].bbox.y1 >= legend.y1
 
 
 @pytest.mark.parametrize(
