@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import early
 import numpy as np
 import pytest
 import torch
-from interpreter import EARLY, InterpretedTests
 from torch import Tensor
 
 from matpac_fast import backend
@@ -27,19 +27,25 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 
 
 def pytest_sessionstart() -> None:
-    if "these are the sources" in (reason := backend.unavailable("cpp") or ""):
+    # Interpreted, the kernels are the same from the sources; there is no -P for `python -m` before Python 3.11.
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interprets and "these are the sources" in (reason := backend.unavailable("cpp") or ""):
         pytest.exit(f"matpac_fast: {reason}; or run pytest, not python -m pytest", returncode=2)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    whole = len(session.items) > 1000 and any(item.name == "test_interpreted_kernels" for item in session.items)
-    if whole and not session.config.option.collectonly and importlib.util.find_spec("triton"):
-        session.config.stash[EARLY] = InterpretedTests(session.config.rootpath)
+    config, names = session.config, {item.name for item in session.items}
+    whole = len(session.items) > 1000 and not config.option.collectonly
+    if whole and "test_interpreted_kernels" in names and importlib.util.find_spec("triton"):
+        config.stash[early.INTERPRETED] = early.interpreted(config)
+        if (job := early.compiled_ahead(config)) is not None:
+            config.stash[early.COMPILED] = job
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (run := session.config.stash.get(EARLY, None)) is not None:
-        run.end()
+    for key in (early.INTERPRETED, early.COMPILED):
+        if (job := session.config.stash.get(key, None)) is not None:
+            job.end()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import time
 
 import pytest
 import torch
+from forks import forks
 from safetensors.torch import load_file
 
 from matpac_fast import distcp
@@ -41,18 +41,7 @@ def rank_main(rank, world, port, results, job, args):
 def on_ranks(world, job, *args, timeout=60.0):
     """job(rank, *args) in `world` processes -> their answers by rank; fails where one hangs."""
     port = free_port()
-    # A server that has imported everything once and forks: the ranks start at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "matpac_fast.train",
-            "safetensors.torch",
-            "torch._dynamo",
-            "torch.distributed.checkpoint",
-            "torch.distributed.fsdp",
-            "torch.distributed.tensor",
-        ]
-    )
+    context = forks()
     results = context.Queue()
     processes = [
         context.Process(target=rank_main, args=(rank, world, port, results, job, args), daemon=True)

@@ -9,6 +9,7 @@ import pkgutil
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
+from early import triton_cache
 
 pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[triton]'")
 
@@ -24,6 +25,7 @@ MODULES = [
 ]
 LAUNCHES: dict[str, Launch] = {launch.name: launch for module in MODULES for launch in module.AOT}
 Key = tuple[str, int]  # a launch's name and a compute capability
+KEYS: list[Key] = [(name, capability) for name, launch in LAUNCHES.items() for capability in launch.capabilities]
 
 
 def compile_one(key: Key) -> Cost:
@@ -34,14 +36,12 @@ def compile_one(key: Key) -> Cost:
 
 @pytest.fixture(scope="module")
 def costs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Future[Cost]]:
-    """Compilations under way on every core, into pytest's own cache: a second run costs little."""
-    keys = [(name, capability) for name, launch in LAUNCHES.items() for capability in launch.capabilities]
-    cache = getattr(request.config, "cache", None)  # None under -p no:cacheprovider
-    folder = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
+    """Compilations under way on every core, into a cache that may hold many of them already."""
+    folder = triton_cache(request.config) or tmp_path_factory.mktemp("triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-            return {key: pool.submit(compile_one, key) for key in keys}
+            return {key: pool.submit(compile_one, key) for key in KEYS}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

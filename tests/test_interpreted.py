@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-from interpreter import EARLY, InterpretedTests
+from early import INTERPRETED, interpreted
 
 
 def test_interpreted_kernels(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[triton]'")
-    run = request.config.stash.get(EARLY, None) or InterpretedTests(request.config.rootpath)
-    request.addfinalizer(run.end)
-    code, output = run.wait()
+    job = request.config.stash.get(INTERPRETED, None) or interpreted(request.config)
+    request.addfinalizer(job.end)
+    code, output = job.wait()
     assert code == 0, output
     passed = re.search(r"(\d+) passed", output)
     assert passed is not None, output

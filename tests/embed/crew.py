@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from forks import forks
 from torch import Tensor
 
 from matpac_fast.audio_encoder import AudioEncoder
@@ -34,8 +34,7 @@ def work(source: Path, out: Path, seconds: float, options: dict[str, Any]) -> No
 
 
 def start(source: Path, out: Path, seconds: float = 0.0, **options: Any) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pyarrow.parquet", "soundfile", "soxr"])
+    context = forks()
     process = context.Process(target=work, args=(source, out, seconds, options))
     process.start()
     return process

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import signal
 import time
 
 import torch
+from forks import forks
 from safetensors.torch import load_file
 
 from matpac_fast.model import Matpac
@@ -29,9 +29,7 @@ def test_sigkill_never_costs_more_than_the_steps_since_the_last_checkpoint(
     tmp_path, corpus, model_config, train_config
 ):
     config = dataclasses.replace(train_config, steps=6 * KILLS, save_every=1, log_every=1, keep_last=2)
-    # A server that has imported everything once and forks, torch's optimisers' lazy import too: children start at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["matpac_fast.train", "safetensors.torch", "torch._dynamo"])
+    context = forks()
     rng = random.Random(0)
     run = tmp_path / "killed"
     seen = 0

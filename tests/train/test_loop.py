@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from forks import forks
 from safetensors.torch import load_file, save_file
 from stops import after
 
@@ -279,8 +279,7 @@ def limited(corpus, folder, model_config, train_config):
 
 def test_a_disk_that_is_really_full_is_said_so(tmp_path, corpus, model_config, train_config):
     pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(4))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["matpac_fast.train", "safetensors.torch", "torch._dynamo"])
+    context = forks()
     process = context.Process(target=limited, args=(corpus, tmp_path / "run", model_config, train_config))
     process.start()
     process.join(60)

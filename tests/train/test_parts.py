@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import pickle
 import random
@@ -15,6 +14,7 @@ import time
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forks import forks
 from ranks import assert_same_curve, free_port, on_ranks, rank_main, tensors, train
 
 import matpac_fast as mf
@@ -83,7 +83,7 @@ def test_sigkill_leaves_a_checkpoint_that_loads(tmp_path, corpus, model_config, 
     """All processes at once, as when a machine goes down, at random moments of training and saving."""
     config = dataclasses.replace(halves, steps=8 * KILLS, save_every=1)
     run, rng, seen = tmp_path / "killed", random.Random(0), 0
-    context = multiprocessing.get_context("forkserver")
+    context = forks()
     for _ in range(KILLS):
         port, results = free_port(), context.Queue()
         processes = [
