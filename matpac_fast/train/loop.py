@@ -183,9 +183,11 @@ class _Run:
     def close(self) -> None:
         """The last one first, and each whatever becomes of the others."""
         with contextlib.ExitStack() as stack:
-            for close in (self.reporter.close, self.log.close if self.log else None, self.saver.close, self.feed.close):
-                if close:
-                    stack.callback(close)
+            stack.callback(self.reporter.close)
+            if self.log:
+                stack.callback(self.log.close)
+            stack.callback(self.saver.close)
+            stack.callback(self.feed.close)
 
     def go(self, stop: Callable[[], bool]) -> Result:
         c = self.config

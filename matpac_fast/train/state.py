@@ -188,8 +188,12 @@ class RunFolder:
     def check_shared(self, ranks: Ranks) -> None:
         """Raise ConfigError where some rank does not see the folder that rank 0 does."""
         mark = self.path / ".lock"
-        token = ranks.from_first(lambda: uuid.uuid4().hex)
-        ranks.from_first(lambda: mark.write_text(token))
+
+        def write() -> str:
+            mark.write_text(token := uuid.uuid4().hex)
+            return token
+
+        token = ranks.from_first(write)
 
         def look() -> None:
             if not mark.is_file() or mark.read_text() != token:
