@@ -32,6 +32,8 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "mask_shuffle": {"cpu": ("cpp",), "cuda": ("triton",)},
     "masked_patch_embed": {"cpu": ("cpp",), "cuda": ("triton",)},
     "prototype_loss": {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
+    # In 16 bits alone; without a kernel torch's own, which is no reason to warn.
+    "attention": {"cpu": (), "cuda": ("triton",)},
 }
 
 _forced = "auto"

@@ -305,6 +305,12 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
+def attention(qkv: Tensor) -> Tensor:
+    """Self-attention from packed queries, keys and values (B, N, 3, H, d) -> (B, N, H, d), by torch's own kernels."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift of int64, which torch shifts arithmetically."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -82,11 +82,30 @@ def run_prototype_loss(source, inputs: Tensors) -> Tensors:
     return loss.detach(), mean, *torch.autograd.grad(loss, leaves, upstream)
 
 
+def attention_inputs(generator: torch.Generator) -> Tensors:
+    shapes = ((3, 58, 3, 4, 64), (2, 134, 3, 2, 64), (2, 191, 3, 4, 32))
+    qkvs = [torch.randn(*shape, generator=generator) for shape in shapes]
+    grads = [torch.randn(*shape[:2], *shape[3:], generator=generator) for shape in shapes]
+    return tuple(t.bfloat16().double() for t in (*qkvs, *grads))
+
+
+def run_attention(source, inputs: Tensors) -> Tensors:
+    """The kernels are for 16 bits: what comes as float32 is rounded, without loss."""
+    outputs: list[Tensor] = []
+    for qkv, grad in zip(inputs[:3], inputs[3:], strict=True):
+        work = qkv.dtype if qkv.dtype == torch.float64 else torch.bfloat16
+        leaf = qkv.to(work).requires_grad_()
+        out = source.attention(leaf)
+        outputs += [out.detach(), *torch.autograd.grad(out, leaf, grad.to(work))]
+    return tuple(outputs)
+
+
 CASES = [
     Case("log_mel", log_mel_inputs, run_log_mel),
     Case("mask_shuffle", mask_shuffle_inputs, run_mask_shuffle),
     Case("masked_patch_embed", masked_patch_embed_inputs, run_masked_patch_embed),
     Case("prototype_loss", prototype_loss_inputs, run_prototype_loss),
+    Case("attention", attention_inputs, run_attention),
 ]
 # It multiplies sums of two float16 terms and leaves out the smallest product; the interpreted tests allow as much.
 SLACK = {("log_mel", "triton"): 5e-6}
@@ -204,6 +223,7 @@ def test_compiles_whole(case):
         "mask_shuffle": lambda t: ops.mask_shuffle(7, 123_456, t[0], 190),
         "masked_patch_embed": lambda t: ops.masked_patch_embed(*t[:6], 57),
         "prototype_loss": lambda t: ops.prototype_loss(*t[:5], 0.1, 0.05),
+        "attention": lambda t: ops.attention(t[0].bfloat16()),
     }[case.name]
     got = torch.compile(forward, fullgraph=True)(inputs)
     got = got if isinstance(got, tuple) else (got,)

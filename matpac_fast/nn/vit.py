@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
+from ..ops.attention import is_fused
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention through `scaled_dot_product_attention`; parameters qkv (3D, D) and proj (D, D)."""
+    """Multi-head self-attention (`ops.attention`); parameters qkv (3D, D) and proj (D, D)."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -20,15 +23,21 @@ class Attention(nn.Module):
         """(B, N, D) -> (B, N - first_query, D): every token is a key, only those from `first_query` on are queries."""
         b, n, d = x.shape
         heads = (self.num_heads, d // self.num_heads)
-        if first_query == 0:
-            q, k, v = self.qkv(x).reshape(b, n, 3, *heads).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D/H)
+        if first_query == 0 or self._is_fused(x):
+            # The kernel's queries cost less than taking queries and keys apart.
+            out = ops.attention(self.qkv(x).view(b, n, 3, *heads))[:, first_query:]  # (B, N, H, D/H)
         else:
             q = F.linear(x[:, first_query:], self.qkv.weight[:d], self.qkv.bias[:d])
             q = q.reshape(b, n - first_query, *heads).transpose(1, 2)
             kv = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:])
             k, v = kv.reshape(b, n, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(b, n - first_query, d))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(out.reshape(b, n - first_query, d))
+
+    def _is_fused(self, x: Tensor) -> bool:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return is_fused(x.device, dtype, x.shape[1], x.shape[2] // self.num_heads)
 
 
 class Mlp(nn.Module):
