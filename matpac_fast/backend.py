@@ -32,9 +32,13 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "mask_shuffle": {"cpu": ("cpp",), "cuda": ("triton",)},
     "masked_patch_embed": {"cpu": ("cpp",), "cuda": ("triton",)},
     "prototype_loss": {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-    # In 16 bits alone; without a kernel torch's own, which is no reason to warn.
+    # Without a kernel these are a few functions of torch's, on the CPU always: see `fuses`.
+    "prediction_loss": {"cpu": (), "cuda": ("triton",)},
     "attention": {"cpu": (), "cuda": ("triton",)},
 }
+
+# Triton decides at import whether its interpreter runs the kernels, which then compute on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _forced = "auto"
 
@@ -178,6 +182,14 @@ def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> s
     if device.type == "cuda":
         _warn_slow(op, "; ".join(f"{launcher}: {_obstacle(launcher, dtype)}" for launcher in table))
     return "reference"
+
+
+def fuses(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an op that is a few functions of torch's runs as a Triton kernel here; `dtype` is that of the tensor."""
+    if _forced == "reference" or dtype == torch.float64:
+        return False
+    interpreted = INTERPRETED and _forced == "triton" and device.type == "cpu"
+    return (device.type == "cuda" or interpreted) and choose(op, device, dtype) == "triton"
 
 
 def _obstacle(launcher: str, dtype: torch.dtype | None) -> str | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import choose, device_guard
+from ..backend import device_guard, fuses
 from ._check import check_tensor, shape_of
 
 _OP = "attention"
@@ -20,10 +19,8 @@ MAX_TOKENS, HEAD_WIDTHS = 256, (32, 64)
 
 def is_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_width: int) -> bool:
     """Whether `attention` of such a tensor is ours to compute; torch's own serves the rest."""
-    if dtype not in (torch.bfloat16, torch.float16) or not 0 < tokens <= MAX_TOKENS or head_width not in HEAD_WIDTHS:
-        return False
-    # Triton's interpreter computes on CPU tensors: that is how the kernels are tested without a GPU.
-    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    fits = dtype in (torch.bfloat16, torch.float16) and 0 < tokens <= MAX_TOKENS and head_width in HEAD_WIDTHS
+    return fits and fuses(_OP, device, dtype)
 
 
 def _impl(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -66,11 +63,14 @@ class _Attention(torch.autograd.Function):
             out, sums = torch.ops.matpac_fast.attention(qkv, keep)
         ctx.save_for_backward(qkv, out, sums)
         ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
         return out, sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        if grad is None:
+            return None, None
         return torch.ops.matpac_fast.attention_backward(grad, *ctx.saved_tensors), None
 
 
@@ -99,10 +99,6 @@ def attention(qkv: Tensor) -> Tensor:
     check_tensor(_OP, "qkv", qkv, 5, _DTYPES)
     if qkv.shape[2] != 3:
         raise ValueError(f"{_OP}: qkv is {shape_of(qkv)}; expected (B, N, 3, H, d)")
-    if not is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4]) or _chosen(qkv) == "reference":
+    if not is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4]):
         return reference.attention(qkv)
     return torch.ops.matpac_fast.attention(qkv, torch.is_grad_enabled() and qkv.requires_grad)[0]
-
-
-def _chosen(qkv: Tensor) -> str:
-    return choose(_OP, qkv.device, qkv.dtype)

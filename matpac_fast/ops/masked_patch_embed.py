@@ -247,11 +247,14 @@ class _MaskedPatchEmbed(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             visible, masked = torch.ops.matpac_fast.masked_patch_embed(*args)
         ctx.mark_non_differentiable(masked)
+        ctx.set_materialize_grads(False)  # zeros as large as the teacher's tokens
         return visible, masked
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 8
         spec, ids_shuffle = ctx.saved_tensors
         weight, bias, cls = torch.ops.matpac_fast.masked_patch_embed_backward(
             grad, spec, ids_shuffle, ctx.n_visible, ctx.patch, ctx.dtype

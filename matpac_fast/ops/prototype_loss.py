@@ -173,11 +173,14 @@ class _PrototypeLoss(torch.autograd.Function):
         ctx.save_for_backward(*args[:2], *copies, stats, delta, args[5])
         ctx.launcher = args[8]
         ctx.mark_non_differentiable(mean, stats, delta)
+        ctx.set_materialize_grads(False)  # zeros as large as delta
         return loss, mean, stats, delta
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 9
         wanted = ctx.needs_input_grad[:2]
         grads = torch.ops.matpac_fast.prototype_loss_backward(grad, *ctx.saved_tensors, *wanted, ctx.launcher)
         return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *[None] * 7
