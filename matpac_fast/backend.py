@@ -35,6 +35,8 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     # Without a kernel these are a few functions of torch's, on the CPU always: see `fuses`.
     "prediction_loss": {"cpu": (), "cuda": ("triton",)},
     "attention": {"cpu": (), "cuda": ("triton",)},
+    "bias_gelu": {"cpu": (), "cuda": ("triton",)},
+    "add_layer_norm": {"cpu": (), "cuda": ("triton",)},
 }
 
 # Triton decides at import whether its interpreter runs the kernels, which then compute on CPU tensors.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError
 
@@ -309,6 +309,21 @@ def attention(qkv: Tensor) -> Tensor:
     """Self-attention from packed queries, keys and values (B, N, 3, H, d) -> (B, N, H, d), by torch's own kernels."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def bias_gelu(h: Tensor, bias: Tensor) -> Tensor:
+    """The exact GELU of h (..., C) + bias (C,), in the dtype of h."""
+    return F.gelu(h + bias.to(h.dtype))
+
+
+def add_layer_norm(
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + delta + bias, (..., D) in the dtype of x, and its LayerNorm in `dtype`."""
+    if delta is not None:
+        x = (x + delta + (0 if bias is None else bias)).to(x.dtype)
+    weight = norm.weight.to(torch.promote_types(x.dtype, torch.float32))
+    return x, F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, norm.bias.to(weight.dtype), norm.eps).to(dtype)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -89,15 +89,52 @@ def attention_inputs(generator: torch.Generator) -> Tensors:
     return tuple(t.bfloat16().double() for t in (*qkvs, *grads))
 
 
+def narrow(tensor: Tensor) -> Tensor:
+    """In the 16 bits that some kernels are for, which lose nothing of what was drawn for them; float64 stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.bfloat16()
+
+
 def run_attention(source, inputs: Tensors) -> Tensors:
-    """The kernels are for 16 bits: what comes as float32 is rounded, without loss."""
     outputs: list[Tensor] = []
     for qkv, grad in zip(inputs[:3], inputs[3:], strict=True):
-        work = qkv.dtype if qkv.dtype == torch.float64 else torch.bfloat16
-        leaf = qkv.to(work).requires_grad_()
+        leaf = narrow(qkv).detach().requires_grad_()
         out = source.attention(leaf)
-        outputs += [out.detach(), *torch.autograd.grad(out, leaf, grad.to(work))]
+        outputs += [out.detach(), *torch.autograd.grad(out, leaf, narrow(grad))]
     return tuple(outputs)
+
+
+def rows_inputs(generator: torch.Generator) -> Tensors:
+    """Two matrices and two rows, the first of each as 16 bits hold them."""
+    matrices = [torch.randn(515, 768, generator=generator).bfloat16().double() for _ in range(2)]
+    return (*matrices, *(torch.randn(768, generator=generator).double() for _ in range(3)))
+
+
+def run_bias_gelu(source, inputs: Tensors) -> Tensors:
+    leaves = (narrow(inputs[0]).detach().requires_grad_(), inputs[2].detach().requires_grad_())
+    out = source.bias_gelu(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, narrow(inputs[1]))
+
+
+def run_add_layer_norm(source, inputs: Tensors) -> Tensors:
+    x, delta, bias, gamma, beta = inputs
+    norm = torch.nn.LayerNorm(x.shape[1], 1e-6, device=x.device, dtype=x.dtype)
+    norm.weight, norm.bias = torch.nn.Parameter(gamma.clone()), torch.nn.Parameter(beta.clone())
+    leaves = (x.detach().requires_grad_(), narrow(delta).detach().requires_grad_(), bias.detach().requires_grad_())
+    total, normed = source.add_layer_norm(*leaves, norm, narrow(x).dtype)
+    again = source.add_layer_norm(total, None, None, norm, x.dtype)[1]
+    out = (normed * narrow(delta)).sum(dtype=x.dtype) + (again * x).sum()
+    return total.detach(), normed.detach(), *torch.autograd.grad(out, (*leaves, norm.weight, norm.bias))
+
+
+def prediction_loss_inputs(generator: torch.Generator) -> Tensors:
+    return tuple(torch.randn(*shape, generator=generator).double() for shape in ((515, 3, 96), (515, 96), (515,)))
+
+
+def run_prediction_loss(source, inputs: Tensors) -> Tensors:
+    prediction, target, upstream = inputs
+    leaf = prediction.detach().requires_grad_()
+    loss, best = source.prediction_loss(leaf, target, 0.3)
+    return loss.detach(), best, *torch.autograd.grad(loss, leaf, upstream)
 
 
 CASES = [
@@ -105,7 +142,10 @@ CASES = [
     Case("mask_shuffle", mask_shuffle_inputs, run_mask_shuffle),
     Case("masked_patch_embed", masked_patch_embed_inputs, run_masked_patch_embed),
     Case("prototype_loss", prototype_loss_inputs, run_prototype_loss),
+    Case("prediction_loss", prediction_loss_inputs, run_prediction_loss),
     Case("attention", attention_inputs, run_attention),
+    Case("bias_gelu", rows_inputs, run_bias_gelu),
+    Case("add_layer_norm", rows_inputs, run_add_layer_norm),
 ]
 # It multiplies sums of two float16 terms and leaves out the smallest product; the interpreted tests allow as much.
 SLACK = {("log_mel", "triton"): 5e-6}
@@ -223,7 +263,10 @@ def test_compiles_whole(case):
         "mask_shuffle": lambda t: ops.mask_shuffle(7, 123_456, t[0], 190),
         "masked_patch_embed": lambda t: ops.masked_patch_embed(*t[:6], 57),
         "prototype_loss": lambda t: ops.prototype_loss(*t[:5], 0.1, 0.05),
+        "prediction_loss": lambda t: ops.prediction_loss(t[0], t[1], 0.3),
         "attention": lambda t: ops.attention(t[0].bfloat16()),
+        "bias_gelu": lambda t: ops.bias_gelu(t[0].bfloat16(), t[2]),
+        "add_layer_norm": lambda t: run_add_layer_norm(ops, t)[:2],
     }[case.name]
     got = torch.compile(forward, fullgraph=True)(inputs)
     got = got if isinstance(got, tuple) else (got,)

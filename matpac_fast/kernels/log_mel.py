@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from typing import Any
 
 import torch
 import triton
@@ -30,13 +31,39 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import LogMelConfig
-from ._aot import CAPABILITIES, Launch
+from ._aot import CAPABILITIES, Launch, capability_of
 
-# Frames of a program, sums of a step, bins at a time: the largest tiles that spill on no architecture; 128 frames or 64
-# bins do on sm_80, and two stages do on sm_100 by Triton 3.7. The DFTs' 101 sums and bins are padded to 112 and 128.
-BLOCK_F, BLOCK_N, BLOCK_K, NUM_WARPS, NUM_STAGES = 64, 16, 32, 8, 3
+# The DFTs' 101 sums and bins are padded to these.
 SUMS = tl.constexpr(112)
 BINS = tl.constexpr(128)
+
+
+def _options(capability: int) -> dict[str, int]:
+    """Frames of a program, sums of a step, bins at a time, and launch parameters.
+
+    A warp has 16 frames, for with chained products Triton hands a tile's rows out to all warps, and warps beyond the
+    rows would repeat others' work. One stage: with two, these tiles spill.
+    """
+    block_k = 64 if _hopper(capability) else 32
+    return {"BLOCK_F": 128, "BLOCK_N": 16, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 1}
+
+
+def _mels_of(n_mels: int, capability: int) -> tuple[int, int]:
+    """A wide and a narrow power of two from 16 that hold `n_mels` together: 80 = 64 + 16.
+
+    On Hopper 64 and 64, as wide as the DFTs' tables, so that one layout in shared memory serves every table. The ptxas
+    of CUDA 12.8, which Triton 3.6 and 3.7 bring for sm_90, loses a register copy where the wgmma descriptors of two
+    layouts come from one address, and the product then reads its table from a random place.
+    """
+    if _hopper(capability):
+        return 64, 64
+    wide = max(16, 1 << ((n_mels - 1).bit_length() - 1)) if n_mels > 1 else 16
+    narrow = max(16, 1 << (max(1, n_mels - wide) - 1).bit_length())
+    return wide, narrow
+
+
+def _hopper(capability: int) -> bool:
+    return 90 <= capability < 100
 
 
 # Triton's interpreter truncates to bfloat16 where GPUs round, and would multiply its bits as integers; there float32
@@ -80,7 +107,7 @@ def _powers(
     window,
     dft,
     scale,
-    odd: tl.constexpr,
+    odd,
     i,
     BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,6 +117,7 @@ def _powers(
     real = tl.zeros([BLOCK_F, BLOCK_K], dtype=tl.float32)
     imag = tl.zeros([BLOCK_F, BLOCK_K], dtype=tl.float32)
     size = SUMS * BINS
+    sign = tl.where(odd == 0, 1.0, -1.0)
     for first in range(0, SUMS, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)  # [BN]
         inner = valid[:, None] & (n <= 100)[None, :]
@@ -105,10 +133,7 @@ def _powers(
         y2 *= tl.load(window + 200 + n, n <= 100, 0)[None, :]
         y3 = tl.load(wave + start[:, None] + (400 - n)[None, :], paired, 0).to(tl.float32)
         y3 *= tl.load(window + 400 - n, (n <= 100) & (n > 0), 0)[None, :]
-        if odd:
-            even_part, odd_part = (y0 + y3) - (y1 + y2), (y0 - y3) + (y1 - y2)
-        else:
-            even_part, odd_part = (y0 + y3) + (y1 + y2), (y0 - y3) - (y1 - y2)
+        even_part, odd_part = (y0 + y3) + sign * (y1 + y2), (y0 - y3) - sign * (y1 - y2)
         table = dft + odd * 4 * size + n[:, None] * BINS + i[None, :]  # [BN, BK]
         high, low = _split(even_part * scale[:, None], tl.float16)
         real = _dot(high, low, table, size, real)
@@ -131,7 +156,7 @@ def _store(out, mel, m, t, n_mels, frames, log_offset, mean, inverse_std):
     tl.store(out + m.to(tl.int64)[None, :] * frames + t[:, None], y.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "n_mels", "tiles"])
 def log_mel_fwd_kernel(
     wave,
     out,
@@ -172,27 +197,20 @@ def log_mel_fwd_kernel(
 
     wide = tl.zeros([BLOCK_F, WIDE], dtype=tl.float32)
     narrow = tl.zeros([BLOCK_F, NARROW], dtype=tl.float32)
-    for odd in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
-        for first in tl.static_range(0, BINS, BLOCK_K):  # pyright: ignore[reportGeneralTypeIssues]
-            i = first + tl.arange(0, BLOCK_K)
-            powers = _powers(wave, start, valid, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
-            high, low = _split(powers * unscale * unscale, tl.bfloat16)
-            rows = bank + odd * 2 * BINS * (WIDE + NARROW)
-            wide = _mel(wide, high, low, rows, i, 0, WIDE, WIDE + NARROW)
-            narrow = _mel(narrow, high, low, rows, i, WIDE, NARROW, WIDE + NARROW)
+    for step in range(0, 2 * BINS // BLOCK_K):
+        odd = step // (BINS // BLOCK_K)
+        i = step % (BINS // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+        powers = _powers(wave, start, valid, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
+        high, low = _split(powers * unscale * unscale, tl.bfloat16)
+        rows = bank + odd * 2 * BINS * (WIDE + NARROW)
+        wide = _mel(wide, high, low, rows, i, 0, WIDE, WIDE + NARROW)
+        narrow = _mel(narrow, high, low, rows, i, WIDE, NARROW, WIDE + NARROW)
     out += clip * n_mels * frames
     _store(out, wide, tl.arange(0, WIDE), t, n_mels, frames, log_offset, mean, inverse_std)
     _store(out, narrow, WIDE + tl.arange(0, NARROW), t, n_mels, frames, log_offset, mean, inverse_std)
 
 
 MAX_MELS = 128  # what the sums of a program have room for
-
-
-def _mels_of(n_mels: int) -> tuple[int, int]:
-    """A wide and a narrow power of two from 16 that hold `n_mels` together: 80 = 64 + 16."""
-    wide = max(16, 1 << ((n_mels - 1).bit_length() - 1)) if n_mels > 1 else 16
-    narrow = max(16, 1 << (max(1, n_mels - wide) - 1).bit_length())
-    return wide, narrow
 
 
 def _two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,7 +220,9 @@ def _two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(config: LogMelConfig, device: torch.device, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+def _tables(
+    config: LogMelConfig, mels: int, device: torch.device, scale: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Window (400,), DFTs (parity, real and imaginary, term, SUMS, BINS), bank (parity, term, BINS, mels), peak."""
     window = reference.mel_window(config) * config.gain * scale
     n = torch.arange(SUMS.value, dtype=torch.float64)[:, None]
@@ -214,7 +234,7 @@ def _tables(config: LogMelConfig, device: torch.device, scale: float) -> tuple[T
         angle = n * k % 400 * (2 * math.pi / 400)
         exists = once * (k <= 200)
         dfts += [_two_terms(angle.cos() * exists, torch.float16), _two_terms(angle.sin() * exists, torch.float16)]
-        padded = torch.zeros(BINS.value, sum(_mels_of(config.n_mels)), dtype=torch.float64)
+        padded = torch.zeros(BINS.value, mels, dtype=torch.float64)
         padded[: 101 - odd, : config.n_mels] = bank[:, odd::2].T
         banks.append(_two_terms(padded, torch.bfloat16))
     return (
@@ -230,9 +250,11 @@ def log_mel(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
     batch, frames = wave.shape[0], config.n_frames(wave.shape[1])
     out = wave.new_empty((batch, config.n_mels, frames), dtype=dtype)
     scale = 1 / 32768 if wave.dtype == torch.int16 else 1.0
-    window, dft, bank, peak = _tables(config, wave.device, scale)
-    tiles = triton.cdiv(frames, BLOCK_F)
-    wide, narrow = _mels_of(config.n_mels)
+    capability = capability_of(wave)
+    options = _options(capability)
+    wide, narrow = _mels_of(config.n_mels, capability)
+    window, dft, bank, peak = _tables(config, wide + narrow, wave.device, scale)
+    tiles = triton.cdiv(frames, options["BLOCK_F"])
     if batch:
         log_mel_fwd_kernel[(batch * tiles,)](
             wave,
@@ -251,11 +273,7 @@ def log_mel(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
             1 / config.std,
             wide,
             narrow,
-            BLOCK_F,
-            BLOCK_N,
-            BLOCK_K,
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
+            **options,
         )
     return out
 
@@ -263,18 +281,30 @@ def log_mel(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
 _POINTERS = {"window": "*fp32", "dft": "*fp16", "bank": "*bf16"}
 _INTEGERS = dict.fromkeys(("stride", "hop", "frames", "n_mels", "tiles"), "i32")
 _FLOATS = dict.fromkeys(("peak", "log_offset", "mean", "inverse_std"), "fp32")
-_CONSTANTS = {"WIDE": 64, "NARROW": 16, "BLOCK_F": BLOCK_F, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
 
-AOT = [
-    Launch(
-        f"log_mel_fwd {wave} to {out}",
+
+def _launch(wave: str, out: str, capabilities: tuple[int, ...]) -> Launch:
+    """Of 80 mels, for architectures that have their options in common."""
+    options: dict[str, Any] = _options(capabilities[0])
+    wide, narrow = _mels_of(80, capabilities[0])
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    return Launch(
+        f"log_mel_fwd {wave} to {out}, {options['BLOCK_K']} bins",
         log_mel_fwd_kernel,
         {"wave": f"*{wave}", "out": f"*{out}", **_POINTERS, **_INTEGERS, **_FLOATS},
-        _CONSTANTS,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
-        divisible=("stride", "hop", "n_mels"),
-        capabilities=capabilities,  # twelve seconds each: the smaller variant stands in for its kind once
+        {"WIDE": wide, "NARROW": narrow, **options},
+        num_warps=warps,
+        num_stages=stages,
+        divisible=("stride", "hop"),
+        capabilities=capabilities,
     )
-    for wave, out, capabilities in (("fp32", "fp32", CAPABILITIES), ("i16", "bf16", (90,)))
+
+
+_HOPPER = tuple(filter(_hopper, CAPABILITIES))
+_OTHERS = tuple(capability for capability in CAPABILITIES if capability not in _HOPPER)
+
+AOT = [
+    _launch("fp32", "fp32", _OTHERS),
+    _launch("fp32", "fp32", _HOPPER),
+    _launch("i16", "bf16", _HOPPER),  # the smaller variant stands in for its kind once
 ]

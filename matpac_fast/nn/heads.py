@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .vit import linear_gelu
+
 
 class Prototypes(nn.Module):
     """K weight-normed directions, stored as the official `weight_g` (K, 1) and `weight_v` (K, d)."""
@@ -37,5 +39,6 @@ class ClassificationHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Latents (..., D) -> unit features (..., bottleneck), to be multiplied with `last_layer.matrix()`."""
-        x = self.mlp(x)
+        first, _, second, _, last = self.mlp
+        x = last(linear_gelu(second, linear_gelu(first, x)))  # pyright: ignore[reportArgumentType]
         return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)

@@ -7,7 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..backend import fuses
 from ..ops.attention import is_fused
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The exact GELU of a linear layer's output; its bias is added with it where a kernel does both."""
+    if _dtype_of_products(x).itemsize == 2 and fuses("bias_gelu", x.device, _dtype_of_products(x)):
+        return ops.bias_gelu(F.linear(x, layer.weight), layer.bias)
+    return F.gelu(layer(x))
 
 
 class Attention(nn.Module):
@@ -21,6 +34,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
         """(B, N, D) -> (B, N - first_query, D): every token is a key, only those from `first_query` on are queries."""
+        return self.proj(self.attend(x, first_query))
+
+    def attend(self, x: Tensor, first_query: int = 0) -> Tensor:
+        """`forward` without its last layer."""
         b, n, d = x.shape
         heads = (self.num_heads, d // self.num_heads)
         if first_query == 0 or self._is_fused(x):
@@ -32,12 +49,10 @@ class Attention(nn.Module):
             kv = F.linear(x, self.qkv.weight[d:], self.qkv.bias[d:])
             k, v = kv.reshape(b, n, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
             out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return self.proj(out.reshape(b, n - first_query, d))
+        return out.reshape(b, n - first_query, d)
 
     def _is_fused(self, x: Tensor) -> bool:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return is_fused(x.device, dtype, x.shape[1], x.shape[2] // self.num_heads)
+        return is_fused(x.device, _dtype_of_products(x), x.shape[1], x.shape[2] // self.num_heads)
 
 
 class Mlp(nn.Module):
@@ -49,7 +64,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(..., D) -> the activated hidden layer (..., hidden)."""
+        return linear_gelu(self.fc1, x)
 
 
 class Block(nn.Module):
@@ -78,6 +97,10 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D), after the LayerNorm."""
+        from . import fused
+
+        if fused.serves(self.blocks, x):
+            return fused.run(self.blocks, self.norm, x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
