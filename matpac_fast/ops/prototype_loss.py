@@ -111,7 +111,8 @@ def _backward(
     # The factor goes to the narrow side of both products. In 16 bits it is scaled to at most 1 before it is rounded:
     # that of a mean over many rows would be subnormal in float16.
     largest = 1.0 if delta.dtype == work or not len(factor) else factor.abs().amax().clamp_min(torch.finfo(work).tiny)
-    features = (student.to(work) * (factor / largest)).to(delta.dtype)
+    # Each product is taken in `work` and rounded as it is written: one pass.
+    features = torch.mul(student, factor / largest, out=delta.new_empty(student.shape))
     weight = student_weight.to(delta.dtype)
     grad_student = student.new_empty(student.shape if for_student else (0,))
     sums = student.new_zeros(student_weight.shape if for_weight else (0,), dtype=work)
@@ -123,7 +124,7 @@ def _backward(
     for rows in [slice(0, student.shape[0])] if rest is None else rest.chunks:
         part = delta if rest is None else rest.delta(rows, stats[rows], delta.dtype)
         if for_student:
-            grad_student[rows] = mm(part, weight, work).mul_(factor[rows])
+            torch.mul(mm(part, weight, work), factor[rows], out=grad_student[rows])
         if for_weight:
             sums += mm(part.T, features[rows], work)
     return grad_student, (sums * largest).to(student_weight.dtype)
