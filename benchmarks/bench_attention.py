@@ -3,9 +3,10 @@
     python benchmarks/bench_attention.py                          58, 134 and 191 tokens, the sizes of `base`
     python benchmarks/bench_attention.py --batch-size 8 --precision float32
 
-"default" is what `scaled_dot_product_attention` chooses by itself, as the model leaves it to; queries, keys and values
-lie in memory as the model's do. A back end that cannot do a shape is named with torch's reason. On a GPU the times are
-the device's, calls back to back; `host_ms` of the JSON is what the host takes to hand one on.
+"default" is what `scaled_dot_product_attention` chooses by itself, "triton" `ops.attention`, which the model takes on
+a GPU in 16 bits; queries, keys and values lie in memory as the model's do. A back end that cannot do a shape is named
+with the reason. On a GPU the times are the device's, calls back to back; `host_ms` of the JSON is what the host takes
+to hand one on.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent))
 import _timing
 
+from matpac_fast import ops
 from matpac_fast.config import PRESETS, MatpacConfig
+from matpac_fast.ops.attention import is_fused
 from matpac_fast.train.config import resolve_precision
 
 BACKENDS = {"default": None, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 if _timing.DEVICE.type == "cuda":
     BACKENDS |= {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    BACKENDS |= {"triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,28 @@ def parts(config: MatpacConfig) -> list[Part]:
 Run = Callable[[], tuple[Tensor, ...]]
 
 
-def attention(part: Part, batch: int, dtype: torch.dtype, backend: SDPBackend | None) -> Run:
+def attention(part: Part, batch: int, dtype: torch.dtype, backend: SDPBackend | str | None) -> Run:
     """One layer's attention and, where the part is trained, its gradient."""
     shape = (batch, part.tokens, 3, part.heads, part.head_width)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(shape, generator=generator).to(_timing.DEVICE, dtype).requires_grad_(part.backward)
     upstream = torch.ones(batch, part.heads, part.tokens - part.first_query, part.head_width).to(qkv)
 
+    def ours() -> tuple[Tensor, ...]:
+        out = ops.attention(qkv)[:, part.first_query :]
+        given = upstream.transpose(1, 2)
+        return out.detach().transpose(1, 2), *(torch.autograd.grad(out, qkv, given) if part.backward else ())
+
     def run() -> tuple[Tensor, ...]:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        with nullcontext() if backend is None else sdpa_kernel(backend):
+        with nullcontext() if backend is None else sdpa_kernel(backend):  # pyright: ignore[reportArgumentType]
             out = F.scaled_dot_product_attention(q[:, :, part.first_query :], k, v)
         return out.detach(), *(torch.autograd.grad(out, qkv, upstream) if part.backward else ())
 
+    if backend == "triton":
+        if not is_fused(qkv.device, dtype, part.tokens, part.head_width):
+            raise RuntimeError("no kernel for this dtype or shape")
+        return ours
     return run
 
 
@@ -92,8 +105,8 @@ def compare(part: Part, batch: int, dtype: torch.dtype, rounds: int) -> list[dic
     calls: dict[str, Run] = {}
     results: dict[str, tuple[Tensor, ...]] = {}
     for name, backend in BACKENDS.items():
-        call = attention(part, batch, dtype, backend)
         try:
+            call = attention(part, batch, dtype, backend)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 results[name] = call()  # and what it compiles

@@ -163,7 +163,7 @@ def prototype_loss_cases() -> list[Case]:
 
 
 def prediction_loss_cases() -> list[Case]:
-    """Forward and backward. It has no kernel: "by hand" is the op, whose gradient is written out in PyTorch."""
+    """Forward and backward. "by hand" is the op where it has no kernel: its gradient written out in PyTorch."""
     cases = []
     for heads in (0, 5):
         rows, width = (34_048, 768) if GPU else (1064, 768)
@@ -184,7 +184,52 @@ def prediction_loss_cases() -> list[Case]:
         work = floors.prediction_loss(rows, width, max(1, heads), backward=True)
         size = f"{rows} x {heads} x {width}, forward + backward" if heads else f"{rows} x {width}, forward + backward"
         cases += variants("prediction_loss", size, make, ops.prediction_loss, reference.prediction_loss, work)
-        cases.append(Case("prediction_loss", size, "by hand", lambda make=make: make(ops.prediction_loss), work))
+        if not GPU:
+            cases.append(Case("prediction_loss", size, "by hand", lambda make=make: make(ops.prediction_loss), work))
+    return cases
+
+
+def transformer_cases() -> list[Case]:
+    """What a GPU computes between the products of a transformer, forward and backward, at the sizes of a step of ViT-B.
+    On a CPU these are torch's own functions."""
+    cases, dtype = [], torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    def gradients(function: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(), leaves, upstream)
+
+    for tokens, heads, width, hidden in ((58, 12, 64, 3072), (191, 16, 32, 2048)) if GPU else ():
+        rows, channels = 256 * tokens, heads * width
+
+        def attention(function: Op, tokens: int = tokens, heads: int = heads, width: int = width) -> Callable[[], Any]:
+            qkv = randn(256, tokens, 3, heads, width).requires_grad_()
+            return gradients(lambda: function(qkv), [qkv], randn(256, tokens, heads, width))
+
+        def bias_gelu(function: Op, rows: int = rows, hidden: int = hidden) -> Callable[[], Any]:
+            leaves = [randn(rows, hidden).requires_grad_(), randn(hidden, dtype=torch.float32).requires_grad_()]
+            return gradients(lambda: function(*leaves), leaves, randn(rows, hidden))
+
+        def add_layer_norm(function: Op, rows: int = rows, channels: int = channels) -> Callable[[], Any]:
+            norm = torch.nn.LayerNorm(channels, 1e-6, device=DEVICE)
+            x, bias = randn(rows, channels, dtype=torch.float32), randn(channels, dtype=torch.float32)
+            leaves = [t.requires_grad_() for t in (x, randn(rows, channels), bias)]
+            upstream = (randn(rows, channels, dtype=torch.float32), randn(rows, channels))
+            return lambda: torch.autograd.grad(
+                function(*leaves, norm, dtype), [*leaves, norm.weight, norm.bias], upstream
+            )
+
+        name = "forward + backward"
+        size = f"256 x {tokens} x {heads} x {width}, {name}"
+        work = floors.attention(256, tokens, heads, width)
+        cases += variants("attention", size, attention, ops.attention, reference.attention, work, dtype)
+        work, size = floors.bias_gelu(rows, hidden), f"{rows} x {hidden}, {name}"
+        cases += variants("bias_gelu", size, bias_gelu, ops.bias_gelu, reference.bias_gelu, work, dtype)
+        work, size = floors.add_layer_norm(rows, channels), f"{rows} x {channels}, {name}"
+        fast, plain = ops.add_layer_norm, reference.add_layer_norm
+        cases += variants("add_layer_norm", size, add_layer_norm, fast, plain, work, dtype)
     return cases
 
 
@@ -194,6 +239,7 @@ CASES = (
     + masked_patch_embed_cases()
     + prototype_loss_cases()
     + prediction_loss_cases()
+    + transformer_cases()
 )
 
 

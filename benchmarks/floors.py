@@ -53,3 +53,20 @@ def prediction_loss(rows: int, width: int, heads: int = 1, backward: bool = Fals
     """Read the heads' predictions and the target; backwards once more, and write the predictions' gradient; float32."""
     read = 4 * rows * width * (heads + 1)
     return Work(2 * read + 4 * rows * width * heads if backward else read)
+
+
+def attention(batch: int, tokens: int, heads: int, width: int, itemsize: int = 2) -> Work:
+    """Forward and backward: read queries, keys and values and write the output; read all four and the output's
+    gradient, and write three gradients. Seven products of (tokens, tokens) and (tokens, width) a head."""
+    return Work(itemsize * batch * tokens * heads * width * (4 + 8), 7 * 2 * batch * heads * tokens**2 * width)
+
+
+def bias_gelu(rows: int, columns: int, itemsize: int = 2) -> Work:
+    """Forward and backward: read and write; read twice and write."""
+    return Work(5 * itemsize * rows * columns)
+
+
+def add_layer_norm(rows: int, width: int) -> Work:
+    """Forward and backward, a float32 residual stream and 16-bit layers: read x and delta, write the sum and its norm;
+    read the sum and both gradients, and write those of x and delta."""
+    return Work(rows * width * (4 + 2 + 4 + 2 + 4 + 4 + 2 + 4 + 2))
