@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--mcl-heads", type=int, default=0)
     parser.add_argument("--skip-reference", action="store_true", help="leave out ours on the reference formulas")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks too, as pretrain --compile")
-    parser.add_argument("--cuda-graph", action="store_true", help="the last of ours as CUDA graphs too, on a GPU")
+    parser.add_argument("--cuda-graph", action="store_true", help="each of ours as CUDA graphs too, on a GPU")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -129,9 +129,10 @@ def variants(
     # Nobody trains in float32 on a GPU that has better: it is there to compare with, and compiling takes a minute.
     if device.type == "cuda" and precision == "float32" and len(precisions) > 1:
         return found
-    for graph in [False] * options.compile + [True] * options.cuda_graph:
-        name = f"ours {precision}{', compiled' * options.compile}{', graph' * graph}"
-        found[name] = partial(ours, "auto", options.compile, graph)
+    for compiled in [False] + [True] * options.compile:
+        for graph in [False] * compiled + [True] * (options.cuda_graph and device.type == "cuda"):
+            name = f"ours {precision}{', compiled' * compiled}{', graph' * graph}"
+            found[name] = partial(ours, "auto", compiled, graph)
     return found
 
 

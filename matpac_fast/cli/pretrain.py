@@ -96,7 +96,7 @@ def main(
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
         compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
             Default: not.
-        cuda_graph: on one GPU, launch each step as one CUDA graph: for small models and batches. Default: not.
+        cuda_graph: launch each step as one CUDA graph. Default: where one process trains on a GPU, which alone can.
         shard: under torchrun, cut weights, gradients and Adam's moments into one part a process (FSDP2), and let
             each write its part of a checkpoint: for models that do not fit on one GPU. Default: each process holds all
             of them (DDP).

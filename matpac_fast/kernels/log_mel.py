@@ -117,7 +117,7 @@ def _powers(
     real = tl.zeros([BLOCK_F, BLOCK_K], dtype=tl.float32)
     imag = tl.zeros([BLOCK_F, BLOCK_K], dtype=tl.float32)
     size = SUMS * BINS
-    sign = 1 - 2 * odd
+    sign = 1.0 - 2.0 * odd
     for first in range(0, SUMS, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)  # [BN]
         inner = valid[:, None] & (n <= 100)[None, :]
@@ -197,14 +197,15 @@ def log_mel_fwd_kernel(
 
     wide = tl.zeros([BLOCK_F, WIDE], dtype=tl.float32)
     narrow = tl.zeros([BLOCK_F, NARROW], dtype=tl.float32)
-    for odd in range(2):
-        for first in range(0, BINS, BLOCK_K):
-            i = first + tl.arange(0, BLOCK_K)
-            powers = _powers(wave, start, valid, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
-            high, low = _split(powers * unscale * unscale, tl.bfloat16)
-            rows = bank + odd * 2 * BINS * (WIDE + NARROW)
-            wide = _mel(wide, high, low, rows, i, 0, WIDE, WIDE + NARROW)
-            narrow = _mel(narrow, high, low, rows, i, WIDE, NARROW, WIDE + NARROW)
+    half = BINS // BLOCK_K
+    for step in range(0, 2 * half):  # one loop: two take more registers
+        odd = step // half
+        i = (step - odd * half) * BLOCK_K + tl.arange(0, BLOCK_K)
+        powers = _powers(wave, start, valid, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
+        high, low = _split(powers * unscale * unscale, tl.bfloat16)
+        rows = bank + odd * 2 * BINS * (WIDE + NARROW)
+        wide = _mel(wide, high, low, rows, i, 0, WIDE, WIDE + NARROW)
+        narrow = _mel(narrow, high, low, rows, i, WIDE, NARROW, WIDE + NARROW)
     out += clip * n_mels * frames
     _store(out, wide, tl.arange(0, WIDE), t, n_mels, frames, log_offset, mean, inverse_std)
     _store(out, narrow, WIDE + tl.arange(0, NARROW), t, n_mels, frames, log_offset, mean, inverse_std)

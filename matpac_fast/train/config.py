@@ -49,8 +49,8 @@ class TrainConfig:
         probe_every: steps between two calls of the probe that `pretrain` is given; None: save_every.
         max_bad_steps: stop after this many steps in a row whose loss or gradient was not finite.
         compile: run the transformer blocks through torch.compile; nothing changes but rounding and speed.
-        cuda_graph: on one GPU, launch each step as one CUDA graph: for small models and batches, whose kernels end
-            before the host has started the next. Takes static memory beside the weights.
+        cuda_graph: launch each step as one CUDA graph; None: where one process trains on a GPU, which alone can. Its
+            memory is its own from the third step on.
         shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), and let
             each write its part of a checkpoint: for models that do not fit on one GPU; by default each holds all of
             them (DDP).
@@ -80,7 +80,7 @@ class TrainConfig:
     probe_every: int | None = None
     max_bad_steps: int = 10
     compile: bool = False
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
     shard: bool = False
 
     def __post_init__(self) -> None:

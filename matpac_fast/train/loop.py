@@ -160,9 +160,9 @@ class _Run:
         self.optimizer = make_optimizer(model, config)
         state = folder.load(model, self.optimizer, ranks)
         # After the load, which may put other tensors in place of the optimiser's.
-        self.graphed = (
-            GraphedStep(model, self.optimizer, config.clip_norm, config.precision) if config.cuda_graph else None
-        )
+        alone_on_a_gpu = ranks.world == 1 and self.device.type == "cuda"
+        graphs = alone_on_a_gpu if config.cuda_graph is None else config.cuda_graph
+        self.graphed = GraphedStep(model, self.optimizer, config.clip_norm, config.precision) if graphs else None
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()
         self.untold: list[str] = []

@@ -126,8 +126,8 @@ def test_graphs_need_one_process_on_a_gpu(tmp_path, corpus, model_config, train_
 @pytest.mark.gpu
 def test_a_run_on_graphs_is_the_run(tmp_path, corpus, model_config, train_config):
     """Captured while the feed pins and copies beside it, and gone on with after a stop."""
-    graphs = dataclasses.replace(train_config, cuda_graph=True)
-    pretrain(corpus, tmp_path / "plain", model_config, train_config, "cuda")
+    plain, graphs = (dataclasses.replace(train_config, cuda_graph=on) for on in (False, None))
+    pretrain(corpus, tmp_path / "plain", model_config, plain, "cuda")
     pretrain(corpus, tmp_path / "graphs", model_config, graphs, "cuda", stop=after(7))
     pretrain(corpus, tmp_path / "graphs", model_config, graphs, "cuda")
     curves = [[r for r in read_log(tmp_path / name / "log.jsonl") if "loss" in r] for name in ("plain", "graphs")]
