@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from matpac_fast import kernels
 from matpac_fast.kernels._aot import SHARED_LIMIT, Cost, Launch, compile_ahead
+from matpac_fast.kernels._sass import unwritten_reads
 
 MODULES = [
     importlib.import_module(f"matpac_fast.kernels.{module.name}")
@@ -58,6 +59,26 @@ def test_compiles_without_spills(name: str, costs: dict[Key, Future[Cost]], caps
         assert cost.spills == 0, f"{where} spills {cost.spills} bytes"
         assert cost.shared <= SHARED_LIMIT[capability], f"{where} takes {cost.shared} bytes of shared memory"
         assert cost.registers <= LAUNCHES[name].max_registers, f"{where} takes {cost.registers} registers"
+        assert not cost.unwritten, f"{where} reads registers that nothing has written: {cost.unwritten}"
+
+
+LISTING = """
+.section .text.kernel
+.text.kernel:
+        /*0000*/                   UMOV UR4, 0x400 ;
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        /*0020*/                   UIADD3 UR6, UP0, UR4, 0x1, URZ ;
+        /*0030*/                   UMOV UR7, 0x40000040 ;
+.L_x_1:
+        /*0040*/                   HGMMA.64x8x16.F32.BF16 R92, R28, gdesc[UR4].tnspB, R92, gsb0 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_a_register_that_nothing_has_written_is_found() -> None:
+    """On one of two ways to the product its factor's descriptor, UR6 and UR7, is not there."""
+    assert [line[:4] for line in unwritten_reads(LISTING)] == ["0040"]
+    assert unwritten_reads(LISTING.replace("@!P0 BRA `(.L_x_1)", "NOP")) == []
 
 
 def test_every_kernel_is_listed() -> None:

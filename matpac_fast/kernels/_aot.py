@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._sass import unwritten_reads
+
 # Shared memory that one block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 CAPABILITIES = tuple(SHARED_LIMIT)
@@ -59,11 +61,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Cost:
-    """Read off one compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory."""
+    """Read off one compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory, and on
+    Hopper what reads a register that nothing has written (see _sass.py)."""
 
     registers: int
     spills: int
     shared: int
+    unwritten: list[str]
 
 
 def compile_ahead(launch: Launch, capability: int) -> Cost:
@@ -86,21 +90,20 @@ def compile_ahead(launch: Launch, capability: int) -> Cost:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-    used = _resource_usage(compiled.asm["cubin"])
-    return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared)
+    cubin = compiled.asm["cubin"]
+    # Running `ptxas -v` again would not do: Triton chooses among several ptxas and adds flags of its own.
+    usage = re.findall(r"\b([A-Z]+):(\d+)", _told("cuobjdump", "--dump-resource-usage", cubin))
+    used = {name: int(value) for name, value in usage}
+    unwritten = unwritten_reads(_told("nvdisasm", "-c", cubin)) if capability == 90 else []
+    return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, unwritten)
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """What the machine code takes, by the cuobjdump that Triton bundles: the very binary a GPU would run.
-
-    Running `ptxas -v` again would not do: Triton chooses among several ptxas and adds flags of its own.
-    """
+def _told(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool that Triton bundles says of machine code: the very binary a GPU would run."""
     import triton.backends
 
-    tool = Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", dump)}
+        command = [str(Path(triton.backends.__file__).parent / "nvidia" / "bin" / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -95,16 +95,15 @@ def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-_TYPES = dict.fromkeys(("target", "loss", "stats", "grad"), "*fp32") | {"eps": "fp32"}
+_TYPES = dict.fromkeys(("target", "loss", "stats", "grad"), "*fp32") | dict.fromkeys(("prediction", "out"), "*bf16")
 AOT = [
     Launch(
-        f"{kernel.__name__.removesuffix('_kernel')} 768 {dtype}",
+        f"{kernel.__name__.removesuffix('_kernel')} 768",
         kernel,
-        {**_TYPES, "prediction": f"*{dtype}", "out": f"*{dtype}", "n": "i32", "heads": "i32", "width": "i32"},
+        {**_TYPES, **dict.fromkeys(("n", "heads", "width"), "i32"), "eps": "fp32"},
         {"ROWS": ROWS, "BLOCK_D": 1024},
         num_warps=NUM_WARPS,
         divisible=("width",),
     )
     for kernel in (prediction_loss_fwd_kernel, prediction_loss_bwd_kernel)
-    for dtype in ("bf16", "fp32")
 ]

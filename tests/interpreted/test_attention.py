@@ -12,7 +12,7 @@ from torch import Tensor
 from matpac_fast import ops, use_backend
 from matpac_fast.kernels import attention as kernels
 
-SHAPES = [(n, 1, 2, 32) for n in (1, 5, 58, 64, 65, 134, 191, 200)] + [(n, 2, 1, 64) for n in (16, 58, 134, 191, 256)]
+SHAPES = [(n, 1, 2, 32) for n in (1, 64, 65, 191, 200)] + [(n, 2, 1, 64) for n in (16, 58, 134, 256)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_output_and_gradient(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(70, 1, 2, 32), (58, 1, 1, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 1, 1, 32), (58, 1, 1, 64)], ids=str)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_large_logits(shape, dtype, sign):
     """Up to thousands, and where all are negative their exponentials vanish unless the largest is taken off."""
