@@ -61,7 +61,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Cost:
-    """Read off one compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory, and on
+    """Read off a compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory, and on
     Hopper what reads a register that nothing has written (see _sass.py)."""
 
     registers: int

@@ -14,8 +14,8 @@ Instruction = tuple[str, str]  # address, text
 
 
 def unwritten_reads(listing: str) -> list[str]:
-    """The instructions of a kernel, as `nvdisasm -c` lists it, that read a uniform register which nothing has written on
-    some way to them. A predicated write counts as one."""
+    """Those instructions of a kernel, as `nvdisasm -c` lists it, that read a uniform register which nothing has written
+    on some way to them. A predicated write counts as one."""
     instructions, labels = _parse(listing)
     follows = [list(_successors(i, instructions, labels)) for i in range(len(instructions))]
     effects = [_effects(text) for _, text in instructions]
@@ -85,12 +85,11 @@ def _effects(text: str) -> tuple[frozenset[int], frozenset[int]]:
         first_too = not re.match(r"R\d+", operands[1])
         return frozenset(n + k for n in starts for k in ((0, 1, 2, 3) if first_too else (2, 3))), frozenset()
     wide = ".64" in name or "WIDE" in name
-    uniform = (name.startswith("U") and not name.startswith("UBLKCP")) or "2UR" in name or name.startswith("VOTEU")
     written: set[int] = set()
-    if uniform and operands and re.match(r"UR\d+", operands[0]):
+    if operands and re.match(r"UR\d+", operands[0]):
         written = _registers(operands[0], wide)
         operands = operands[1:]
-    reads = {n for operand in operands for n in _registers(operand, uniform and name == "UIADD3.64")}
+    reads = {n for operand in operands for n in _registers(operand, name == "UIADD3.64")}
     return frozenset(reads), frozenset(written)
 
 

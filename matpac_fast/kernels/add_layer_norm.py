@@ -65,9 +65,10 @@ def add_layer_norm_bwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NEED_DELTA: tl.constexpr,
 ):  # fmt: skip
     """partial[program] (3 or 2, D) = sums of the program's rows for gamma, beta and, if NEED_DELTA, bias."""
-    program = tl.program_id(0).to(tl.int64)
-    first = program * n // tl.num_programs(0)
-    count = ((program + 1) * n // tl.num_programs(0) - first).to(tl.int32)
+    program = tl.program_id(0)
+    share, rest = n // tl.num_programs(0), n % tl.num_programs(0)
+    first = (program * share + tl.minimum(program, rest)).to(tl.int64)
+    count = tl.where(program < rest, share + 1, share)
     dnormed += first * D
     new_x += first * D
     dx += first * D
@@ -108,7 +109,7 @@ def add_layer_norm_bwd_kernel(
         if ddelta is not None:
             tl.store(ddelta + start * D + at, g.to(ddelta.dtype.element_ty), mask=inside)
     SUMS: tl.constexpr = 3 if NEED_DELTA else 2
-    partial += program * (SUMS * D) + column
+    partial += program.to(tl.int64) * (SUMS * D) + column
     tl.store(partial, dgamma, mask=in_width)
     tl.store(partial + D, dbeta, mask=in_width)
     if NEED_DELTA:
