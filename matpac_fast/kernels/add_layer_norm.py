@@ -5,7 +5,7 @@ gamma and beta, grow in registers and leave them once a program.
 """
 
 # Triton wraps what is passed as a constexpr.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ what it has loaded: q, k and v of a head are read from memory once, and the back
 """
 
 # Triton wraps what is passed as a constexpr.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.attention import HEAD_WIDTHS
 from ._aot import CAPABILITIES, Launch, capability_of
 
 # Triton's interpreter would multiply the bits of bfloat16 as integers; float32 holds its products exactly.
@@ -215,7 +214,7 @@ _BWD = {
         "KEYS": 64 if blocks == 1 or (d == 32 and blocks < 4) else 32,
         "num_warps": 8 if d * blocks > 128 else 4,
     }
-    for d in HEAD_WIDTHS
+    for d in (32, 64)
     for blocks in (1, 2, 3, 4)
 }
 
@@ -228,7 +227,7 @@ def _bwd_options(d: int, blocks: int, capability: int) -> dict[str, int]:
 def _blocks(n: int) -> dict[str, int]:
     """Blocks of 64 that n tokens fill, and the size of the last one: the least that tl.dot takes."""
     blocks = -(-n // 64)
-    return {"BLOCKS": blocks, "TAIL": max(16, triton.next_power_of_2(n - 64 * (blocks - 1)))}
+    return {"BLOCKS": blocks, "TAIL": 1 << max(4, (n - 64 * (blocks - 1) - 1).bit_length())}
 
 
 def forward(qkv: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:

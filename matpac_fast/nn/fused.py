@@ -6,8 +6,6 @@ where its product is read next. The result is that of `Block`, to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,19 +18,21 @@ from .vit import Block
 Pending = tuple[Tensor, Tensor] | tuple[None, None]  # a product without its bias, and that
 
 
-def serves(blocks: Sequence[nn.Module], x: Tensor) -> bool:
+def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
     """Whether `run` is for these blocks and tokens (B, N, D): float32 weights under autocast, not compiled."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device).itemsize != 2:
         return False
-    weight = blocks[0].norm1.weight
+    block = blocks[0]
+    assert isinstance(block, Block)
+    weight = block.norm1.weight
     # FSDP hands out a block's weights when the block is called, and torch.compile is what the user asked for.
-    plain = not hasattr(weight, "to_local") and blocks[0]._compiled_call_impl is None  # type: ignore[attr-defined]
+    plain = not hasattr(weight, "to_local") and block._compiled_call_impl is None
     fits = weight.dtype == torch.float32 and x.shape[-1] <= MAX_WIDTH
     return plain and fits and fuses("add_layer_norm", x.device, x.dtype)
 
 
-def run(blocks: Sequence[nn.Module], norm: nn.LayerNorm, x: Tensor, first_query: int = 0) -> Tensor:
+def run(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: int = 0) -> Tensor:
     """Tokens (B, N, D) through all blocks and `norm` -> (B, N - first_query, D) float32; of the last block only the
     tokens from `first_query` on are queries."""
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from matpac_fast import ops, use_backend
 from matpac_fast.kernels import attention as kernels
 
+op_module = importlib.import_module("matpac_fast.ops.attention")
 SHAPES = [(n, 1, 2, 32) for n in (1, 64, 65, 191, 200)] + [(n, 2, 1, 64) for n in (16, 58, 134, 256)]
 
 
@@ -99,7 +101,8 @@ def test_the_blocks_of_every_architecture(shape, capability, monkeypatch):
     torch.testing.assert_close(run(qkv, grad)[2].double(), exact(qkv, grad)[2], atol=2e-2, rtol=2e-2)
 
 
-def test_no_samples():
+def test_no_samples_and_every_width():
+    assert {d for d, _ in kernels._BWD} == set(op_module.HEAD_WIDTHS)
     qkv, grad = problem(58, 0, 2, 64, torch.bfloat16)
     out, lse, dqkv = run(qkv, grad)
     assert (out.shape, lse.shape, dqkv.shape) == (grad.shape, (0, 2, 58), qkv.shape)
