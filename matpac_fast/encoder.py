@@ -195,8 +195,8 @@ def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -
     """`Attention.forward` for sequences of several lengths one after the other, shapes (sequences, tokens): (N, D)."""
     out = []
     for part, (n, length) in zip(attention.qkv(x).split([n * length for n, length in shapes]), shapes, strict=True):
-        q, k, v = part.reshape(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (n, H, T, D/H)
-        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
+        qkv = part.reshape(n, length, 3, attention.num_heads, -1)
+        out.append(ops.attention(qkv).reshape(n * length, -1))
     return attention.proj(torch.cat(out))
 
 
