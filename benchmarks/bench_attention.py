@@ -105,6 +105,7 @@ def compare(part: Part, batch: int, dtype: torch.dtype, rounds: int) -> list[dic
     calls: dict[str, Run] = {}
     results: dict[str, tuple[Tensor, ...]] = {}
     for name, backend in BACKENDS.items():
+        said: list[warnings.WarningMessage] = []
         try:
             call = attention(part, batch, dtype, backend)
             with warnings.catch_warnings(record=True) as said:

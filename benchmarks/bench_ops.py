@@ -193,10 +193,10 @@ def transformer_cases() -> list[Case]:
     """What a GPU computes between the products of a transformer, forward and backward, at the sizes of a step of ViT-B.
     On a CPU these are torch's own functions."""
     cases, dtype = [], torch.bfloat16
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=dtype)
 
     def gradients(function: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(), leaves, upstream)

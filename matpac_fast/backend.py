@@ -186,9 +186,26 @@ def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> s
     return "reference"
 
 
+def dtype_of_products(tensor: Tensor) -> torch.dtype:
+    """What a matrix product of a float tensor is taken in: autocast's dtype, or its own."""
+    device = tensor.device.type  # other devices, such as meta, may know no autocast
+    autocasts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts else tensor.dtype
+
+
+def _computes_bfloat16(index: int | None) -> bool:
+    """Before Ampere torch emulates it, and Triton has no code for it."""
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+_computes_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
+
+
 def fuses(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether an op that is a few functions of torch's runs as a Triton kernel here; `dtype` is that of the tensor."""
     if _forced == "reference" or dtype == torch.float64:
+        return False
+    if dtype == torch.bfloat16 and device.type == "cuda" and not _computes_bfloat16(device.index):
         return False
     interpreted = INTERPRETED and _forced == "triton" and device.type == "cpu"
     return (device.type == "cuda" or interpreted) and choose(op, device, dtype) == "triton"

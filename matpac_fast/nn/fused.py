@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..backend import fuses
+from ..backend import dtype_of_products, fuses
 from ..ops.add_layer_norm import MAX_WIDTH
 from .vit import Block
 
@@ -20,8 +20,8 @@ Pending = tuple[Tensor, Tensor] | tuple[None, None]  # a product without its bia
 
 def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
     """Whether `run` is for these blocks and tokens (B, N, D): float32 weights under autocast, not compiled."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device).itemsize != 2:
+    dtype = dtype_of_products(x)
+    if dtype == x.dtype or dtype.itemsize != 2:
         return False
     block = blocks[0]
     assert isinstance(block, Block)
@@ -29,13 +29,13 @@ def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
     # FSDP hands out a block's weights when the block is called, and torch.compile is what the user asked for.
     plain = not hasattr(weight, "to_local") and block._compiled_call_impl is None
     fits = weight.dtype == torch.float32 and x.shape[-1] <= MAX_WIDTH
-    return plain and fits and fuses("add_layer_norm", x.device, x.dtype)
+    return plain and fits and fuses("add_layer_norm", x.device, dtype)
 
 
 def run(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: int = 0) -> Tensor:
     """Tokens (B, N, D) through all blocks and `norm` -> (B, N - first_query, D) float32; of the last block only the
     tokens from `first_query` on are queries."""
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = dtype_of_products(x)
     pending: Pending = (None, None)
     for i, block in enumerate(blocks):
         assert isinstance(block, Block)

@@ -7,18 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..backend import fuses
+from ..backend import dtype_of_products, fuses
 from ..ops.attention import is_fused
-
-
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
     """The exact GELU of a linear layer's output; its bias is added with it where a kernel does both."""
-    if _dtype_of_products(x).itemsize == 2 and fuses("bias_gelu", x.device, _dtype_of_products(x)):
+    dtype = dtype_of_products(x)
+    if dtype.itemsize == 2 and fuses("bias_gelu", x.device, dtype):
         return ops.bias_gelu(F.linear(x, layer.weight), layer.bias)
     return F.gelu(layer(x))
 
@@ -52,7 +48,7 @@ class Attention(nn.Module):
         return out.reshape(b, n - first_query, d)
 
     def _is_fused(self, x: Tensor) -> bool:
-        return is_fused(x.device, _dtype_of_products(x), x.shape[1], x.shape[2] // self.num_heads)
+        return is_fused(x.device, dtype_of_products(x), x.shape[1], x.shape[2] // self.num_heads)
 
 
 class Mlp(nn.Module):

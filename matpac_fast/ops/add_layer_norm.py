@@ -107,7 +107,8 @@ class _AddLayerNorm(torch.autograd.Function):
         if ctx.delta_dtype is None:
             return dx, None, None, dgamma, dbeta, None, None
         dbias = sums[2] if ctx.needs_input_grad[2] else None
-        return dx, ddelta if ddelta.numel() else dx, dbias, dgamma, dbeta, None, None
+        # Not the same tensor twice: where both are leaves, the one's .grad would grow with the other's.
+        return dx, ddelta if ddelta.numel() else dx.clone(), dbias, dgamma, dbeta, None, None
 
 
 _LIB.impl(_OP, lambda *args: _AddLayerNorm.apply(*args), "Autograd")
@@ -147,6 +148,7 @@ def add_layer_norm(
     width = x.shape[-1]
     if width > MAX_WIDTH or not fuses(_OP, x.device, x.dtype):
         return reference.add_layer_norm(x, delta, bias, norm, dtype)
-    rows = (x.reshape(-1, width), None if delta is None else delta.reshape(-1, width))
-    new_x, normed, _ = torch.ops.matpac_fast.add_layer_norm(*rows, bias, norm.weight, norm.bias, norm.eps, dtype)
+    rows = [None if t is None else t.reshape(-1, width).contiguous() for t in (x, delta)]
+    parameters = [None if t is None else t.contiguous() for t in (bias, norm.weight, norm.bias)]
+    new_x, normed, _ = torch.ops.matpac_fast.add_layer_norm(*rows, *parameters, norm.eps, dtype)
     return x if delta is None else new_x.view(x.shape), normed.view(x.shape)

@@ -50,7 +50,7 @@ for _device in ("CPU", "CUDA"):
     _LIB.impl(f"{_OP}_backward", _backward_impl, _device)
 torch.library.register_fake(f"matpac_fast::{_OP}", _fake, lib=_LIB)
 torch.library.register_fake(
-    f"matpac_fast::{_OP}_backward", lambda grad, qkv, out, sums: torch.empty_like(qkv), lib=_LIB
+    f"matpac_fast::{_OP}_backward", lambda grad, qkv, out, sums: qkv.new_empty(qkv.shape), lib=_LIB
 )
 
 

@@ -63,6 +63,8 @@ class GraphedStep:
     Args:
         model, optimizer, clip_norm, precision: as for `train_step`.
         record: for tests; a CUDA graph by default.
+        if_it_fits: where the device may not have the memory for graphs beside that of the steps before them, which
+            are not recorded, record none.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class GraphedStep:
         clip_norm: float,
         precision: str,
         record: Recorder | None = None,
+        if_it_fits: bool = False,
     ):
         self._model, self._optimizer, self._clip_norm, self._precision = model, optimizer, clip_norm, precision
         for group in optimizer.param_groups:  # fused, it has all of its state on the device anyway
             group["capturable"] = True
         optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # the warm steps are
         self._record = record or CudaRecorder(next(model.parameters()).device)
+        self._room = None if if_it_fits else True
         self._seen: dict[object, int] = {}
         self._graphs: dict[object, tuple[_Inputs, Callable[[], None], Step]] = {}
 
@@ -87,7 +91,7 @@ class GraphedStep:
         kind = (tuple(spec.shape for spec, _ in pieces), statistics, bool(schedule.mcl_temp))
         if kind not in self._graphs:
             self._seen[kind] = self._seen.get(kind, 0) + 1
-            if self._seen[kind] <= _WARM:
+            if self._seen[kind] <= _WARM or not self._fits():
                 return self._train(pieces, step, lr, statistics, schedule)
             inputs = _Inputs.like(pieces, schedule)
             inputs.fill(pieces, lr, schedule)
@@ -97,6 +101,13 @@ class GraphedStep:
         inputs.fill(pieces, lr, schedule)
         replay()
         return out
+
+    def _fits(self) -> bool:
+        """Decided by the first steps: what a graph takes is as much again as they have, and no longer theirs."""
+        if self._room is None:
+            device = next(self._model.parameters()).device
+            self._room = 2 * torch.cuda.max_memory_reserved(device) <= torch.cuda.mem_get_info(device)[1]
+        return self._room
 
     def _train(self, pieces: Pieces, step: int, lr: float | Tensor, statistics: bool, schedule: Schedule) -> Step:
         return train_step(

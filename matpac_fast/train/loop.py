@@ -162,7 +162,10 @@ class _Run:
         # After the load, which may put other tensors in place of the optimiser's.
         alone_on_a_gpu = ranks.world == 1 and self.device.type == "cuda"
         graphs = alone_on_a_gpu if config.cuda_graph is None else config.cuda_graph
-        self.graphed = GraphedStep(model, self.optimizer, config.clip_norm, config.precision) if graphs else None
+        self.graphed = None
+        if graphs:
+            careful = config.cuda_graph is None
+            self.graphed = GraphedStep(model, self.optimizer, config.clip_norm, config.precision, if_it_fits=careful)
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()
         self.untold: list[str] = []

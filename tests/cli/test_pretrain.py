@@ -82,6 +82,15 @@ def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsy
     assert "model.width is 192 there and 384 here" in said
 
 
+@pytest.fixture
+def in_a_terminal():
+    """Whatever nohup may have said of SIGHUP to the tests."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, inherited)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_sigterm_and_a_closed_terminal_save_and_say_so(corpus, tmp_path, capsys, number):
     out = tmp_path / "run"

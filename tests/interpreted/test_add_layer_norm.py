@@ -166,3 +166,24 @@ def test_wide_rows_and_odd_ones():
     check(problem(5, 1280, torch.float32), True, True, True, torch.bfloat16)
     check(problem(5, 2048, torch.float32), True, False, True, torch.bfloat16)
     check(problem(5, 1, torch.float32), True, True, True, torch.bfloat16)
+
+
+def test_views_of_other_tensors():
+    """Columns of a wider matrix, a transposed one and a row that repeats are read where they lie."""
+    wide, norm = torch.randn(16, 200), torch.nn.LayerNorm(16, EPS)
+    for x, delta in ((wide[:, :16], wide[:, 16:32].bfloat16()), (wide[:, :16].T, wide[:, 16:32].T.bfloat16())):
+        bias = torch.randn(1).expand(16)
+        want = reference.add_layer_norm(x, delta, bias, norm, torch.float32)
+        with use_backend("triton"):
+            got = ops.add_layer_norm(x, delta, bias, norm, torch.float32)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_two_leaves_of_one_dtype_have_gradients_of_their_own():
+    x, delta = (torch.randn(4, 32, requires_grad=True) for _ in range(2))
+    norm = torch.nn.LayerNorm(32, EPS)
+    with use_backend("triton"):
+        total, normed = ops.add_layer_norm(x, delta, None, norm, torch.float32)
+        (total.sum() + normed.sum()).backward()
+    assert x.grad.data_ptr() != delta.grad.data_ptr()

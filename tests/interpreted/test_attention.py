@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from matpac_fast import ops, use_backend
+from matpac_fast import load_encoder, ops, use_backend
 from matpac_fast.kernels import attention as kernels
+from matpac_fast.study.cost import count_macs
 
 op_module = importlib.import_module("matpac_fast.ops.attention")
 SHAPES = [(n, 1, 2, 32) for n in (1, 64, 65, 191, 200)] + [(n, 2, 1, 64) for n in (16, 58, 134, 256)]
@@ -125,3 +126,14 @@ def test_the_op_and_its_gradient():
         ):
             torch.testing.assert_close(ops.attention(other[0]).double(), exact(*other)[0], atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(ops.attention(leaf), out, atol=1e-2, rtol=0.02)
+
+
+def test_a_study_counts_its_products():
+    encoder = load_encoder("untrained-tiny", dtype=torch.bfloat16)
+    waves = torch.zeros(2, 32_000)
+    counts = []
+    for name in ("triton", "reference"):
+        with use_backend(name):
+            counts.append(count_macs(encoder, waves))
+    mels = 2 * 80 * 201 * 198  # which the reference's log-mel takes as a product
+    assert counts[0] == counts[1] - mels

@@ -149,3 +149,14 @@ def test_a_replay_never_waits_for_the_device(model_config):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not out.bad
+
+
+def test_no_graph_where_its_memory_may_not_be_there(model_config, monkeypatch):
+    model = Matpac(model_config).train()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
+    for reserved, expected in ((50, 1), (51, 0)):
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, reserved=reserved: reserved)
+        graphed = GraphedStep(model, make_optimizer(model, TrainConfig()), 3.0, "float32", record, if_it_fits=True)
+        for step in range(3):
+            graphed(batch(model_config, step), step, lr_of(step))
+        assert len(graphed._graphs) == expected
