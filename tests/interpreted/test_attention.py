@@ -130,10 +130,10 @@ def test_the_op_and_its_gradient():
 
 def test_a_study_counts_its_products():
     encoder = load_encoder("untrained-tiny", dtype=torch.bfloat16)
-    waves = torch.zeros(2, 32_000)
+    waves = torch.zeros(1, 4_000)
     counts = []
     for name in ("triton", "reference"):
         with use_backend(name):
             counts.append(count_macs(encoder, waves))
-    mels = 2 * 80 * 201 * 198  # which the reference's log-mel takes as a product
+    mels = 80 * 201 * 23  # which the reference's log-mel takes as a product
     assert counts[0] == counts[1] - mels
