@@ -55,7 +55,8 @@ def main() -> int:
     _section("packages", _packages())
     failed = []
     lines = []
-    for title, test in (("log-mel", _log_mel), ("embedding", _embedding), ("audio files", _audio)):
+    tests = {"log-mel": _log_mel, "training": _training, "embedding": _embedding, "audio files": _audio}
+    for title, test in tests.items():
         try:
             lines.append(f"{title:<12} ok: {test()}")
         except Exception as error:  # whatever is broken here, the rest is still worth knowing
@@ -127,6 +128,38 @@ def _log_mel() -> str:
         if not error <= 2 * own + 1e-5:
             raise ArithmeticError(f"{name} on {device} is off by {error:.1e}; PyTorch itself by {own:.1e}")
         said.append(f"{name} on {device}, off by {error:.1e} (PyTorch {own:.1e})")
+    return "; ".join(said)
+
+
+def _training() -> str:
+    """A small training step on the kernels that pre-training takes here, against one in float64."""
+    import torch
+
+    from .. import use_backend
+    from ..config import MatpacConfig
+    from ..model import Matpac
+    from ..train.config import resolve_precision
+
+    config, said = MatpacConfig.preset("tiny", n_frames=64, depth=2, predictor_depth=2), []
+    spec = torch.randn(4, config.n_mels, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradient(source: str, device: str, dtype: torch.dtype) -> torch.Tensor:
+        model = Matpac(config).to(device, torch.promote_types(dtype, torch.float32)).train()
+        with use_backend(source):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(spec.to(device, torch.promote_types(dtype, torch.float32)), step=1).loss
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double().cpu()
+
+    exact = gradient("reference", "cpu", torch.float64)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        bf16 = device == "cuda" and resolve_precision("auto", torch.device(device)) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        own, error = (float((gradient(s, device, dtype) - exact).norm() / exact.norm()) for s in ("reference", "auto"))
+        if not error <= 2 * own + 1e-5:
+            raise ArithmeticError(f"gradients on {device} are off by {error:.1e} of them; PyTorch's own by {own:.1e}")
+        kind = "bf16" if bf16 else "float32"
+        said.append(f"gradients in {kind} on {device}, off by {error:.1e} of them (PyTorch {own:.1e})")
     return "; ".join(said)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from matpac_fast import __version__, ops
+from matpac_fast import __version__, backend, ops
 from matpac_fast.cli import doctor, main
 
 
@@ -24,7 +24,8 @@ def test_all_is_well(capsys):
     assert __version__ in out
     assert torch.__version__ in out
     assert all(f"  {name} " in out for name in ("reference", "cpp", "soundfile", "soxr", "onnx", "triton"))
-    assert out.count(" ok: ") == 3
+    assert out.count(" ok: ") == 4
+    assert "training     ok: gradients in float32 on cpu, off by " in out
     assert ".wav .flac .ogg .opus .mp3 (soundfile" in out
     assert "quality soxr HQ" in out
     assert out.endswith("All is well.\n")
@@ -49,6 +50,18 @@ def test_a_kernel_that_is_off_fails(monkeypatch, capsys):
     assert "is off by 1.0e-03" in out
     assert "embedding    ok" in out
     assert out.endswith("Something is wrong: log-mel\n")
+
+
+def test_gradients_that_are_off_fail(monkeypatch, capsys):
+    right = ops.prototype_loss
+
+    def off(*args, **options):
+        loss, mean = right(*args, **options)
+        return (loss if backend._forced == "reference" else 1.5 * loss), mean
+
+    monkeypatch.setattr(ops, "prototype_loss", off)
+    assert doctor.main() == 1
+    assert "training     FAILED: ArithmeticError: gradients on cpu are off by " in capsys.readouterr().out
 
 
 def test_what_breaks_in_a_test_does_not_hide_the_rest(monkeypatch, capsys):
