@@ -13,10 +13,11 @@
 # Other options are sheet.py's. COMMIT=SHA names the commit where the tree comes without its .git; without either
 # nothing is recorded.
 #
-# What 570 seconds go into on an H100, by estimate: build 45, imports and the machine's facts 15, tests 90, step 140,
-# profile 45, attention 15, ops 110, embed 25, sanitizer 60: 545, which leaves temporal_support its shortest points.
+# What 570 seconds go into: build 20 and tests 50, as an H200 with 16 cores took; by estimate imports and the machine's
+# facts 15, step 160, profile 45, attention 15, ops 140, embed 25, sanitizer 60: 530, which leaves temporal_support its
+# shortest points.
 # A stage that takes longer is ended at its bound, or where those after it would go short of their least (BOUNDS in
-# sheet.py). In two calls on a machine that stays warm between them, 350 seconds and 360, nothing goes short:
+# sheet.py). In two calls on a machine that stays warm between them, 300 seconds and 400, nothing goes short:
 #
 #   COMMIT=SHA benchmarks/gpu_sheet.sh --only tests step profile attention
 #   COMMIT=SHA benchmarks/gpu_sheet.sh --no-build --minutes 7 --only ops embed sanitizer temporal_support
