@@ -1,0 +1,237 @@
+"""Which launch options are fastest on this GPU: every candidate of every Triton kernel, right and timed.
+
+    python benchmarks/tune.py                    all kernels at the sizes of a step of `base`, batch 256
+    python benchmarks/tune.py bias_gelu          some of them
+    python benchmarks/tune.py --compile-only     fills Triton's cache on all cores first, which timing then finds
+
+A candidate whose result differs from that of the options in the package is left out and named. What wins is to be
+written into the kernel's module, and tests/test_compile_ahead.py says whether it spills elsewhere.
+"""
+
+# Arguments and options are unpacked.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _patch_rows
+import _timing
+
+from matpac_fast import ops
+from matpac_fast.kernels import add_layer_norm, attention, bias_gelu, masked_patch_embed, prediction_loss
+
+DEVICE, BF16 = _timing.DEVICE, torch.bfloat16
+Options = dict[str, int]
+Call = Callable[[Options | None], tuple[Tensor, ...]]  # None: the package's own
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(sum(shape))).to(dtype)
+
+
+def grid(**options: tuple[int, ...]) -> list[Options]:
+    """Every combination."""
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def patches(batch: int) -> tuple[Any, ...]:
+    ids = ops.mask_shuffle(0, 0, torch.arange(batch, device=DEVICE), 190)
+    parameters = (randn(768, 1, 16, 16) / 16, randn(768), randn(1, 191, 768), randn(1, 1, 768))
+    return randn(batch, 80, 608), *parameters, ids, 57
+
+
+def patch_embed_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
+    arguments = patches(batch)
+
+    def forward(options: Options | None) -> tuple[Tensor, ...]:
+        with mock.patch.dict(masked_patch_embed._FWD, {} if options is None else {BF16: options}):
+            return masked_patch_embed.masked_patch_embed(*arguments, BF16)
+
+    def rows(options: Options | None) -> tuple[Tensor, ...]:
+        return forward(None) if options is None else _patch_rows.masked_patch_embed(*arguments, BF16, options)
+
+    def backward(options: Options | None) -> tuple[Tensor, ...]:
+        more = dict(options or {"SPLIT_ROWS": masked_patch_embed.SPLIT_ROWS})
+        split = more.pop("SPLIT_ROWS")
+        with (
+            mock.patch.object(masked_patch_embed, "SPLIT_ROWS", split),
+            mock.patch.dict(masked_patch_embed._BWD, {BF16: more} if more else {}),
+        ):
+            spec, ids = arguments[0], arguments[5]
+            return (masked_patch_embed.masked_patch_embed_backward(grad, spec, ids, 57, 16, BF16),)
+
+    grad = randn(batch, 58, 768)
+    blocks = grid(BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(32, 64), num_warps=(4, 8), num_stages=(2, 3))
+    yield "masked_patch_embed_fwd", forward, [o for o in blocks if (o["BLOCK_N"] == 256) == (o["num_warps"] == 8)]
+    yield "masked_patch_embed_fwd, patches gathered once", rows, _patch_rows.CANDIDATES
+    yield (
+        "masked_patch_embed_bwd",
+        backward,
+        grid(
+            BLOCK_R=(32, 64),
+            BLOCK_N=(128,),
+            BLOCK_K=(64, 128),
+            num_warps=(4, 8),
+            num_stages=(2,),
+            SPLIT_ROWS=(512, 1024),
+        ),
+    )
+
+
+def gelu_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
+    for tokens, columns in ((58, 3072), (191, 2048)):
+        h, grad = (randn(batch * tokens, columns, dtype=BF16) for _ in range(2))
+        bias = randn(columns)
+        yield (
+            f"bias_gelu_fwd {len(h)} x {columns}",
+            lambda o, h=h, bias=bias: (bias_gelu.forward(h, bias, o),),
+            grid(BLOCK_R=(2, 4, 8), MAX_WARPS=(2, 4)),
+        )
+        yield (
+            f"bias_gelu_bwd {len(h)} x {columns}",
+            lambda o, h=h, grad=grad, bias=bias: bias_gelu.backward(grad, h, bias, o),
+            grid(BLOCK_R=(1, 2, 4), MAX_WARPS=(1, 2), ROWS=(32, 64)),
+        )
+
+
+def norm_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
+    for tokens, width in ((58, 768), (134, 768), (191, 512)):
+        rows = batch * tokens
+        x, dx = randn(rows, width), randn(rows, width)
+        delta, dnormed = randn(rows, width, dtype=BF16), randn(rows, width, dtype=BF16)
+        bias, gamma, beta = (randn(width) for _ in range(3))
+
+        def forward(o: Options | None, x=x, delta=delta, bias=bias, gamma=gamma, beta=beta) -> tuple[Tensor, ...]:
+            with mock.patch.dict(add_layer_norm._FWD, {} if o is None else {x.shape[1]: {**o, "num_stages": 1}}):
+                return add_layer_norm.forward(x, delta, bias, gamma, beta, 1e-6, BF16)
+
+        new_x, _, stats = forward(None)
+
+        def backward(o: Options | None, new_x=new_x, stats=stats, dx=dx, dn=dnormed, gamma=gamma) -> tuple[Tensor, ...]:
+            with mock.patch.dict(add_layer_norm._BWD, {} if o is None else {dx.shape[1]: {**o, "num_stages": 1}}):
+                return add_layer_norm.backward(dn, dx, new_x, stats, gamma, BF16)
+
+        yield f"add_layer_norm_fwd {rows} x {width}", forward, grid(ROWS=(1, 2, 4), num_warps=(1, 2, 4))
+        programs = tuple(132 * n for n in (4, 6, 8, 10))
+        yield (
+            f"add_layer_norm_bwd {rows} x {width}",
+            backward,
+            grid(PROGRAMS=programs, ROWS=(1, 2, 4), num_warps=(2, 4)),
+        )
+
+
+def attention_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
+    for tokens, heads, width in ((58, 12, 64), (191, 16, 32)):
+        qkv = randn(batch, tokens, 3, heads, width, dtype=BF16)
+        out, sums = attention.forward(qkv, True)
+
+        def backward(o: Options | None, qkv=qkv, out=out, sums=sums) -> tuple[Tensor, ...]:
+            key = (qkv.shape[4], -(-qkv.shape[1] // 64))
+            with mock.patch.dict(attention._BWD, {} if o is None else {key: o}):
+                return (attention.backward(out, qkv, out, sums),)
+
+        yield (
+            f"attention_bwd {tokens} x {width}",
+            backward,
+            [
+                *grid(KEYS=(32, 64), num_warps=(4, 8)),
+                *grid(KEYS=(64,), num_warps=(4,), maxnreg=(128, 168)),  # more programs at once, and a few bytes spilt
+            ],
+        )
+
+
+def loss_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
+    prediction, target = randn(batch * 133, 768, dtype=BF16), randn(batch * 133, 768)
+
+    def both(o: Options | None) -> tuple[Tensor, ...]:
+        with mock.patch.multiple(prediction_loss, **(o or {})) if o else mock.patch.dict({}):
+            loss, stats = prediction_loss.forward(prediction, target, 1, 1e-12)
+            return loss, prediction_loss.backward(loss, prediction, target, stats, 1, 1e-12)
+
+    yield "prediction_loss, both ways", both, grid(ROWS=(1, 2, 4, 8), NUM_WARPS=(1, 2, 4, 8))
+
+
+CASES = {
+    "masked_patch_embed": patch_embed_cases,
+    "bias_gelu": gelu_cases,
+    "add_layer_norm": norm_cases,
+    "attention": attention_cases,
+    "prediction_loss": loss_cases,
+}
+
+
+def compile_one(job: tuple[str, int, int]) -> None:
+    """In a process of a pool: the candidate by its place, on a small batch."""
+    op, case, candidate = job
+    for i, (_, call, candidates) in enumerate(CASES[op](2)):
+        if i == case:
+            try:
+                call(candidates[candidate])
+            except Exception as error:  # what does not compile or launch is told when it is its turn
+                print(f"{op}: {candidates[candidate]}: {error!r:.200}", file=sys.stderr)
+
+
+def best(name: str, call: Call, candidates: list[Options]) -> None:
+    want = call(None)
+    rows: list[tuple[float, str]] = []
+    for options in (None, *candidates):
+        try:
+            result = call(options)
+            error = max(
+                float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(result, want, strict=True)
+            )
+            if not error < 2e-3:
+                print(f"  differs by {error:.1e}: {options}")
+                continue
+            at = _timing.pace(lambda options=options: call(options))
+            seconds = min(_timing.timed(lambda options=options: call(options), at)[0] for _ in range(5))
+            rows.append((seconds, "as it is" if options is None else str(options)))
+        except Exception as error:
+            print(f"  failed: {options}: {error!r:.100}")
+    print(name)
+    own = next(seconds for seconds, text in rows if text == "as it is")
+    for seconds, text in sorted(rows)[:5]:
+        print(f"  {1e6 * seconds:>8.1f} us {own / seconds:>6.2f}x  {text}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--compile-only", action="store_true")
+    options = parser.parse_args()
+    if unknown := set(options.ops) - set(CASES):
+        parser.error(f"no op {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if DEVICE.type != "cuda":
+        parser.error("launch options are of a GPU, and torch finds none")
+    chosen = options.ops or list(CASES)
+    if options.compile_only:
+        jobs = [
+            (op, case, i)
+            for op in chosen
+            for case, (_, _, candidates) in enumerate(CASES[op](2))
+            for i in range(len(candidates))
+        ]
+        with multiprocessing.get_context("spawn").Pool(min(12, os.cpu_count() or 1)) as pool:
+            pool.map(compile_one, jobs, chunksize=4)
+        return
+    for op in chosen:
+        for name, call, candidates in CASES[op](options.batch_size):
+            best(name, call, candidates)
+
+
+if __name__ == "__main__":
+    main()
