@@ -158,7 +158,7 @@ def attention_bwd_kernel(
         zero = tl.zeros(g.shape, dtype=tl.float32)
         if i == 0:
             g0, delta0, dq0 = g, delta, zero
-            g1, g2, g3, delta1, delta2, delta3 = g, g, g, delta, delta, delta
+            g1, g2, g3, delta1, delta2, delta3, dq1, dq2, dq3 = g, g, g, delta, delta, delta, zero, zero, zero
         elif i == 1:
             g1, delta1, dq1 = g, delta, zero
         elif i == 2:
@@ -196,14 +196,7 @@ def attention_bwd_kernel(
         _store_rows(dqkv + 2 * ROW, 3 * ROW, n, start, dv, True, KEYS, D)
 
     for i in tl.static_range(BLOCKS):
-        if i == 0:
-            dq = dq0
-        elif i == 1:
-            dq = dq1
-        elif i == 2:
-            dq = dq2
-        else:
-            dq = dq3
+        dq = _pick(dq0, dq1, dq2, dq3, i)
         _store_rows(dqkv, 3 * ROW, n, i * BLOCK, dq * scale, i == BLOCKS - 1, dq.shape[0], D)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import fused
-from .vit import Block, init_weights, shorten_positions, sincos_positions
+from .vit import Block, init_weights, shorten_positions, sincos_positions, through
 
 
 class Predictor(nn.Module):
@@ -65,12 +64,7 @@ class Predictor(nn.Module):
         seen = x[:, 1:] + shuffled_pos[:, :v]
         hidden = self.mask_token + shuffled_pos[:, v:]
         x = torch.cat([x[:, :1] + pos[:, :1], seen, hidden], dim=1)  # (B, 1 + N, P)
-        if fused.serves(self.blocks, x):
-            x = fused.run(self.blocks, self.norm, x, first_query=1 + v)  # (B, M, P)
-        else:
-            for block in self.blocks[:-1]:
-                x = block(x)
-            x = self.norm(self.blocks[-1](x, first_query=1 + v))
+        x = through(self.blocks, self.norm, x, first_query=1 + v)  # (B, M, P)
         if not self.mcl_heads:
             return self.out(x)
         return torch.stack([head(x) for head in self.mcl_heads], dim=2)

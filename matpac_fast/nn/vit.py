@@ -83,6 +83,18 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def through(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: int = 0) -> Tensor:
+    """Tokens (B, N, D) through all blocks and `norm` -> (B, N - first_query, D); of the last block only the tokens from
+    `first_query` on are queries."""
+    from . import fused
+
+    if fused.serves(blocks, x):
+        return fused.run(blocks, norm, x, first_query)
+    for block in blocks[:-1]:
+        x = block(x, 0)  # as the last one is called: torch.compile counts the arguments
+    return norm(blocks[-1](x, first_query))
+
+
 class Transformer(nn.Module):
     """Blocks and a final LayerNorm: the student's and the teacher's encoder."""
 
@@ -93,13 +105,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D), after the LayerNorm."""
-        from . import fused
-
-        if fused.serves(self.blocks, x):
-            return fused.run(self.blocks, self.norm, x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return through(self.blocks, self.norm, x)
 
     def layers(self, x: Tensor):
         """Yield each block's output (B, N, D) as it is made; the last one after the LayerNorm, as the official code."""

@@ -164,8 +164,9 @@ class _Run:
         graphs = alone_on_a_gpu if config.cuda_graph is None else config.cuda_graph
         self.graphed = None
         if graphs:
-            careful = config.cuda_graph is None
-            self.graphed = GraphedStep(model, self.optimizer, config.clip_norm, config.precision, if_it_fits=careful)
+            self.graphed = GraphedStep(
+                model, self.optimizer, config.clip_norm, config.precision, if_it_fits=config.cuda_graph is None
+            )
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()
         self.untold: list[str] = []
