@@ -88,8 +88,8 @@ class AudioFile:
             return
         stream = _soxr().ResampleStream(self.sample_rate, sample_rate, 1, dtype="float32", quality=QUALITY)
         for block in self._mono(block_seconds):
-            yield stream.resample_chunk(block)
-        yield stream.resample_chunk(np.empty(0, np.float32), last=True)
+            yield self._checked(stream.resample_chunk(block), sample_rate)
+        yield self._checked(stream.resample_chunk(np.empty(0, np.float32), last=True), sample_rate)
 
     def _mono(self, block_seconds: float) -> Iterator[np.ndarray]:
         """Mono blocks at the rate of the file, checked; the checks of the whole come after the last block."""
@@ -119,12 +119,18 @@ class AudioFile:
                 mono += block[:, channel]
             if self.channels > 1:
                 mono /= self.channels
-        peak = max(mono.max(), -mono.min())
+        return self._checked(mono, self.sample_rate)
+
+    def _checked(self, wave: np.ndarray, rate: int) -> np.ndarray:
+        """A stretch (S,) as it is at `rate`: a resampler overshoots, so that what was within the limit may leave it."""
+        peak = max(wave.max(initial=0), -wave.min(initial=0))
         if not np.isfinite(peak):
             raise self._error("not finite: NaN or infinite samples")
         if peak > MAX_PEAK:
-            raise self._error(f"out of range: a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}")
-        return mono
+            raise self._error(
+                f"out of range: a sample of {peak:.3g} at {rate} Hz; full scale is 1, the limit {MAX_PEAK:g}"
+            )
+        return wave
 
     def _open(self) -> Any:
         foreign = self.path.suffix.lower() in NO_DECODER
@@ -216,7 +222,8 @@ def read_blocks(
     Caught are: what libsndfile cannot read or finds damaged; fewer frames than the header says; sizes in the header of
     WAV, AIFF, AU, W64, RF64 or CAF that exceed the file by over 64 bytes; Ogg that ends inside a page; MP3 that ends
     over one MPEG frame early, or inside a frame where no header states the length; MP3 of variable bit rate without
-    that header, which libsndfile cuts short; samples that are not finite or beyond 32 times full scale; no samples.
+    that header, which libsndfile cuts short; samples that are not finite, or beyond 32 times full scale before or after
+    resampling; no samples.
 
     Not caught, because the file does not show it: garbage in the middle of uncompressed samples; Ogg that was cut off
     between two pages, which is how live recordings end; MP3 without a stated length cut off between two frames; WAV

@@ -205,6 +205,16 @@ def test_bad_files_are_refused_with_a_reason(tmp_path, good, name):
         list(read_blocks(path, block_seconds=0.25))
 
 
+def test_what_only_the_resampler_takes_beyond_the_limit_is_refused_too(tmp_path):
+    """Its filter overshoots at edges: a square wave just within the limit is beyond it at another rate."""
+    square = decode.MAX_PEAK * 0.98 * np.sign(np.sin(np.arange(RATE) / 16)).astype(np.float32)
+    soundfile.write(tmp_path / "square.wav", square, RATE, subtype="FLOAT")
+    assert np.abs(read_audio(tmp_path / "square.wav", RATE)).max() <= decode.MAX_PEAK
+    for seconds in (0.25, 10.0):
+        with pytest.raises(AudioError, match=r"square\.wav: out of range: a sample of 3\d\.\d at 16000 Hz; full scale"):
+            list(read_blocks(tmp_path / "square.wav", block_seconds=seconds))
+
+
 ODD = {
     "tags after flac": ("flac", lambda d: d + b"TAG" + bytes(125)),
     "tags after mp3": ("mp3-vbr", lambda d: d + b"TAG" + bytes(125)),

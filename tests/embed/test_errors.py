@@ -83,6 +83,18 @@ def test_what_is_no_audio_file_is_a_row_with_its_reason(source, tmp_path, monkey
 
 
 @pytest.mark.parametrize("long", [False, True])
+def test_a_file_too_loud_once_it_is_resampled_is_a_row_and_the_others_go_on(source, tmp_path, monkeypatch, long):
+    if long:
+        monkeypatch.setattr(shard, "LONG_SECONDS", 0.05)
+    square = 31.5 * np.sign(np.sin(np.arange(44_100) / 16))
+    soundfile.write(source / "loud.wav", square.astype(np.float32), 44_100, subtype="FLOAT")
+    report = embed_collection(source, tmp_path / "out", crew.Tiny(), 0.1, workers=1)
+    assert (report.total, report.failed) == (5, 1)
+    assert errors(tmp_path / "out")["loud.wav"].startswith("out of range: a sample of 3")
+    assert embedded(tmp_path / "out") == {"0.wav", "1.wav", "2.wav", "3.wav"}
+
+
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("way", ["grows", "is replaced", "vanishes"])
 def test_a_file_that_changes_while_it_is_read_is_a_row(source, tmp_path, monkeypatch, way, long):
     read = shard.read_blocks
