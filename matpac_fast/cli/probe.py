@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from .._cores import n_cores
+from ..errors import ConfigError
 from ..study.cache import Aggregate
 from ..study.linear import ProbeConfig
 from ..study.results import tabulate
@@ -60,12 +62,17 @@ def main(
         partial: take a data set's folder for what it has: files that are missing or cannot be decoded are left out and
             named.
         split_seed: draws the folds of a folder that has none.
-        cache: folder that keeps embeddings and probes, such as a study's. Default: they are not kept.
+        cache: folder that keeps embeddings and probes, such as a study's. Default: they are not kept; under torchrun
+            there must be one, for its processes share them.
         workers: decoding threads. Default: one a core.
         device: auto, cpu, cuda or cuda:1.
         dtype: float32 or bfloat16, of the encoder's arithmetic.
     """
     check_resamples(resamples)
+    if cache is None and (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ConfigError(
+            f"--cache is missing: {world} processes share the embeddings; expected a folder that all of them see"
+        )
     config = StudyConfig(
         encoders=(encoder,),
         tasks=(task,),
@@ -82,7 +89,7 @@ def main(
         dtype=dtype,
         seed=split_seed,
         partial=partial,
-        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        workers=n_cores() if workers is None else workers,
     )
     with tempfile.TemporaryDirectory() as folder, _stages() as hear:
         cells = run_study(config, cache or Path(folder), hear)

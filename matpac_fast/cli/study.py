@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from .._cores import n_cores
 from ..audio.decode import decoder_versions
 from ..errors import ConfigError
 from ..files import write_text
@@ -117,8 +118,10 @@ def main(
         dtype=dtype,
         seed=split_seed,
         partial=partial,
-        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        workers=n_cores() if workers is None else workers,
     )
+    if cost_only and int(os.environ.get("RANK", 0)):  # torchrun's first process measures, on a machine at rest
+        return 0
     cells: list[Cell] = []
     with _stages() as hear:
         if cost_only:

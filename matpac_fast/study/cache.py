@@ -152,8 +152,9 @@ def fill(
     """Embed what is missing in several caches of one encoder, decoding each file once for all of them.
 
     `audio` are the hashes of `paths`; `done` is told of each number of (clip, cache) pairs that are dealt with. With
-    `share` (rank, of how many) only this process's part of the missing clips is embedded. `left_out`, where given,
-    takes up hash -> error of each file that cannot be decoded, and those in it already are not tried.
+    `share` (rank, of how many) only those clips are embedded whose hash falls to this process: whatever is there
+    already when each of them looks, nothing belongs to nobody. `left_out`, where given, takes up hash -> error of each
+    file that cannot be decoded, and those in it already are not tried.
 
     Raises:
         AudioError: a file that cannot be decoded, without `left_out`.
@@ -164,11 +165,12 @@ def fill(
         [name for name in first if name not in known and name not in skipped]
         for known in (cache.known() for cache in caches)
     ]
-    wanted = set().union(*missing) if missing else set()
     done(sum(len(audio) - len(names) for names in missing))
+    rank, world = share
+    lacking = [{name for name in names if int(name[:16], 16) % world == rank} for names in missing]
+    wanted = set().union(*lacking)
     clips = [name for name in first if name in wanted]
-    parts = [clips[i : i + _CLIPS] for i in range(0, len(clips), _CLIPS)][share[0] :: share[1]]
-    lacking = [set(names) for names in missing]
+    parts = [clips[i : i + _CLIPS] for i in range(0, len(clips), _CLIPS)]
     rate = caches[0].encoder.sample_rate if caches else 0
     jobs = ((os.stat(first[name]).st_size, partial(_decode, first[name], rate)) for part in parts for name in part)
     waves: Iterator[np.ndarray | AudioError] = in_order(jobs, workers)

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, measure
 from .linear import ProbeConfig, Probed, probe
 from .results import Cell, read_costs, write_costs
+
+_PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
 
 # Hears of (stage, parts done, parts in all).
 Progress = Callable[[str, int, int], None]
@@ -85,7 +88,8 @@ def run_study(
 ) -> list[Cell]:
     """Cost, embed and probe everything that is missing in `out`, and return the cells, task by task.
 
-    Under torchrun every process embeds its share and the first one does the rest; the others return no cells. `loaded`
+    Under torchrun every process embeds its share, and the first one does the rest once the others are through: costs,
+    which want a machine at rest, clips that nobody has embedded, and the probes. The others return no cells. `loaded`
     is what `load_tasks` gave, where that is at hand. With `config.partial` files that cannot be decoded are left out of
     their task for every encoder, so that all are scored on the same clips.
 
@@ -98,14 +102,15 @@ def run_study(
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     tasks, audio = load_tasks(config) if loaded is None else loaded
-    costs = cost_sweep(config, out, progress) if config.cost and rank == 0 else {}
-    left_out = embed_share(config, out, (tasks, audio), device, (rank, world), progress)
     if world > 1:
+        embed_share(config, out, (tasks, audio), device, (rank, world), progress)
         _wait_for_all(rank, world)
-    if rank > 0:
-        return []
-    if world > 1 and config.partial:  # what the others could not decode is all that is missing now
-        left_out = embed_share(config, out, (tasks, audio), device, (0, 1), progress)
+        if rank > 0:
+            return []
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # costs are measured in another process
+    costs = cost_sweep(config, out, progress) if config.cost else {}
+    left_out = embed_share(config, out, (tasks, audio), device, (0, 1), progress)
     if left_out:
         tasks = [_without(task, audio[task.name], left_out) for task in tasks]
         audio = {name: [each for each in names if each not in left_out] for name, names in audio.items()}
@@ -295,7 +300,7 @@ def _probe(
 
 
 def _wait_for_all(rank: int, world: int) -> None:
-    """Until every process has embedded its share."""
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    """Until every process has embedded its share, however long the slowest takes; torchrun ends all where one dies."""
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=_PATIENCE)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

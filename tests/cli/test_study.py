@@ -130,6 +130,22 @@ def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  
     assert not (tmp_path / "results.parquet").exists()
 
 
+def test_of_several_processes_the_first_measures_costs(encoder_file, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sweep, "measure", lambda *_: pytest.fail("measured beside the first process"))
+    arguments = ["study", "--encoders", str(encoder_file), "--cost-only", "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_share_a_probe_need_a_folder_for_it(encoder_file, clips, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["probe", "--encoder", str(encoder_file), "--task", f"folder:{clips}", "--device", "cpu"]) == 2
+    assert "--cache is missing: 2 processes share the embeddings" in capsys.readouterr().err
+
+
 def test_changes_are_told_as_such(study):
     tables = Tables([], [], pq.read_table(study / "choices.parquet").to_pylist())
     header, body = choice_cells(tables)

@@ -85,6 +85,15 @@ def test_shares_of_several_processes_are_apart_and_whole(tmp_path, encoder, some
         known.append(cache.known())
     assert not known[0] & known[1]
     assert known[0] | known[1] == set(audio)
+    assert min(map(len, known)) > 0
+
+
+def test_a_process_that_looks_late_leaves_nothing_to_nobody(tmp_path, encoder, some, monkeypatch):
+    paths, audio = some
+    monkeypatch.setattr("matpac_fast.study.cache._CLIPS", 2)
+    for rank in (2, 0, 1):  # each sees what those before it have embedded
+        fill([Cache(tmp_path, encoder, View(0.5))], audio, paths, 1, none_done, (rank, 3))
+    assert Cache(tmp_path, encoder, View(0.5)).known() == set(audio)
 
 
 def test_copies_across_a_split_are_counted():

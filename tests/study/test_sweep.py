@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from ranks import on_ranks
 
 from matpac_fast import load_encoder
 from matpac_fast.errors import AudioError, ConfigError
@@ -237,6 +240,32 @@ def test_the_first_of_several_processes_learns_what_the_others_could_not_decode(
         found.append(run_study(config(encoder_file, damaged, partial=True), tmp_path / "out"))
     assert found[0] == []
     assert [Path(name).name for name, _ in found[1][0].task.left_out] == ["0-0.wav", "1-9.wav"]
+
+
+def test_the_first_process_does_the_rest_once_the_others_are_through(
+    studied, encoder_file, clips, tmp_path, monkeypatch
+):
+    done = []
+    monkeypatch.setattr(sweep, "_wait_for_all", lambda *_: done.append("waited"))
+    monkeypatch.setattr(sweep, "cost_sweep", lambda *_: done.append("costs") or {})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    cells = run_study(config(encoder_file, clips, cost=True), tmp_path)  # what the other embeds is on its own disk
+    assert done == ["waited", "costs"]
+    for one, two in zip(studied[1], cells, strict=True):
+        assert torch.allclose(one.probed.scores[0], two.probed.scores[0], atol=1e-3)
+
+
+def wait_longer_than_torch_would(rank):
+    torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=0.5)
+    if rank == 0:
+        time.sleep(1.5)
+    sweep._wait_for_all(rank, 2)
+    return "went on"
+
+
+def test_the_first_to_be_through_waits_for_the_others():
+    assert on_ranks(2, wait_longer_than_torch_would) == {0: "went on", 1: "went on"}
 
 
 def test_without_partial_a_damaged_file_ends_it_and_says_what_helps(encoder_file, damaged, tmp_path):
