@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._cores import n_cores
 from ..errors import AudioError, CorpusError
 from ..files import atomic, sha256
 from .ahead import in_order
@@ -84,7 +85,7 @@ def prepare(
         CorpusError: no audio in it, or none that can be used; another corpus in `out`, or it cannot be written.
     """
     source, out = Path(source), Path(out)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = n_cores() if workers is None else workers
     for name, value in (("sample_rate", sample_rate), ("workers", workers), ("shard_seconds", shard_seconds)):
         if not value > 0:
             raise CorpusError(f"prepare: {name} is {value}; expected more than 0")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy
 import torch
 
+from .._cores import n_cores
 from ..audio.ahead import in_order
 from ..audio.decode import decoder_versions
 from ..audio_encoder import AudioEncoder
@@ -136,7 +137,7 @@ def embed_collection(
         ConfigError: an option that cannot be, or `out` holds other embeddings, or other things.
     """
     source, out = Path(source), Path(out)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = n_cores() if workers is None else workers
     for name, value in (("files_per_shard", files_per_shard), ("workers", workers), ("shard_seconds", shard_seconds)):
         if not value > 0:
             raise ConfigError(f"{name} is {value}; expected more than 0")

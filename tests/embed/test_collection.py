@@ -204,6 +204,11 @@ def test_files_share_batches(encoder, tmp_path, monkeypatch):
     assert [row["path"] for row in rows(tmp_path / "out")] == [f"{i // 2}.wav" for i in range(20)]
 
 
+def test_a_system_that_pins_no_process_to_cores_embeds_too(collection, encoder, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    assert embed_collection(collection, tmp_path, encoder).rows == 5
+
+
 def test_what_was_the_limit_is_said():
     assert extract.Report(model_seconds=2.0, waited_seconds=1.0).limit == "the model"
     assert extract.Report(model_seconds=1.0, waited_seconds=2.0).limit == "decoding"
