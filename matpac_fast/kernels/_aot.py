@@ -73,20 +73,10 @@ class Cost:
 def compile_ahead(launch: Launch, capability: int) -> Cost:
     """Compile for compute capability `capability` (90 is sm_90) with Triton's own ptxas; no GPU or driver needed."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
-    names = launch.kernel.arg_names
-    # A list of launches may share one dictionary of constants; each kernel takes those it has.
-    constexprs = {name: value for name, value in launch.constexprs.items() if name in names}
-    signature = {name: "constexpr" if name in constexprs else launch.signature[name] for name in names}
-    attrs = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(names)
-        if signature[name].startswith("*") or name in launch.divisible
-    }
     compiled = triton_compile(
-        ASTSource(launch.kernel, signature, constexprs, attrs),
+        _source(launch),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
@@ -96,6 +86,29 @@ def compile_ahead(launch: Launch, capability: int) -> Cost:
     used = {name: int(value) for name, value in usage}
     unwritten = unwritten_reads(_told("nvdisasm", "-c", cubin)) if capability == 90 else []
     return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, unwritten)
+
+
+def _source(launch: Launch) -> Any:
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    # A list of launches may share one dictionary of constants; each kernel takes those it has.
+    constexprs = {name: value for name, value in launch.constexprs.items() if name in names}
+    types = {name: launch.signature[name] for name in names if name not in constexprs}
+    divisible = [
+        position
+        for position, name in enumerate(names)
+        if name in types and (types[name].startswith("*") or name in launch.divisible)
+    ]
+    try:
+        # Up to Triton 3.2, torch 2.6.
+        from triton.backends.compiler import AttrsDescriptor  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:
+        signature = {name: types.get(name, "constexpr") for name in names}
+        attrs = {(position,): [["tt.divisibility", 16]] for position in divisible}
+        return ASTSource(launch.kernel, signature, constexprs, attrs)
+    attrs = {"cls": "AttrsDescriptor", "arg_properties": {"tt.divisibility": divisible}}
+    return ASTSource(launch.kernel, types, constexprs, AttrsDescriptor.from_dict(attrs))
 
 
 def _told(tool: str, option: str, cubin: bytes) -> str:

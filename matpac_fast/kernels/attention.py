@@ -29,6 +29,8 @@ def _dot(a, b, acc=None):
     """a @ b (+ acc) in float32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if acc is None:  # Triton 3.3 takes no None
+        acc = tl.zeros([a.shape[0], b.shape[1]], dtype=tl.float32)
     return tl.dot(a, b, acc)
 
 
