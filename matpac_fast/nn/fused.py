@@ -13,23 +13,37 @@ from torch import Tensor, nn
 from .. import ops
 from ..backend import dtype_of_products, fuses
 from ..ops.add_layer_norm import MAX_WIDTH
-from .vit import Block
+from .vit import Attention, Block, Mlp, is_plain
 
 Pending = tuple[Tensor, Tensor] | tuple[None, None]  # a product without its bias, and that
 
 
-def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
-    """Whether `run` is for these blocks and tokens (B, N, D): float32 weights under autocast, not compiled."""
+def serves(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor) -> bool:
+    """Whether `run` is for these blocks, norm and tokens (B, N, D): float32 norms under autocast, and no part of a
+    block that its user has replaced, hooked, wrapped, sharded or compiled."""
     dtype = dtype_of_products(x)
-    if dtype == x.dtype or dtype.itemsize != 2:
+    if dtype == x.dtype or dtype.itemsize != 2 or x.shape[-1] > MAX_WIDTH:
         return False
-    block = blocks[0]
-    assert isinstance(block, Block)
-    weight = block.norm1.weight
-    # FSDP hands out a block's weights when the block is called, and torch.compile is what the user asked for.
-    plain = not hasattr(weight, "to_local") and block._compiled_call_impl is None
-    fits = weight.dtype == torch.float32 and x.shape[-1] <= MAX_WIDTH
-    return plain and fits and fuses("add_layer_norm", x.device, dtype)
+    return fuses("add_layer_norm", x.device, dtype) and _norms(norm) and all(map(_is_read, blocks))
+
+
+def _is_read(block: nn.Module) -> bool:
+    """Whether all that `_block` reads, where it calls nothing, is as this package wrote it."""
+    if not isinstance(block, Block) or not is_plain(block, Block):
+        return False
+    layers = (block.attn.proj, block.mlp.fc2)
+    plain = is_plain(block.attn, Attention) and is_plain(block.mlp, Mlp) and all(is_plain(x, nn.Linear) for x in layers)
+    return plain and _norms(block.norm1, block.norm2)
+
+
+def _norms(*norms: nn.Module) -> bool:
+    return all(
+        is_plain(norm, nn.LayerNorm)
+        and norm.weight is not None
+        and norm.weight.dtype == torch.float32
+        and norm.bias is not None
+        for norm in norms
+    )
 
 
 def run(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: int = 0) -> Tensor:

@@ -11,10 +11,20 @@ from ..backend import dtype_of_products, fuses
 from ..ops.attention import is_fused
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether to read the weights of `module` is to call it: a `kind` and none of its subclasses, as LoRA, FSDP and
+    parametrizations make them, neither hooked, compiled nor wrapped, with its weights here and whole."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
+        return False
+    return not any(hasattr(weight, "to_local") for weight in module.parameters(recurse=False))  # FSDP's
+
+
 def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
     """The exact GELU of a linear layer's output; its bias is added with it where a kernel does both."""
     dtype = dtype_of_products(x)
-    if dtype.itemsize == 2 and fuses("bias_gelu", x.device, dtype):
+    plain = is_plain(layer, nn.Linear) and layer.bias is not None
+    if plain and dtype.itemsize == 2 and fuses("bias_gelu", x.device, dtype):
         return ops.bias_gelu(F.linear(x, layer.weight), layer.bias)
     return F.gelu(layer(x))
 
@@ -36,7 +46,7 @@ class Attention(nn.Module):
         """`forward` without its last layer."""
         b, n, d = x.shape
         heads = (self.num_heads, d // self.num_heads)
-        if first_query == 0 or self._is_fused(x):
+        if first_query == 0 or self._is_fused(x) or not is_plain(self.qkv, nn.Linear):
             # The kernel's queries cost less than taking queries and keys apart.
             out = ops.attention(self.qkv(x).view(b, n, 3, *heads))[:, first_query:]  # (B, N, H, D/H)
         else:
@@ -88,7 +98,7 @@ def through(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: i
     `first_query` on are queries."""
     from . import fused
 
-    if fused.serves(blocks, x):
+    if fused.serves(blocks, norm, x):
         return fused.run(blocks, norm, x, first_query)
     for block in blocks[:-1]:
         x = block(x, 0)  # as the last one is called: torch.compile counts the arguments

@@ -9,6 +9,7 @@ from matpac_fast import ops, use_backend
 from matpac_fast.config import MatpacConfig
 from matpac_fast.model import Matpac
 from matpac_fast.nn import fused
+from matpac_fast.nn.vit import Transformer
 
 CONFIG = MatpacConfig.preset(
     "tiny", n_frames=32, width=64, num_heads=2, depth=2, predictor_width=64, predictor_heads=2, predictor_depth=2
@@ -43,13 +44,84 @@ def test_a_step_is_that_of_the_plain_blocks(mcl_heads, monkeypatch):
 
 def test_who_is_served():
     model = Matpac(CONFIG)
+    blocks, norm = model.student.blocks, model.student.norm
     x = torch.randn(1, 3, 64)
     with use_backend("triton"):
-        assert not fused.serves(model.student.blocks, x)  # float32
+        assert not fused.serves(blocks, norm, x)  # float32
         with torch.autocast("cpu", torch.bfloat16):
-            assert fused.serves(model.student.blocks, x)
-            model.student.blocks[0].compile(backend="eager")
-            assert not fused.serves(model.student.blocks, x)
-            assert not fused.serves(model.teacher.bfloat16().blocks, x)
+            assert fused.serves(blocks, norm, x)
+            blocks[1].compile(backend="eager")
+            assert not fused.serves(blocks, norm, x)
+            assert not fused.serves(model.teacher.bfloat16().blocks, model.teacher.norm, x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fused.serves(model.predictor.blocks, x)  # a CPU's own way
+        assert not fused.serves(model.predictor.blocks, model.predictor.norm, x)  # a CPU's own way
+
+
+class Adapted(torch.nn.Linear):
+    """A layer as a user may put in the place of ours."""
+
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Wrapped(torch.nn.Module):
+    """As activation checkpointing and FSDP wrap a block."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args):
+        return self.block(*args)
+
+
+def adapt(owner: str, name: str):
+    def change(model: Transformer) -> None:
+        parent = model.get_submodule(owner)
+        layer = getattr(parent, name)
+        new = Adapted(layer.in_features, layer.out_features)
+        new.load_state_dict(layer.state_dict())
+        setattr(parent, name, new)
+
+    return change
+
+
+def wrap(model: Transformer) -> None:
+    model.blocks[1] = Wrapped(model.blocks[1])
+
+
+def bare(model: Transformer) -> None:
+    model.blocks[1].norm2 = torch.nn.LayerNorm(64, 1e-6, elementwise_affine=False)
+
+
+def hook(name: str):
+    return lambda model: model.get_submodule(name).register_forward_hook(lambda module, args, out: 3 * out)
+
+
+CHANGES = {
+    "proj replaced": adapt("blocks.1.attn", "proj"),
+    "fc1 replaced": adapt("blocks.1.mlp", "fc1"),
+    "fc2 replaced": adapt("blocks.0.mlp", "fc2"),
+    "block wrapped": wrap,
+    "a norm without weights": bare,
+    **{
+        f"{name} hooked": hook(name)
+        for name in ("blocks.0", "blocks.1.attn", "blocks.0.mlp", "blocks.1.mlp.fc1", "blocks.1.norm1", "norm")
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_a_user_changes_in_a_block_is_called(change):
+    torch.manual_seed(0)
+    model = Transformer(64, 2, 2, 2)
+    x = torch.randn(1, 5, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        before = model(x)
+        change(model)
+        want = model(x)
+        with use_backend("triton"):
+            got = model(x)
+    assert (got - want).norm() < 0.01 * want.norm()
+    if change not in (wrap, bare):
+        assert (want - before).norm() > 0.02 * before.norm()  # the change is one
