@@ -131,6 +131,7 @@ class Store:
             for left in self.out.glob(pattern):  # by a process that was killed
                 left.unlink()
         self._decoders = [decoder_versions()]
+        self.next_shard = 0
         self.clips = self._read(self.out / INDEX)
         self.rejected = self._read(self.out / REJECTED)
         parts = [self._read(path) for path in sorted((self.out / PARTS).glob("*.parquet"))]
@@ -140,7 +141,8 @@ class Store:
         self._accepted = self._rows["reason"].is_null().to_numpy()
         self._size = self._rows["size"].fill_null(-1).to_numpy()
         self._time = self._rows["mtime_ns"].fill_null(-1).to_numpy()
-        self.next_shard = 1 + max([-1, *self._rows["shard"].drop_null().unique().to_pylist()])
+        used = self._rows["shard"].drop_null().unique().to_pylist()
+        self.next_shard = max([self.next_shard, *(shard + 1 for shard in used)])
         self.lost = self._find_lost()
 
     def _find_lost(self) -> set[str]:
@@ -194,6 +196,10 @@ class Store:
         import pyarrow.parquet as pq
 
         metadata = {"format": FORMAT, **asdict(self._settings), "decoders": self._decoders}
+        if path.name == INDEX:
+            # No number is given twice, though no clip may be left in the last shard: whoever opened the corpus before
+            # would read other audio there.
+            metadata["next_shard"] = self.next_shard
         with atomic(path) as beside:
             pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(metadata)}), beside, compression="zstd")
 
@@ -216,6 +222,7 @@ class Store:
         ]
         if differ:
             raise CorpusError(f"{self.out}: was prepared with {', '.join(differ)}; give the same, or a new folder")
+        self.next_shard = max(self.next_shard, metadata.get("next_shard", 0))
         self._decoders = metadata["decoders"] + [now for now in self._decoders if now not in metadata["decoders"]]
         columns = [
             table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)

@@ -141,6 +141,21 @@ def test_a_mended_file_becomes_a_clip_and_a_spoilt_one_is_rejected(source, tmp_p
     assert rejected["a.wav"]["reason"].startswith("unreadable")
 
 
+def test_a_corpus_in_use_keeps_its_audio_though_the_last_shard_lost_its_only_clip(source, tmp_path):
+    out = tmp_path / "corpus"
+    prepare(source, out)
+    soundfile.write(source / "new.wav", np.sin(np.arange(RATE) / 9), RATE)
+    prepare(source, out)
+    opened = Corpus(out)  # and reads a shard when it is first needed
+    want = to_int16(read_audio(source / "new.wav"))[0]
+    soundfile.write(source / "new.wav", np.zeros(RATE), RATE)
+    assert prepare(source, out).clips == 5
+    soundfile.write(source / "other.wav", np.cos(np.arange(RATE) / 5), RATE)
+    assert prepare(source, out).clips == 6
+    np.testing.assert_array_equal(opened.read(5), want)
+    assert [row["shard"] for row in rows(out / "index.parquet").values()] == [0] * 5 + [2]
+
+
 def test_a_folder_that_cannot_be_read_is_a_rejection(source, tmp_path, monkeypatch):
     scandir = os.scandir
 
