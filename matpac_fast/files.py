@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,16 +24,18 @@ def sync_folder(folder: Path) -> None:
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path`, on any error it vanishes.
 
-    The name of the temporary ends in ".tmp", so a process killed half-way leaves something that is easily told.
+    The name of the temporary ends in ".tmp", so a process killed half-way leaves something that is easily told. The
+    file gets the permissions that the umask gives to any new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
-    beside = Path(name)
     try:
         yield beside
-        os.chmod(beside, 0o644)  # mkstemp, and safetensors, leave a file that its owner alone can read
+        os.chmod(beside, mode)  # safetensors leaves a file that its owner alone can read
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
