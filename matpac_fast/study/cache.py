@@ -25,7 +25,7 @@ from ..audio.ahead import in_order
 from ..audio.decode import decoder_versions, read_audio
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
-from ..errors import AudioError
+from ..errors import AudioError, ConfigError
 from ..files import atomic, sha256, write_text
 from ..tasks.task import Fold
 from .linear import Rows
@@ -44,12 +44,12 @@ class View:
     remainder: str = "keep"
     aggregate: Aggregate = "mean"
 
-    def settings(self, encoder: AudioEncoder, batch_size: int) -> dict[str, Any]:
+    def settings(self, encoder: AudioEncoder, encoder_id: str) -> dict[str, Any]:
         """Everything but the audio that decides the embeddings; the batch's size, device and threads do not, beyond
         rounding."""
         Windowing(self.temporal_support, self.hop, remainder=self.remainder).samples(encoder.sample_rate)
         return {
-            "encoder": encoder.id,
+            "encoder": encoder_id,
             "encoder_class": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
             "dtype": str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch."),
             "temporal_support": self.temporal_support,
@@ -63,11 +63,13 @@ class View:
 
 
 class Cache:
-    """The embeddings of one encoder in one view."""
+    """The embeddings of one encoder in one view. `encoder_id`: its `id`, where it is at hand; it hashes all weights."""
 
-    def __init__(self, root: Path, encoder: AudioEncoder, view: View, batch_size: int = 16):
+    def __init__(
+        self, root: Path, encoder: AudioEncoder, view: View, batch_size: int = 16, encoder_id: str | None = None
+    ):
         self.encoder, self.view, self.batch_size = encoder, view, batch_size
-        self.settings = view.settings(encoder, batch_size)
+        self.settings = view.settings(encoder, encoder_id or encoder.id)
         self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", encoder.name)[:40]
         self.folder = root / f"{name}-{self.key[:16]}"
@@ -78,21 +80,36 @@ class Cache:
 
         found: set[str] = set()
         for part in self._parts():
-            found.update(pq.read_table(part, columns=["audio"])["audio"].unique().to_pylist())
+            with pq.ParquetFile(part) as file:
+                found.update(_names(file))
         return found
 
     def read(self, audio: Sequence[str]) -> Rows:
-        """The rows of these clips, all known, in their order: values (R, E) float32 on the CPU."""
+        """The rows of these clips, in their order: values (R, E) float32 on the CPU.
+
+        Raises:
+            ConfigError: clips that are not embedded.
+        """
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        tables = [pq.read_table(part) for part in self._parts()]
+        lacking, tables = set(audio), []
+        place = {name: i for i, name in enumerate(sorted(lacking))}
+        for part in self._parts():
+            with pq.ParquetFile(part) as file:
+                if not place.keys().isdisjoint(names := _names(file)):  # other tasks' clips are in parts of their own
+                    lacking -= names
+                    tables.append(file.read())
+        if lacking:
+            raise ConfigError(
+                f"{self.folder}: {len(lacking)} of {len(place)} clips, such as that of SHA-256 {min(lacking)}, have no "
+                "embedding; expected one of each; the same command again embeds what is missing"
+            )
         table = pa.concat_tables(tables).combine_chunks()
         column = table["embedding"].chunk(0)
         values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
-        codes = pc.index_in(table["audio"], pa.array(sorted(set(audio)))).to_numpy(zero_copy_only=False)  # type: ignore
-        place = {name: i for i, name in enumerate(sorted(set(audio)))}
+        codes = pc.index_in(table["audio"], pa.array(list(place))).to_numpy(zero_copy_only=False)  # type: ignore
         order = np.argsort(codes, kind="stable")  # what is not asked for is NaN, at the end
         starts = np.searchsorted(codes[order], np.arange(len(place)))
         ends = np.searchsorted(codes[order], np.arange(len(place)), side="right")
@@ -133,6 +150,11 @@ class Cache:
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
+
+
+def _names(part: Any) -> set[str]:
+    """The audio that an open part has rows of."""
+    return set(part.read(["audio"])["audio"].unique().to_pylist())
 
 
 def hash_audio(paths: Sequence[Path], workers: int) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..tasks.task import Fold, deal_groups
+from .metrics import METRICS
 
 CELLS = 1 << 25  # logits held at a time
 _HELD_OUT = 6  # one part in so many of the training groups validates where the task has no validation clips
@@ -96,7 +97,7 @@ def probe(
         groups: (N,) of the clips; never parted where validation clips are drawn.
 
     Raises:
-        ConfigError: an embedding that is not finite.
+        ConfigError: an embedding that is not finite, or none of a clip; no clips to validate on.
     """
     if not rows.values.isfinite().all():
         raise ConfigError("probe: embeddings that are not finite; look at the audio, or at the encoder's dtype")
@@ -104,6 +105,13 @@ def probe(
 
     kind = AttentiveFold if config.attentive else FoldProbes
     per_clip = np.bincount(rows.clip, minlength=len(targets))
+    parts = [part for fold in folds for part in (fold.train, fold.valid, fold.test) if part is not None]
+    used = np.unique(np.concatenate(parts))
+    if len(lacking := used[per_clip[used] == 0]):
+        raise ConfigError(
+            f"probe: {len(lacking)} of {len(used)} clips have no embedding, such as clip {lacking[0]}; "
+            "expected one or more of each"
+        )
     found = [
         kind(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype).run(metric)
         for fold in folds
@@ -295,8 +303,6 @@ class FoldProbes:
 
     def _valid_scores(self, metric: str, weight: Tensor, bias: Tensor) -> Tensor:
         """(S,) each seed's score on its validation clips."""
-        from .metrics import METRICS
-
         found = []
         for seed, valid in enumerate(self.valid_of):
             rows = np.flatnonzero(np.isin(self.clip, valid))

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 RESAMPLES = 1000
 _CELLS = 1 << 24  # resamples x clips held at a time
 
@@ -85,9 +87,17 @@ class Draws:
 
         `scores[f]` (S, N_f, K), `targets[f]`, and `within[f]` (N_f,) bool, the clips that count. A seed's folds are
         scored one by one and averaged; then the seeds are. Index 0 is the score itself, the rest its resamples.
+
+        Raises:
+            ConfigError: scores that are not finite.
         """
         measure, by_fold = METRICS[metric], []
         for f, (some, target, weights) in enumerate(zip(scores, targets, self.clips, strict=True)):
+            if bad := int((~some.isfinite()).any(2).any(0).sum()):
+                raise ConfigError(
+                    f"the probes' scores of {bad} of {some.shape[1]} test clips, fold {f}, are not finite; expected "
+                    "probabilities; remove the folder probes/ of the study and run it again"
+                )
             if within is not None:
                 some, target, weights = some[:, within[f]], target[within[f]], weights[:, within[f]]
                 if not len(target):

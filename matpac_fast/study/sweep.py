@@ -220,7 +220,8 @@ def _views(config: StudyConfig) -> list[View]:
 
 
 def _caches(config: StudyConfig, out: Path, encoder: AudioEncoder) -> list[Cache]:
-    return [Cache(out / "embeddings", encoder, view, config.batch_size) for view in _views(config)]
+    identity = encoder.id
+    return [Cache(out / "embeddings", encoder, view, config.batch_size, identity) for view in _views(config)]
 
 
 def _embed(
@@ -236,6 +237,7 @@ def _embed(
 ) -> None:
     each = sum(len(task.paths) for task in tasks) * len(config.temporal_supports)  # clips of an encoder, at every TS
     done = number * each
+    caches = _caches(config, out, encoder)
     for task in tasks:
 
         def more(count: int) -> None:
@@ -243,7 +245,7 @@ def _embed(
             done += count
             progress("embedding", done, each * len(config.encoders))
 
-        fill(_caches(config, out, encoder), audio[task.name], task.paths, config.workers, more, share, left_out)
+        fill(caches, audio[task.name], task.paths, config.workers, more, share, left_out)
 
 
 def _probe_all(
@@ -255,20 +257,21 @@ def _probe_all(
     device: torch.device,
     progress: Progress,
 ) -> list[Cell]:
-    cells = []
-    total = len(tasks) * len(config.encoders) * len(config.temporal_supports)
-    for task in tasks:
-        copies = shared_audio(audio[task.name], task.folds)
-        for name in config.encoders:
-            encoder = load_encoder(name, "cpu", dtype=config.dtype)
-            for cache in _caches(config, out, encoder):
+    cells: dict[str, list[Cell]] = {task.name: [] for task in tasks}
+    copies = {task.name: shared_audio(audio[task.name], task.folds) for task in tasks}
+    done, total = 0, len(tasks) * len(config.encoders) * len(config.temporal_supports)
+    for name in config.encoders:
+        encoder = load_encoder(name, "cpu", dtype=config.dtype)
+        caches = _caches(config, out, encoder)
+        for task in tasks:
+            for cache in caches:
                 probed, windows = _probe(config, out, cache, task, audio[task.name], device)
                 mine = [costs[key] for key in costs if key[:2] == (name, cache.view.temporal_support)]
-                cells.append(
-                    Cell(task, name, encoder.id, encoder.embedding_dim, cache.view, probed, windows, copies, mine)
-                )
-                progress("probing", len(cells), total)
-    return cells
+                identity, dim, shared = cache.settings["encoder"], encoder.embedding_dim, copies[task.name]
+                cells[task.name].append(Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine))
+                done += 1
+                progress("probing", done, total)
+    return [cell for task in tasks for cell in cells[task.name]]
 
 
 def _probe(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from matpac_fast import load_encoder
 from matpac_fast.audio.decode import read_audio
+from matpac_fast.errors import ConfigError
 from matpac_fast.study.cache import Cache, View, fill, hash_audio, shared_audio
 from matpac_fast.tasks import Fold, load_task
 from tests.study.conftest import save_encoder
@@ -58,6 +60,31 @@ def test_what_is_there_is_not_embedded_again_under_whatever_name(tmp_path, encod
     monkeypatch.setattr(type(encoder), "embed_many", lambda *_, **__: pytest.fail("embedded again"))
     fill([Cache(tmp_path / "e", encoder, view) for view in views], hash_audio(moved, 2), moved, 1, told.append)
     assert sum(told) == 14
+
+
+def test_a_clip_that_nobody_has_embedded_is_an_error(tmp_path, encoder, some):
+    paths, audio = some
+    cache = Cache(tmp_path, encoder, View(0.3))
+    with pytest.raises(ConfigError, match=r"1 of 1 clips, such as that of SHA-256 .* have no embedding"):
+        cache.read(audio[:1])
+    fill([cache], audio[:5], paths[:5], 1, none_done)
+    with pytest.raises(ConfigError, match=f"2 of 7 clips, such as that of SHA-256 {min(audio[5:])}, have no embedding"):
+        cache.read(audio)
+
+
+def test_other_tasks_embeddings_are_not_read(tmp_path, encoder, some):
+    paths, audio = some
+    cache = Cache(tmp_path, encoder, View(0.3))
+    for part in (slice(4), slice(4, 7)):
+        fill([cache], audio[part], paths[part], 1, none_done)
+    wanted = cache.read(audio[:4])
+    for path in cache.folder.glob("part-*.parquet"):
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        if not set(table["audio"].to_pylist()) & set(audio[:4]):
+            pq.write_table(table.drop_columns(["embedding"]), path)  # to be known it needs no embeddings
+    assert torch.equal(cache.read(audio[:4]).values, wanted.values)
+    assert cache.known() == set(audio)
 
 
 def test_the_key_is_all_that_embeddings_depend_on(tmp_path, encoder, encoder_file):

@@ -172,6 +172,17 @@ def test_constant_and_not_finite_columns():
         run(values, targets, folds, QUICK, 3)
 
 
+@pytest.mark.parametrize("attentive", [False, True])
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_a_clip_without_an_embedding_is_an_error(part, attentive):
+    values, targets = blobs()
+    fold = three_folds(len(targets))[0]
+    gone = getattr(fold, part)[0]
+    clip = np.delete(np.arange(len(targets)), gone)
+    with pytest.raises(ConfigError, match=f"1 of 120 clips have no embedding, such as clip {gone}"):
+        run(values[clip], targets, [fold], dataclasses.replace(QUICK, attentive=attentive), 3, clip=clip)
+
+
 @pytest.mark.parametrize("change", [dict(seeds=0), dict(steps=0), dict(decays=()), dict(learning_rates=(0.0,))])
 def test_settings_that_cannot_be(change):
     with pytest.raises(ConfigError):

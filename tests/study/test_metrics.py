@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, average_precision_score
 
+from matpac_fast.errors import ConfigError
 from matpac_fast.study.metrics import Draws, accuracy, interval, mean_average_precision
 
 
@@ -106,3 +107,12 @@ def test_subsets_score_their_clips_alone():
     within = [torch.arange(10) < 5, torch.zeros(10, dtype=torch.bool)]  # the second fold has none of them
     plain, folds = draws.score("accuracy", [right[None], right[None]], [target, target], within)
     assert plain[0] == folds[0] == 1.0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mAP"])
+def test_scores_that_are_no_numbers_are_no_answer(metric):
+    scores = torch.full((1, 10, 2), 0.5, dtype=torch.float64)
+    target = torch.zeros(10, dtype=torch.int64) if metric == "accuracy" else torch.ones(10, 2)
+    scores[0, 3] = torch.nan
+    with pytest.raises(ConfigError, match="scores of 1 of 10 test clips, fold 0, are not finite"):
+        Draws.of([np.arange(10)], 1, resamples=5).score(metric, [scores], [target])

@@ -16,6 +16,7 @@ import torch
 from ranks import on_ranks
 
 from matpac_fast import load_encoder
+from matpac_fast.audio_encoder import AudioEncoder
 from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.study import cache as cache_module
 from matpac_fast.study import sweep
@@ -56,6 +57,19 @@ def test_scores_are_those_of_the_test_clips(studied):
         assert (row["test_clips"], row["clips"], row["windows"]) == (12, 30, 5 if row["temporal_support"] == 0.2 else 2)
     even = tables.results[1]
     assert even["test_clips"] == 6
+
+
+def test_weights_are_hashed_once_to_embed_and_once_to_probe(encoder_file, clips, tmp_path, monkeypatch):
+    hashed, real = [], AudioEncoder.id.fget
+    monkeypatch.setattr(AudioEncoder, "id", property(lambda self: hashed.append(1) or real(self)))
+    load_encoder(encoder_file, "cpu")
+    loading = len(hashed)
+    tasks = (f"folder:{clips}", f"folder:{shutil.copytree(clips, tmp_path / 'again')}")
+    cells = run_study(config(encoder_file, clips, tasks=tasks), tmp_path / "out")
+    assert [(cell.task.name, cell.view.temporal_support) for cell in cells] == [
+        (name, ts) for name in ("tones", "again") for ts in (0.2, 0.5)
+    ]
+    assert len(hashed) == loading + 2 * (loading + 1)
 
 
 def test_a_stopped_study_goes_on_and_ends_the_same(studied, encoder_file, clips, tmp_path, monkeypatch):
