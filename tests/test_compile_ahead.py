@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[tri
 from triton.runtime.jit import JITFunction
 
 from matpac_fast import kernels
-from matpac_fast.kernels._aot import SHARED_LIMIT, Cost, Launch, compile_ahead
+from matpac_fast.kernels._aot import SHARED_LIMIT, TENSOR_LIMIT, Cost, Launch, compile_ahead
 from matpac_fast.kernels._sass import unwritten_reads
 
 MODULES = [
@@ -58,6 +58,7 @@ def test_compiles_without_spills(name: str, costs: dict[Key, Future[Cost]], caps
         where = f"{name} for sm_{capability}"
         assert cost.spills == 0, f"{where} spills {cost.spills} bytes"
         assert cost.shared <= SHARED_LIMIT[capability], f"{where} takes {cost.shared} bytes of shared memory"
+        assert cost.tensor <= TENSOR_LIMIT, f"{where} takes {cost.tensor} columns of tensor memory"
         assert cost.registers <= LAUNCHES[name].max_registers, f"{where} takes {cost.registers} registers"
         assert not cost.unwritten, f"{where} reads registers that nothing has written: {cost.unwritten}"
 

@@ -21,6 +21,7 @@ from ._sass import unwritten_reads
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+TENSOR_LIMIT = 512  # columns of tensor memory on Blackwell's data-centre GPUs; a kernel that takes more does not launch
 CAPABILITIES = tuple(SHARED_LIMIT)
 
 
@@ -61,12 +62,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Cost:
-    """Read off a compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory, and on
-    Hopper what reads a register that nothing has written (see _sass.py)."""
+    """Read off a compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory, columns
+    of tensor memory, and on Hopper what reads a register that nothing has written (see _sass.py)."""
 
     registers: int
     spills: int
     shared: int
+    tensor: int
     unwritten: list[str]
 
 
@@ -85,7 +87,8 @@ def compile_ahead(launch: Launch, capability: int) -> Cost:
     usage = re.findall(r"\b([A-Z]+):(\d+)", _told("cuobjdump", "--dump-resource-usage", cubin))
     used = {name: int(value) for name, value in usage}
     unwritten = unwritten_reads(_told("nvdisasm", "-c", cubin)) if capability == 90 else []
-    return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, unwritten)
+    tensor = getattr(compiled.metadata, "tmem_size", 0)  # from Triton 3.3 on
+    return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, tensor, unwritten)
 
 
 def _source(launch: Launch) -> Any:

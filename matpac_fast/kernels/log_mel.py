@@ -38,14 +38,19 @@ SUMS = tl.constexpr(112)
 BINS = tl.constexpr(128)
 
 
-def _options(capability: int) -> dict[str, int]:
-    """Frames of a program, sums of a step, bins at a time, and launch parameters.
+def _options(n_mels: int, capability: int) -> dict[str, int]:
+    """Mels in two parts, frames of a program, sums of a step, bins at a time, and launch parameters.
 
     A warp has 16 frames, for with chained products Triton hands a tile's rows out to all warps, and warps beyond the
-    rows would repeat others' work. One stage: with two, these tiles spill.
+    rows would repeat others' work. One stage: with two, these tiles spill. With the sums of more than 96 mels 128
+    frames are more than Blackwell's tensor memory holds, and spill on sm_120.
     """
-    block_k = 64 if _hopper(capability) else 32
-    return {"BLOCK_F": 128, "BLOCK_N": 16, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 1}
+    wide, narrow = _mels_of(n_mels, capability)
+    mels = {"WIDE": wide, "NARROW": narrow, "BLOCK_N": 16}
+    if _hopper(capability):
+        return {**mels, "BLOCK_F": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
+    frames = 128 if wide + narrow <= 96 else 64
+    return {**mels, "BLOCK_F": frames, "BLOCK_K": 32, "num_warps": frames // 16, "num_stages": 1}
 
 
 def _mels_of(n_mels: int, capability: int) -> tuple[int, int]:
@@ -252,9 +257,8 @@ def log_mel(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
     out = wave.new_empty((batch, config.n_mels, frames), dtype=dtype)
     scale = 1 / 32768 if wave.dtype == torch.int16 else 1.0
     capability = capability_of(wave)
-    options = _options(capability)
-    wide, narrow = _mels_of(config.n_mels, capability)
-    window, dft, bank, peak = _tables(config, wide + narrow, wave.device, scale)
+    options = _options(config.n_mels, capability)
+    window, dft, bank, peak = _tables(config, options["WIDE"] + options["NARROW"], wave.device, scale)
     tiles = triton.cdiv(frames, options["BLOCK_F"])
     if batch:
         log_mel_fwd_kernel[(batch * tiles,)](
@@ -272,8 +276,6 @@ def log_mel(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
             config.log_offset,
             config.mean,
             1 / config.std,
-            wide,
-            narrow,
             **options,
         )
     return out
@@ -284,16 +286,15 @@ _INTEGERS = dict.fromkeys(("stride", "hop", "frames", "n_mels", "tiles"), "i32")
 _FLOATS = dict.fromkeys(("peak", "log_offset", "mean", "inverse_std"), "fp32")
 
 
-def _launch(wave: str, out: str, capabilities: tuple[int, ...]) -> Launch:
-    """Of 80 mels, for architectures that have their options in common."""
-    options: dict[str, Any] = _options(capabilities[0])
-    wide, narrow = _mels_of(80, capabilities[0])
+def _launch(wave: str, out: str, n_mels: int, capabilities: tuple[int, ...]) -> Launch:
+    """For architectures that have their options in common."""
+    options: dict[str, Any] = _options(n_mels, capabilities[0])
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     return Launch(
-        f"log_mel_fwd {wave} to {out}, {options['BLOCK_K']} bins",
+        f"log_mel_fwd {wave} to {out}, {n_mels} mels, {options['BLOCK_K']} bins",
         log_mel_fwd_kernel,
         {"wave": f"*{wave}", "out": f"*{out}", **_POINTERS, **_INTEGERS, **_FLOATS},
-        {"WIDE": wide, "NARROW": narrow, **options},
+        options,
         num_warps=warps,
         num_stages=stages,
         divisible=("stride", "hop"),
@@ -305,7 +306,8 @@ _HOPPER = tuple(filter(_hopper, CAPABILITIES))
 _OTHERS = tuple(capability for capability in CAPABILITIES if capability not in _HOPPER)
 
 AOT = [
-    _launch("fp32", "fp32", _OTHERS),
-    _launch("fp32", "fp32", _HOPPER),
-    _launch("i16", "bf16", _HOPPER),  # the smaller variant stands in for its kind once
+    _launch("fp32", "fp32", 80, _OTHERS),
+    _launch("fp32", "fp32", MAX_MELS, _OTHERS),
+    _launch("fp32", "fp32", 80, _HOPPER),  # and all other numbers of mels
+    _launch("i16", "bf16", 80, _HOPPER),  # the smaller variant stands in for its kind once
 ]

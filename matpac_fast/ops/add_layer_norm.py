@@ -21,8 +21,10 @@ def _impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.add_layer_norm import forward
 
+    # A compiler may have laid them out anew since the public function.
+    delta, bias = (None if t is None else t.contiguous() for t in (delta, bias))
     with device_guard(x):
-        return forward(x, delta, bias, gamma, beta, eps, dtype)
+        return forward(x.contiguous(), delta, bias, gamma.contiguous(), beta.contiguous(), eps, dtype)
 
 
 def _fake(x: Tensor, delta: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +47,7 @@ def _backward_impl(
 
     dx_next = None if dx_next is None else dx_next.contiguous()
     with device_guard(new_x):
-        return backward(dnormed.contiguous(), dx_next, new_x, stats, gamma, delta_dtype)
+        return backward(dnormed.contiguous(), dx_next, new_x.contiguous(), stats, gamma.contiguous(), delta_dtype)
 
 
 def _backward_fake(
@@ -146,9 +148,11 @@ def add_layer_norm(
         if delta is None:
             raise ValueError(f"{_OP}: there is a bias and no delta; expected both or neither")
     width = x.shape[-1]
+    for name, weight in (("weight", norm.weight), ("bias", norm.bias)):
+        check_tensor(_OP, f"the norm's {name}", weight, 1, _DTYPES, like=x)
+        check_shape(_OP, f"the norm's {name}", weight, (width,), "one value a column of x")
     if width > MAX_WIDTH or not fuses(_OP, x.device, x.dtype):
         return reference.add_layer_norm(x, delta, bias, norm, dtype)
-    rows = [None if t is None else t.reshape(-1, width).contiguous() for t in (x, delta)]
-    parameters = [None if t is None else t.contiguous() for t in (bias, norm.weight, norm.bias)]
-    new_x, normed, _ = torch.ops.matpac_fast.add_layer_norm(*rows, *parameters, norm.eps, dtype)
+    rows = [None if t is None else t.reshape(-1, width) for t in (x, delta)]
+    new_x, normed, _ = torch.ops.matpac_fast.add_layer_norm(*rows, bias, norm.weight, norm.bias, norm.eps, dtype)
     return x if delta is None else new_x.view(x.shape), normed.view(x.shape)

@@ -187,3 +187,12 @@ def test_two_leaves_of_one_dtype_have_gradients_of_their_own():
         total, normed = ops.add_layer_norm(x, delta, None, norm, torch.float32)
         (total.sum() + normed.sum()).backward()
     assert x.grad.data_ptr() != delta.grad.data_ptr()
+
+
+def test_a_norm_of_another_width_is_refused():
+    x = torch.randn(3, 64)
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match=r"the norm's weight is \(32,\) float32 on cpu; expected \(64,\)"):
+            ops.add_layer_norm(x, None, None, torch.nn.LayerNorm(32), torch.bfloat16)
+        with pytest.raises(TypeError, match="the norm's weight is a NoneType; expected a torch.Tensor"):
+            ops.add_layer_norm(x, None, None, torch.nn.LayerNorm(64, elementwise_affine=False), torch.bfloat16)
