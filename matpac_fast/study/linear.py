@@ -159,10 +159,17 @@ class FoldProbes:
         parts = min(_HELD_OUT, len(np.unique(groups[learn])))
         if parts < 2:
             raise ConfigError("probe: one group of training clips; expected two or more, to train and to validate on")
-        held = deal_groups(groups[learn], strata, parts, seed) == 0
-        if not self.multi:  # a class of one group stays with the training clips
-            held &= np.isin(targets[learn], targets[learn[~held]])
-        return np.sort(learn[held])
+        dealt = deal_groups(groups[learn], strata, parts, seed)
+        for part in range(parts):
+            held = dealt == part
+            if not self.multi:  # a class of one group stays with the training clips
+                held &= np.isin(targets[learn], targets[learn[~held]])
+            if held.any():
+                return np.sort(learn[held])
+        raise ConfigError(
+            "probe: no class has training clips in two groups; expected that of one at least, so that some can be held "
+            "out to validate on, or validation clips of the task's own, as the split valid of a clips.csv"
+        )
 
     def _features(self, learn: Tensor, test: Tensor) -> None:
         """Standardise, rotate to the learning rows' principal axes, and scale to rows of unit length on average.

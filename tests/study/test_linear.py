@@ -150,6 +150,30 @@ def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_se
         assert np.isin(valid, fold.train).all()
 
 
+def hold_out(groups: str) -> list[np.ndarray]:
+    """What each of four seeds holds out; `groups` of the training clips, a letter each, the capitals being class 1."""
+    names = np.array(list(groups))
+    n, targets = len(names), np.array([int(name.isupper()) for name in groups])
+    values = torch.randn(n + 1, 4, dtype=torch.float64)
+    targets, names = np.append(targets, 0), np.append(names, "test")
+    config, fold = dataclasses.replace(QUICK, seeds=4), Fold(np.arange(n), np.array([n]))
+    from matpac_fast.study.linear import FoldProbes
+
+    rows = Rows(values, np.arange(n + 1))
+    made = FoldProbes(rows, np.ones(n + 1), targets, names, fold, 2, config, torch.device("cpu"), torch.float64)
+    return made.valid_of
+
+
+def test_where_no_class_has_two_groups_nothing_can_be_held_out():
+    with pytest.raises(ConfigError, match="no class has training clips in two groups; .*the split valid"):
+        hold_out("aaaaBBBB")
+
+
+def test_a_class_of_one_large_group_leaves_another_to_be_held_out():
+    for valid in hold_out("aaaaaaaaBBCC"):
+        assert set(valid.tolist()) in ({8, 9}, {10, 11})
+
+
 def test_same_bits_twice_and_inputs_unchanged():
     values, targets = blobs()
     values = values.float()
