@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -28,6 +29,8 @@ _PROBE = (
 class Curves(Reporter):
     """Draws the run's log as curves.png in its folder, after each checkpoint and at the end.
 
+    A picture that cannot be drawn is warned of once, and tried again at the next checkpoint.
+
     Raises:
         ConfigError: matplotlib is not installed.
     """
@@ -39,15 +42,25 @@ class Curves(Reporter):
             raise ConfigError(f"curves.png needs matplotlib ({error}): pip install 'matpac_fast[plots]'") from error
 
         self._folder: Path | None = None
+        self._warned = False
 
     def saved(self, folder: Path, step: int) -> None:
         self._folder = folder
-        draw_curves(folder / "log.jsonl", folder / "curves.png")
+        self._draw(folder)
 
     def record(self, record: Record) -> None:
         # The last probe comes after the last checkpoint.
         if self._folder is not None and record.get("event") == "finished":
-            draw_curves(self._folder / "log.jsonl", self._folder / "curves.png")
+            self._draw(self._folder)
+
+    def _draw(self, folder: Path) -> None:
+        try:
+            draw_curves(folder / "log.jsonl", folder / "curves.png")
+        except Exception as error:  # whatever it is, the run and its checkpoint are worth as much without their picture
+            if not self._warned:
+                self._warned = True
+                told = f"{folder / 'curves.png'} could not be drawn, training goes on: {type(error).__name__}: {error}"
+                warnings.warn(told, stacklevel=2)
 
 
 def draw_curves(log: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from matpac_fast.errors import ConfigError
-from matpac_fast.train import pretrain, read_log
+from matpac_fast.train import pretrain, read_log, reporters
 from matpac_fast.train.logs import Reporter, Reporters
 from matpac_fast.train.reporters import Curves, TensorBoard, draw_curves
 
@@ -55,6 +55,21 @@ def test_a_run_leaves_its_curves_and_its_scalars(tmp_path, corpus, model_config,
         (8, 0.2),
         (12, 0.3),
     ]
+
+
+def test_a_picture_that_fails_is_warned_of_once_and_the_run_goes_on(
+    tmp_path, corpus, model_config, train_config, monkeypatch
+):
+    def broken(log, out):
+        raise ValueError("a font without glyphs")
+
+    monkeypatch.setattr(reporters, "draw_curves", broken)
+    with pytest.warns(UserWarning, match=r"curves\.png could not be drawn") as warned:
+        assert pretrain(corpus, tmp_path / "run", model_config, train_config, "cpu", reporter=Curves()).finished
+    (told,) = [str(warning.message) for warning in warned if "curves.png" in str(warning.message)]
+    assert told.endswith("run/curves.png could not be drawn, training goes on: ValueError: a font without glyphs")
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1] == {"event": "finished", "step": 12}
+    assert (tmp_path / "run" / "latest").read_text() == "step-00000012\n"
 
 
 def test_curves_show_what_is_there(tmp_path):
