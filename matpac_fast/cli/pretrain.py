@@ -227,7 +227,7 @@ class _Signals:
 
     def __init__(self, watcher: _Watcher):
         self.number: int | None = None
-        self._caught = 0.0
+        self._caught, self._said = 0.0, False
         self._watcher = watcher
 
     def __enter__(self) -> _Signals:
@@ -242,6 +242,10 @@ class _Signals:
             signal.signal(number, handler)
 
     def caught(self) -> bool:
+        """Asked after each step. It is said here, for a handler that prints may do so in the midst of another print."""
+        if self.number is not None and not self._said:
+            self._said = True
+            self._watcher.say("saving after this step; once more to leave without")
         return self.number is not None
 
     def _catch(self, number: int, _: FrameType | None) -> None:
@@ -250,7 +254,6 @@ class _Signals:
                 raise KeyboardInterrupt
             return
         self.number, self._caught = number, time.monotonic()
-        self._watcher.say("saving after this step; once more to leave without")
 
 
 class _Watcher(Reporter):

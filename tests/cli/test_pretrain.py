@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -251,6 +252,30 @@ def test_the_ctrl_c_that_torchrun_passes_on_is_no_second_one(capsys):
         with pytest.raises(KeyboardInterrupt):
             signals._catch(signal.SIGINT, None)
     assert capsys.readouterr().out == ""
+
+
+def test_a_signal_in_the_midst_of_a_print_is_said_after_it(monkeypatch):
+    class Output(io.RawIOBase):
+        written, signals = b"", [signal.SIGTERM]
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            while self.signals:  # as one that comes while nobody reads from a pipe that is full
+                os.kill(os.getpid(), self.signals.pop())
+            self.written += bytes(data)
+            return len(data)
+
+    output = Output()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(output), "utf-8"))
+    watcher = pretrain_command._Watcher(TrainConfig(steps=1))
+    with pretrain_command._Signals(watcher) as signals:
+        watcher.say("step 1")
+        assert signals.number == signal.SIGTERM
+        assert signals.caught()
+        assert signals.caught()
+    assert output.written.decode().splitlines() == ["step 1", "saving after this step; once more to leave without"]
 
 
 def test_probe_tensorboard_and_curves_stand_in_the_runs_folder(corpus, tmp_path, capsys):
