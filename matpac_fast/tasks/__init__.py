@@ -24,7 +24,8 @@ TASKS = {
 
 
 def load_task(spec: str, partial: bool = False, seed: int = 0) -> Task:
-    """A task by "name:folder", such as "esc50:/data/ESC-50"; its files are checked one by one, none is decoded.
+    """A task by "name:folder", such as "esc50:/data/ESC-50"; its files are checked one by one, and decoded only
+    where the header does not state a length.
 
     Args:
         spec: a name of `TASKS` and the data set's folder.

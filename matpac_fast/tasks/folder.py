@@ -105,6 +105,11 @@ def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strat
     else:
         folds = rotate_folds(deal_groups(groups, strata, _FOLDS, seed))
     for fold in folds:
-        if shared := set(groups[fold.test].tolist()) & set(groups[fold.train].tolist()):
-            raise DatasetError(f"{layout.folder}: clips of the group {sorted(shared)[0]!r} are in train and in test")
+        for name, part in (("train", fold.train), ("valid", fold.valid)):  # the probe is chosen by valid
+            if part is not None and (shared := set(groups[fold.test].tolist()) & set(groups[part].tolist())):
+                group = sorted(shared)[0]
+                raise DatasetError(
+                    f"{layout.folder}: clips of the group {group!r} are in {name} and in test; expected each group on "
+                    "one side; correct the columns split, fold or group of clips.csv"
+                )
     return folds

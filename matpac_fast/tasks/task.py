@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import ConfigError
+from .._cores import n_cores
+from ..audio.decode import AudioFile
+from ..errors import AudioError, ConfigError
 
 _NAMED = 5  # files that an error's one line names
 
@@ -49,7 +51,7 @@ class Task:
         groups: (N,) str; clips of one group belong together: a split that is drawn keeps them on one side, and
             the bootstrap resamples them together.
         folds: one, or several whose scores are averaged.
-        seconds: (N,) float64, the clips' lengths by their headers.
+        seconds: (N,) float64, the clips' lengths, by their headers where these state them.
         subsets: name -> (N,) bool; test clips that are also scored on their own, such as one device's.
         left_out: clips that a partial folder lacks, and why.
     """
@@ -168,9 +170,9 @@ class Layout:
         Raises:
             DatasetError: some are not and the folder is not taken for partial, or none is.
         """
-        workers = min(8, len(os.sched_getaffinity(0)) * 2)
+        workers = min(8, n_cores() * 2)
         with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(lambda name: _header(self.folder / name, seconds), names, chunksize=64))
+            found = list(pool.map(lambda name: _length(self.folder / name, seconds), names, chunksize=64))
         lengths = np.array([length for length, _ in found])
         bad = [(name, reason) for name, (_, reason) in zip(names, found, strict=True) if reason]
         self.problems += bad
@@ -188,20 +190,22 @@ class Layout:
         )
 
 
-def _header(path: Path, seconds: tuple[float, float]) -> tuple[float, str]:
-    """A file's length by its header, and what is wrong with it or ""."""
-    import soundfile
-
+def _length(path: Path, seconds: tuple[float, float]) -> tuple[float, str]:
+    """A file's length, by its header where that states it, and what is wrong with it or ""."""
     try:
         if path.stat().st_size == 0:
             return 0.0, "altered: 0 bytes"
     except OSError:
         return 0.0, "missing"
     try:
-        info = soundfile.info(os.fspath(path))
-    except (soundfile.LibsndfileError, UnicodeError):
-        return 0.0, "altered: no audio that can be read"
-    length = info.frames / info.samplerate
+        with AudioFile(path) as file:
+            length = file.seconds
+            if length is None:  # as in a FLAC that was written to a pipe
+                for _ in file.blocks(file.sample_rate):
+                    pass
+                length = file.frames / file.sample_rate
+    except AudioError as error:
+        return 0.0, f"altered: {str(error).removeprefix(f'{path}: ')}"
     if not seconds[0] <= length <= seconds[1]:
         return length, f"altered: {length:.2f} s long, expected {seconds[0]:g} to {seconds[1]:g} s"
     return length, ""

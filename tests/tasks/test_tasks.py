@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from matpac_fast.errors import ConfigError
 from matpac_fast.tasks import TASKS, DatasetError, Task, load_task
@@ -221,6 +222,31 @@ def test_a_listed_folder(tmp_path):
     rows[0]["group"] = "g5"
     miniature.table(tmp_path / "clips.csv", rows)
     with pytest.raises(DatasetError, match="'g5' are in train and in test"):
+        load_task(f"folder:{tmp_path}")
+    rows[0] |= dict(split="valid")
+    miniature.table(tmp_path / "clips.csv", rows)
+    with pytest.raises(DatasetError, match="'g5' are in valid and in test"):
+        load_task(f"folder:{tmp_path}")
+    rows[0] |= dict(group="g0")  # learnt from and validated on: no test clip is heard before
+    miniature.table(tmp_path / "clips.csv", rows)
+    assert load_task(f"folder:{tmp_path}").folds[0].valid.tolist() == [0]
+
+
+def test_a_length_that_the_header_does_not_state_is_counted(tmp_path):
+    """A FLAC that was written to a pipe has 0 in the place of its 36 bits of samples."""
+    miniature.folder(tmp_path)
+    (tmp_path / "cat/0.wav").unlink()
+    path = tmp_path / "cat/0.flac"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).normal(size=12_000), 16_000)
+    flac = bytearray(path.read_bytes())
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    path.write_bytes(flac)
+    assert soundfile.info(path).frames > 2**62
+    task = load_task(f"folder:{tmp_path}")
+    assert task.seconds[task.paths.index(path)] == 0.75
+    path.write_bytes(flac[: len(flac) // 2])
+    with pytest.raises(DatasetError, match=r"1 problems in 30 files: cat/0\.flac: altered: "):
         load_task(f"folder:{tmp_path}")
 
 
