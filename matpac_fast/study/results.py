@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -219,8 +221,13 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         pq.write_table(pa.Table.from_pylist(plain), beside)
 
 
-def write_costs(path: Path, costs: Sequence[Cost]) -> None:
-    write_table(path, [dataclasses.asdict(cost) for cost in costs])
+def add_cost(path: Path, cost: Cost) -> None:
+    """One more row of the table, which other processes may add to at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        write_table(path, [dataclasses.asdict(each) for each in (*read_costs(path), cost)])
 
 
 def read_costs(path: Path) -> list[Cost]:

@@ -32,7 +32,7 @@ from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, measure
 from .linear import ProbeConfig, Probed, probe
-from .results import Cell, read_costs, write_costs
+from .results import Cell, add_cost, read_costs
 
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
 
@@ -193,7 +193,6 @@ def _without(task: Task, audio: list[str], left_out: dict[str, str]) -> Task:
 def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple[str, float, int], Cost]:
     """(encoder, temporal support, batch size) -> its cost; those in cost.parquet on the same machine stand."""
     path = out / "cost.parquet"
-    known = read_costs(path)
     threads, device = torch.get_num_threads(), torch.device(config.device)
     total = len(config.encoders) * len(config.temporal_supports) * len(config.batch_sizes)
     found: dict[tuple[str, float, int], Cost] = {}
@@ -205,11 +204,11 @@ def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple
                     encoder_id=identity, temporal_support=ts, batch=batch, dtype=config.dtype, threads=threads
                 )
                 wanted |= dict(device=device_name(device), torch=torch.__version__, matpac_fast=__version__)
+                known = read_costs(path)  # again each time: another study may write there too
                 same = [cost for cost in known if all(getattr(cost, key) == value for key, value in wanted.items())]
                 if not same:
                     same = [measure(name, ts, batch, config.device, config.dtype, threads)]
-                    known += same
-                    write_costs(path, known)
+                    add_cost(path, same[0])
                 found[name, ts, batch] = same[0]
                 progress("measuring cost", len(found), total)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from matpac_fast.study import sweep
 from matpac_fast.study.cache import View
 from matpac_fast.study.cost import Cost, count_macs, measure, measure_here
 from matpac_fast.study.linear import ProbeConfig, Probed
-from matpac_fast.study.results import Cell, read_costs, tabulate, write_costs, write_table
+from matpac_fast.study.results import Cell, add_cost, read_costs, tabulate, write_table
 from matpac_fast.study.sweep import StudyConfig, run_study
 from matpac_fast.tasks import DatasetError, load_task
 
@@ -118,6 +119,10 @@ def test_other_ways_of_one_answer_for_a_clip(encoder_file, clips, tmp_path, monk
     assert cell.windows == (1 if aggregate == "one" else 2)
 
 
+def made_cost(ts: float, peak: float = 1.0) -> Cost:
+    return Cost("e", "id", ts, 4, "cpu", "float32", 1, 10, 1000, 4e3 * ts, 1.0, 1.0, 5, peak, 1.0, 16_000, 8, "2", "0")
+
+
 def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
     """A cell whose first `right` test clips are right."""
     task = load_task(f"folder:{clips}")
@@ -125,8 +130,7 @@ def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
     said[right:] = (said[right:] + 1) % 3
     scores = torch.nn.functional.one_hot(said, 3).double()[None]
     probed = Probed([scores], torch.zeros(1, 1), torch.tensor([[valid]]), torch.zeros(1, 1, 2))
-    cost = Cost("e", "id", ts, 4, "cpu", "float32", 1, 10, 1000, 4e3 * ts, 1.0, 1.0, 5, peak, 1.0, 16_000, 8, "2", "0")
-    return Cell(task, "e", "id", 8, View(ts), probed, 1.0, 0, [cost])
+    return Cell(task, "e", "id", 8, View(ts), probed, 1.0, 0, [made_cost(ts, peak)])
 
 
 def test_validation_clips_choose_and_test_clips_tell(clips):
@@ -182,7 +186,8 @@ def test_cost_in_a_fresh_process(encoder_file, tmp_path):
     assert small.macs == large.macs > 0
     assert small.batch_ms_low <= small.batch_ms <= small.batch_ms_high
     assert small.encoder_id == load_encoder(encoder_file, "cpu").id
-    write_costs(tmp_path / "cost.parquet", [small, large])
+    for cost in (small, large):
+        add_cost(tmp_path / "cost.parquet", cost)
     assert read_costs(tmp_path / "cost.parquet") == [small, large]
     with pytest.raises(ConfigError, match="no encoder"):
         measure("nobody", 0.6, 1, "cpu")
@@ -203,6 +208,24 @@ def test_costs_that_are_known_are_not_measured_again(encoder_file, tmp_path, mon
     more = sweep.cost_sweep(dataclasses.replace(study, temporal_supports=(0.2, 0.5, 0.6)), tmp_path, lambda *_: None)
     assert asked[4:] == [(0.6, 1), (0.6, 2)]
     assert all(more[key] == cost for key, cost in found.items())
+
+
+def test_studies_in_one_folder_keep_each_others_costs(encoder_file, tmp_path, monkeypatch):
+    other = dataclasses.replace(made_cost(0.5), encoder_id="another study's")
+
+    def here(name, ts, batch, device, *_):
+        add_cost(tmp_path / "cost.parquet", other)  # while this one measures
+        return dataclasses.replace(made_cost(ts), encoder_id="this study's")
+
+    monkeypatch.setattr(sweep, "measure", here)
+    sweep.cost_sweep(StudyConfig((str(encoder_file),), (), (0.2,), batch_sizes=(4,)), tmp_path, lambda *_: None)
+    assert [cost.encoder_id for cost in read_costs(tmp_path / "cost.parquet")] == ["another study's", "this study's"]
+
+
+def test_costs_that_are_added_at_once_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: add_cost(tmp_path / "cost.parquet", made_cost(float(i))), range(8)))
+    assert sorted(cost.temporal_support for cost in read_costs(tmp_path / "cost.parquet")) == list(range(8))
 
 
 @pytest.fixture
