@@ -50,7 +50,7 @@ class TrainConfig:
         max_bad_steps: stop after this many steps in a row whose loss or gradient was not finite.
         compile: run the transformer blocks through torch.compile; nothing changes but rounding and speed.
         cuda_graph: launch each step as one CUDA graph, whose memory is its own; None: where one process trains on a
-            GPU, which alone can, and a step takes less than half of its memory.
+            GPU, which alone can, and a step of the longest crops takes less than half of its memory.
         shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), and let
             each write its part of a checkpoint: for models that do not fit on one GPU; by default each holds all of
             them (DDP).

@@ -15,6 +15,7 @@ from .step import Step, train_step
 _WARM = 2
 
 Pieces = Sequence[tuple[Tensor, Tensor]]
+_Kind = tuple[tuple[torch.Size, ...], bool, bool]  # shapes, with statistics or without, MCL's soft or hard minimum
 # Runs a function so that it is recorded -> what replays it, and what it returned, which a replay fills anew.
 Recorder = Callable[[Callable[[], Step]], tuple[Callable[[], None], Step]]
 
@@ -63,8 +64,9 @@ class GraphedStep:
     Args:
         model, optimizer, clip_norm, precision: as for `train_step`.
         record: for tests; a CUDA graph by default.
-        if_it_fits: where the device may not have the memory for graphs beside that of the steps before them, which
-            are not recorded, record none.
+        if_it_fits: record a kind only where the device has the memory for graphs beside that of the largest step so
+            far, which need not be of a kind that is recorded.
+        lengths: how many lengths of crop there are; with `if_it_fits` all of them run before anything is recorded.
     """
 
     def __init__(
@@ -75,15 +77,17 @@ class GraphedStep:
         precision: str,
         record: Recorder | None = None,
         if_it_fits: bool = False,
+        lengths: int = 1,
     ):
         self._model, self._optimizer, self._clip_norm, self._precision = model, optimizer, clip_norm, precision
         for group in optimizer.param_groups:  # fused, it has all of its state on the device anyway
             group["capturable"] = True
         optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # the warm steps are
         self._record = record or CudaRecorder(next(model.parameters()).device)
-        self._room = None if if_it_fits else True
-        self._seen: dict[object, int] = {}
-        self._graphs: dict[object, tuple[_Inputs, Callable[[], None], Step]] = {}
+        self._if_it_fits, self._lengths = if_it_fits, lengths
+        self._largest = self._held = 0  # bytes: of the largest step, and of the graphs
+        self._seen: dict[_Kind, int] = {}
+        self._graphs: dict[_Kind, tuple[_Inputs, Callable[[], None], Step]] = {}
 
     def __call__(self, pieces: Pieces, step: int, lr: float, statistics: bool = False) -> Step:
         """As `train_step`; the result is valid until the next call."""
@@ -95,7 +99,7 @@ class GraphedStep:
                 return self._train(pieces, step, lr, statistics, schedule)
             inputs = _Inputs.like(pieces, schedule)
             inputs.fill(pieces, lr, schedule)
-            replay, out = self._record(lambda: self._train(inputs.pieces, step, inputs.lr, statistics, inputs.schedule))
+            replay, out = self._record(lambda: self._measured(inputs, step, statistics))
             self._graphs[kind] = inputs, replay, out
         inputs, replay, out = self._graphs[kind]
         inputs.fill(pieces, lr, schedule)
@@ -103,11 +107,23 @@ class GraphedStep:
         return out
 
     def _fits(self) -> bool:
-        """Decided by the first steps: what a graph takes is as much again as they have, and no longer theirs."""
-        if self._room is None:
-            device = next(self._model.parameters()).device
-            self._room = 2 * torch.cuda.max_memory_reserved(device) <= torch.cuda.mem_get_info(device)[1]
-        return self._room
+        """Whether there is room for graphs: together they take as much again as the largest step, and keep it."""
+        if not self._if_it_fits:
+            return True
+        if len({shapes for shapes, *_ in self._seen}) < self._lengths:
+            return False
+        device = next(self._model.parameters()).device
+        self._largest = max(self._largest, torch.cuda.max_memory_reserved(device) - self._held)
+        return 2 * self._largest <= torch.cuda.mem_get_info(device)[1]
+
+    def _measured(self, inputs: _Inputs, step: int, statistics: bool) -> Step:
+        """The step that is recorded; counts what its graph takes beyond what the others have taken."""
+        device = next(self._model.parameters()).device
+        before = torch.cuda.memory_reserved(device) if self._if_it_fits else 0
+        out = self._train(inputs.pieces, step, inputs.lr, statistics, inputs.schedule)
+        if self._if_it_fits:
+            self._held += torch.cuda.memory_reserved(device) - before
+        return out
 
     def _train(self, pieces: Pieces, step: int, lr: float | Tensor, statistics: bool, schedule: Schedule) -> Step:
         return train_step(

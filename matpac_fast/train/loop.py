@@ -165,7 +165,12 @@ class _Run:
         self.graphed = None
         if graphs:
             self.graphed = GraphedStep(
-                model, self.optimizer, config.clip_norm, config.precision, if_it_fits=config.cuda_graph is None
+                model,
+                self.optimizer,
+                config.clip_norm,
+                config.precision,
+                if_it_fits=config.cuda_graph is None,
+                lengths=len(set(sampler.crops)),
             )
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()

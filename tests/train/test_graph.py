@@ -13,6 +13,7 @@ from stops import after
 from matpac_fast import ops
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
+from matpac_fast.train import graph as module
 from matpac_fast.train import pretrain, read_log
 from matpac_fast.train.config import TrainConfig
 from matpac_fast.train.graph import GraphedStep
@@ -151,12 +152,59 @@ def test_a_replay_never_waits_for_the_device(model_config):
     assert not out.bad
 
 
-def test_no_graph_where_its_memory_may_not_be_there(model_config, monkeypatch):
-    model = Matpac(model_config).train()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
-    for reserved, expected in ((50, 1), (51, 0)):
-        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, reserved=reserved: reserved)
-        graphed = GraphedStep(model, make_optimizer(model, TrainConfig()), 3.0, "float32", record, if_it_fits=True)
-        for step in range(3):
-            graphed(batch(model_config, step), step, lr_of(step))
-        assert len(graphed._graphs) == expected
+class Device:
+    """A GPU of 100 bytes: what a step takes stays for the next that is not recorded; graphs share what they take."""
+
+    def __init__(self, monkeypatch, used: dict[int, int]):
+        self.used, self.recording = used, False
+        self.eager = self.graphs = self.peak = 0
+        monkeypatch.setattr(module, "train_step", self.train_step)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.eager + self.graphs)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: self.peak)
+
+    def train_step(self, model, optimizer, pieces, *rest, **options):
+        used = self.used[pieces[0][0].shape[2]]
+        if self.recording:
+            self.graphs = max(self.graphs, used)
+        else:
+            self.eager = max(self.eager, used)
+        self.peak = max(self.peak, self.eager + self.graphs)
+        assert self.peak <= 100, "out of memory"
+        return train_step(model, optimizer, pieces, *rest, **options)
+
+    def record(self, run):
+        self.eager, self.recording = 0, True  # torch gives back what is free before it records
+        try:
+            return record(run)
+        finally:
+            self.recording = False
+
+
+def lengths_recorded(graphed):
+    return sorted(shapes[0][2] for shapes, *_ in graphed._graphs)
+
+
+@pytest.mark.parametrize(("long", "recorded"), [(50, [16, 32]), (51, []), (99, [])])
+@pytest.mark.parametrize("order", [(16, 32), (32, 16)])
+def test_whether_graphs_fit_is_decided_by_the_longest_crop_whichever_comes_first(
+    model_config, monkeypatch, long, recorded, order
+):
+    model, device = Matpac(model_config).train(), Device(monkeypatch, {16: 20, 32: long})
+    graphed = GraphedStep(model, make_optimizer(model, TrainConfig()), 3.0, "float32", device.record, True, lengths=2)
+    first, second = order
+    for step, n_frames in enumerate([first] * 4 + [second] * 3 + [first] * 2):
+        graphed(batch(model_config, step, n_frames=n_frames), step, lr_of(step))
+        assert step >= 4 or not graphed._graphs
+    assert lengths_recorded(graphed) == recorded
+
+
+@pytest.mark.parametrize(("long", "recorded"), [(50, [16, 16, 32]), (51, [16, 16]), (80, [16, 16])])
+def test_each_kind_is_recorded_only_where_its_own_graph_fits(model_config, monkeypatch, long, recorded):
+    """Where it is not known which lengths will come; and what graphs have taken is not counted for steps."""
+    model, device = Matpac(model_config).train(), Device(monkeypatch, {16: 20, 32: long})
+    graphed = GraphedStep(model, make_optimizer(model, TrainConfig()), 3.0, "float32", device.record, True)
+    kinds = [(16, False)] * 3 + [(16, True)] * 3 + [(32, False)] * 4
+    for step, (n_frames, statistics) in enumerate(kinds):
+        graphed(batch(model_config, step, n_frames=n_frames), step, lr_of(step), statistics)
+    assert lengths_recorded(graphed) == recorded
