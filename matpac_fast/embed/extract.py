@@ -38,7 +38,7 @@ from .manifest import (
     read_manifest,
     retried,
     root,
-    stored_source,
+    stored_names,
     write_manifest,
 )
 from .shard import Audio, Job, ShardEmbedder, Work
@@ -194,7 +194,7 @@ def embed_collection(
             if changed:
                 write_manifest(out, manifest)
             leases.claim(WORKER + leases.worker, keep=True)
-        settings |= {"source": stored_source(out), "made_by": _versions()}
+        settings |= {**stored_names(out), "made_by": _versions()}
         worker = _Worker(manifest, source, out, embedder, settings, leases, report, max_errors, progress)
         if shards is None:
             worker.run(workers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -244,7 +244,10 @@ def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = Fa
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: damaged: {error}") from None
-    different = _differences(stored, settings, without=("decoder", "source"))
+    without = ["decoder", "source"]
+    if stored.get("encoder") == settings["encoder"]:  # which is the id: its file may have been renamed since
+        without.append("encoder_name")
+    different = _differences(stored, settings, without)
     if different:
         raise ConfigError(f"{out} holds other embeddings: {'; '.join(different)}; give a new folder to --out")
     decoders = _differences(stored.get("decoder") or {}, settings["decoder"])
@@ -256,9 +259,10 @@ def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = Fa
         )
 
 
-def stored_source(out: Path) -> str:
-    """The source as the first call named it."""
-    return json.loads((out / "settings.json").read_text(encoding="utf-8"))["source"]
+def stored_names(out: Path) -> dict[str, str]:
+    """Source and encoder as the first call named them, which may have moved since."""
+    stored = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    return {name: stored[name] for name in ("source", "encoder_name")}
 
 
 def check_source(out: Path, source: Path, manifest: Manifest) -> None:
@@ -266,7 +270,7 @@ def check_source(out: Path, source: Path, manifest: Manifest) -> None:
 
     It is the same where each file listed is there and as long, in bytes.
     """
-    stored = stored_source(out)
+    stored = stored_names(out)["source"]
     if stored == str(source.resolve()):
         return
     entries = {entry.path: entry for shard in manifest.shards for entry in shard}
@@ -286,7 +290,7 @@ def _size(file: Path) -> int | None:
         return None
 
 
-def _differences(stored: Mapping[str, Any], here: Mapping[str, Any], without: tuple[str, ...] = ()) -> list[str]:
+def _differences(stored: Mapping[str, Any], here: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
     keys = sorted((stored.keys() | here.keys()) - set(without))
     return [
         f"{key} is {stored.get(key)!r} there and {here.get(key)!r} here"

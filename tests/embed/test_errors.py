@@ -277,6 +277,20 @@ def test_a_source_that_moved_goes_on_and_another_one_is_refused(source, tmp_path
     assert crew.result(out) == before
 
 
+def test_an_encoder_by_another_name_goes_on_and_another_encoder_is_refused_by_both_names(source, tmp_path):
+    out = tmp_path / "out"
+    embed_collection(source, out, crew.Tiny(), files_per_shard=2)
+    before = crew.result(out)
+    (out / "shard-00001.parquet").unlink()
+    renamed = crew.Tiny()
+    renamed.name = "small"
+    embed_collection(source, out, renamed, files_per_shard=2)
+    assert crew.result(out) == before
+    renamed.settings = {"kind": "another"}
+    with pytest.raises(ConfigError, match=r"encoder is .* there and .* here; encoder_name is 'tiny' there and 'small'"):
+        embed_collection(source, out, renamed, files_per_shard=2)
+
+
 class Cramped(crew.Tiny):
     """Has memory for two windows at once."""
 
