@@ -242,7 +242,6 @@ class _Worker:
         self._errors_left = None if max_errors is None else max_errors - len(manifest.errors(out, self._kind))
         homes = manifest.homes()
         self._done_before = set(range(len(manifest.shards))) - set(self._missing)
-        self._done_here: set[int] = set()
         report.total = len(manifest)
         report.before = report.total - sum(homes[e.path] == i for i in self._missing for e in manifest.shards[i])
         self._sizes = [  # of each shard: its file's name, its files and their seconds
@@ -277,7 +276,6 @@ class _Worker:
         shards = [homes.get(path) for path, _ in errors]  # None: of what stands in no shard
         self._report.failed = len(errors)
         self._report.failed_before = sum(shard is None or shard in self._done_before for shard in shards)
-        self._report.failed_here = sum(shard in self._done_here for shard in shards)
         self._write(lambda: write_errors(self._out, errors))
 
     def run_only(self, shards: Sequence[int], threads: int) -> None:
@@ -296,8 +294,8 @@ class _Worker:
             self._write(lambda: rows.write(self._out, shard, self._kind, self._settings))
         self._claimed.popleft()
         self._missing.pop(shard)
-        self._done_here.add(shard)
         self._leases.release(_name(shard))
+        self._report.failed_here += len(self._failed)
         self._failed, self._in_hand = [], [0, 0.0]
         self._look()
 

@@ -25,7 +25,7 @@ from .manifest import LEASES, Manifest, read_manifest
 from .writer import shard_path
 
 _PAUSE_SECONDS = 2.0  # before another look for shards that other workers had in hand
-_ADDED = ("files", "rows", "audio_seconds", "model_seconds", "waited_seconds")
+_ADDED = ("files", "failed_here", "rows", "audio_seconds", "model_seconds", "waited_seconds")
 
 
 def embed_collection(
@@ -79,6 +79,7 @@ def embed_collection(
     manifest = read_manifest(out)
     assert manifest is not None
     kind = options.get("format", "parquet")
+    report.failed_before = len(manifest.errors(out, kind))
     with Leases(out / LEASES, **_given(options)) as leases:
         leases.claim(WORKER + leases.worker, keep=True)  # so that the actors join, and look for no new files each
         while missing := _missing(out, manifest, kind):
