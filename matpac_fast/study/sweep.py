@@ -34,6 +34,7 @@ from .cost import Cost, device_name, measure
 from .linear import ProbeConfig, Probed, probe
 from .results import Cell, add_cost, read_costs
 
+_PROBES = 2  # raised where stored probes may be wrong: those of 1 may lack clips, or be untrained
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
 
 # Hears of (stage, parts done, parts in all).
@@ -278,7 +279,7 @@ def _probe(
 ) -> tuple[Probed, float]:
     """The probes of one cell, and the mean number of windows a clip; read where they are there."""
     settings = dataclasses.replace(config.probe, attentive=cache.view.aggregate == "attend")
-    made_of = [cache.key, task.fingerprint, hashlib.sha256("".join(audio).encode()).hexdigest()]
+    made_of = [_PROBES, cache.key, task.fingerprint, hashlib.sha256("".join(audio).encode()).hexdigest()]
     made_of += [json.dumps(dataclasses.asdict(settings), sort_keys=True), task.metric, device.type, __version__]
     path = out / "probes" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]}.npz"
     if not path.exists():
