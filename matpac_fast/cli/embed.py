@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ..errors import ConfigError
 from ..weights import DEFAULT
 from ._progress import Update, progress
 from ._quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    import torch
+
     from ..embed.extract import Progress, Report
 
 TOO_MANY_ERRORS = 3  # exit code
@@ -157,21 +158,13 @@ def _told(update: Update) -> Callable[[Progress], None]:
     return tell
 
 
-def _device(name: str) -> str | None:
-    """The device that is meant: with "auto", of many workers on one machine each its own GPU."""
+def _device(name: str) -> torch.device:
+    """The device that is meant: with "auto", of many workers on one machine each its own GPU, or its share of one."""
     import torch
 
-    if name != "auto":
-        try:
-            found = torch.device(name)
-        except RuntimeError:
-            raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
-        here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if found.type == "cuda" and (found.index or 0) >= here:
-            raise ConfigError(f"device is {name!r}; torch finds {here} CUDA devices here")
-        return name
+    from ..train.distributed import pick_device
+
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    if rank is None:
-        return None
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return f"cuda:{int(rank) % count}" if count else None
+    if name == "auto" and rank is not None and torch.cuda.is_available():
+        return torch.device("cuda", int(rank) % torch.cuda.device_count())
+    return pick_device(name)

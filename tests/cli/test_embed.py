@@ -71,18 +71,18 @@ def test_progress_is_told_in_total_and_of_this_worker(monkeypatch):
 def test_each_worker_of_a_machine_takes_its_own_gpu(monkeypatch):
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
-    assert embed._device("cpu") == "cpu"
+    assert str(embed._device("cpu")) == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert embed._device("auto") is None
+    assert str(embed._device("auto")) == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert embed._device("cuda:1") == "cuda:1"
+    assert str(embed._device("cuda:1")) == "cuda:1"
     monkeypatch.setenv("SLURM_LOCALID", "6")
-    assert embed._device("auto") == "cuda:2"
+    assert str(embed._device("auto")) == "cuda:2"
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert embed._device("auto") == "cuda:3"
+    assert str(embed._device("auto")) == "cuda:3"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert embed._device("auto") is None
+    assert str(embed._device("auto")) == "cpu"
 
 
 def test_ctrl_c_keeps_what_is_finished_and_gives_back_the_rest(source, tmp_path, capsys, monkeypatch):
