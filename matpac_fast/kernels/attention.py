@@ -202,8 +202,8 @@ def attention_bwd_kernel(
         _store_rows(dqkv, 3 * ROW, n, i * BLOCK, dq * scale, i == BLOCKS - 1, dq.shape[0], D)
 
 
-# Keys of a step of the backward pass and warps, by head size and blocks of 64 tokens: what spills nothing up to 192 tokens
-# on Hopper and data-centre Blackwell, which multiply out of shared memory. Elsewhere the operands take registers as well.
+# Keys of a step of the backward pass and warps, by head size and blocks of 64 tokens: none spills up to 192 tokens
+# on Hopper and data-centre Blackwell, which multiply out of shared memory. Elsewhere operands take registers as well.
 _BWD = {
     (d, blocks): {
         "KEYS": 64 if blocks == 1 or (d == 32 and blocks < 4) else 32,
