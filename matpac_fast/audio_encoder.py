@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from .embedding import Embeddings, Windowing, extract
 from .errors import AudioError, ConfigError
 from .stream import Stream, WholeStream
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Wave: TypeAlias = "Tensor | np.ndarray"
 Clip: TypeAlias = "Tensor | np.ndarray | str | os.PathLike[str]"
 
@@ -27,6 +30,8 @@ _CHANNELS = 32  # of a recording, at most; a batch of waves as short as this is 
 
 class AudioEncoder(nn.Module):
     """Audio of any length in, embeddings at any temporal support out.
+
+    It stays in evaluation mode, also inside a module that is put to training: see `train`.
 
     A subclass sets the attributes and writes `forward_pieces`; it may override `columns` and `pieces`, where a window
     goes through its network in several pieces or is worth preparing for many windows at once.
@@ -87,6 +92,15 @@ class AudioEncoder(nn.Module):
             "native_seconds": self.native_seconds,
             "beyond": self.beyond,
         }
+
+    def train(self, mode: bool = True) -> Self:
+        """Evaluation mode, whatever `mode` is: `probe.train()` of a module with an encoder in it leaves that as it is.
+
+        Batch norm would take its statistics from the batch, and would change those it has even without gradients;
+        dropout would draw. To fine-tune, `requires_grad_()` is enough: batch norm then trains its weights under the
+        statistics that it has. A layer that shall do otherwise can be put to training itself: `encoder.bn0.train()`.
+        """
+        return super().train(False)
 
     @property
     def device(self) -> torch.device:

@@ -146,3 +146,18 @@ def test_files_that_do_not_fit_are_refused():
     ):
         with pytest.raises(CheckpointError, match=line):
             cnn14.from_official(state, "f")
+
+
+def test_a_module_around_it_that_trains_leaves_it_as_it_is(file):
+    encoder = load_encoder(f"cnn14:{file}", "cpu")
+    waves = noise(2, 20_000) * torch.tensor([[1.0], [0.1]])
+    want, known = encoder.embed(waves, 32_000).values, encoder.id
+    probe = torch.nn.Sequential(encoder, torch.nn.Dropout()).train()
+    assert probe[1].training
+    assert torch.equal(encoder.embed(waves, 32_000).values, want)
+    assert encoder.id == known
+    # Fine-tuned, its batch norm has gradients, and the statistics that it had.
+    encoder.requires_grad_()
+    encoder.train().embed_windows(waves).sum().backward()
+    assert encoder.bn0.weight.grad.abs().max() > 0
+    assert torch.equal(encoder.embed(waves, 32_000).values, want)
