@@ -5,8 +5,6 @@ What a file is, is read from its content: never from its name.
 
 from __future__ import annotations
 
-import argparse
-import collections
 import json
 import os
 import pickle
@@ -15,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,18 +214,40 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path}: damaged safetensors file: {error}") from None
 
 
+class _Skipped:
+    """Stands for what a file holds beside its weights, whose values nobody needs."""
+
+    def __init__(self, *args: Any, **options: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What lies beside the weights in some released files: numpy's numbers and arrays, under the names that numpy 1 and 2
+# give what rebuilds them, and the arguments of older fairseq. None is built: numpy writes outside its memory where a
+# pickle makes the items of an array's dtype larger.
+_SKIPPED: list[Any] = [
+    (_Skipped, name)
+    for name in (
+        "argparse.Namespace",
+        "numpy.dtype",
+        "numpy.ndarray",
+        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    )
+]
+
+
 def unpickle(path: str | os.PathLike[str]) -> Any:
     """The content of a torch file, whatever it is, as long as it is data: nothing in the file is run.
+
+    Numpy's numbers and arrays in it, and an argparse.Namespace, are skipped: something stands there, without a value.
 
     Raises:
         CheckpointError: a file that would run code, or is damaged.
     """
-    # argparse.Namespace is what older fairseq keeps its arguments in; it holds data and runs nothing. numpy's numbers
-    # and arrays lie beside the weights in some released files.
-    data = [argparse.Namespace, collections.OrderedDict, np.ndarray, np.dtype, *_numpy_names()]
-    data += [type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"]
     try:
-        with torch.serialization.safe_globals(data):
+        with torch.serialization.safe_globals(_SKIPPED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -239,13 +258,6 @@ def unpickle(path: str | os.PathLike[str]) -> Any:
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged torch checkpoint: {str(error).splitlines()[0]}") from None
-
-
-def _numpy_names() -> list[Any]:
-    """numpy's two functions that rebuild numbers and arrays, under the names that numpy 1 and 2 give their module."""
-    rebuild: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0])
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    return [(function, f"{module}.{function.__name__}") for function in rebuild for module in modules]
 
 
 def _load_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +70,32 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, zipped):
     with pytest.raises(CheckpointError, match="posix.mkdir, and loading it could run code, so it is refused"):
         checkpoint.load("bomb.pt")
     assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_what_lies_beside_the_weights_is_skipped(tmp_path, zipped, core):
+    """No object of numpy is built: a live array whose dtype a pickle changes is a write outside its memory."""
+    kinds = [np.dtype(kind) for kind in ("?", "f8", ">f4", "S8", "U3", "M8[s]", "O")] + [np.dtype([("x", "i4")])]
+    beside = [
+        *kinds,
+        np.float64(3),
+        np.bool_(True),
+        np.str_("a"),
+        np.arange(3.0),
+        np.ones(2, order="F"),
+        np.array(None),
+    ]
+    beside.append(argparse.Namespace(lr=[1], inner=argparse.Namespace()))
+    content = {"model": {"w": torch.arange(2)}, "beside": beside}
+    torch.save(content, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
+    if not zipped:  # the name that the other numpy writes
+        whole = (tmp_path / "c.pt").read_bytes()
+        (tmp_path / "c.pt").write_bytes(whole.replace(b"numpy._core.", b"numpy." + core + b"."))
+    assert checkpoint.load(tmp_path / "c.pt")[0]["w"].tolist() == [0, 1]
+    found = checkpoint.unpickle(tmp_path / "c.pt")["beside"]
+    assert len(found) == len(beside)
+    assert {type(value).__name__ for value in found} == {"_Skipped"}
 
 
 @pytest.mark.parametrize(
