@@ -8,13 +8,14 @@ import http.client
 import logging
 import os
 import re
+import string
 import sys
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from .errors import CheckpointError
 from .files import atomic, sha256, write_text
@@ -41,14 +42,18 @@ def resolve(name: str) -> str:
     """`name` with its address, if it has one ("https://..." or "kind:https://..."), replaced by the local file.
 
     The address may end in "#sha256=HEX", which the file must then have; without it, the SHA-256 of the first download
-    is kept and must still be that of the file. "http://" is taken only with it.
+    is kept and must still be that of the file. "http://", where an address leads to it too, is taken only with it.
 
     Raises:
         CheckpointError: the download failed or is forbidden, or the file is another than it should be.
     """
     if (found := _ADDRESS.fullmatch(name)) is None:
         return name
-    url, fragment = urllib.parse.urldefrag(found[2])
+    try:
+        url, fragment = urllib.parse.urldefrag(found[2])
+        urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise CheckpointError(f"{found[2]}: is no address: {error}; expected https://HOST/FILE") from None
     pinned = None
     if fragment:
         if (match := re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)) is None:
@@ -64,11 +69,10 @@ def resolve(name: str) -> str:
 
 
 def _fetch(url: str, pinned: str | None) -> Path:
-    base = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rstrip("/").rpartition("/")[2]) or "download"
     folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
-    path, record = folder / base.replace("/", "_"), folder / "sha256"
+    path, record = folder / _file_name(url), folder / "sha256"
     if path.is_file() and record.is_file():
-        known = record.read_text(encoding="ascii").split()[0]
+        known = record.read_text(encoding="utf-8", errors="replace")[:64]
         is_now = sha256(path)
         if is_now != known:
             raise CheckpointError(
@@ -85,13 +89,36 @@ def _fetch(url: str, pinned: str | None) -> Path:
         )
     with _refused(url), atomic(path) as beside:
         _log.info("downloading %s to %s", url, path)
-        digest = _download(url, beside)
+        digest = _download(url, beside, pinned is not None)
         if pinned not in (None, digest):
             raise CheckpointError(f"{url}: SHA-256 is {digest}, expected {pinned}; nothing was kept")
     write_text(record, f"{digest}  {path.name}\n")  # as sha256sum -c reads it; a file without it is downloaded again
     if pinned is None:
         _log.info("to insist on this file: %s#sha256=%s", url, digest)
     return path
+
+
+def _file_name(url: str) -> str:
+    """The last part of the address, as a name that can do no harm: not hidden, nor that of the record beside it."""
+    base = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rstrip("/").rpartition("/")[2]) or "download"
+    name = re.sub(r"[^\w .,=+@()-]", "_", base)
+    return f"_{name}" if name.startswith(".") or name.lower() == "sha256" else name
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows an address to https:// alone, or where the SHA-256 is known to http:// as well, at every step."""
+
+    def __init__(self, pinned: bool):
+        self._schemes = ("https://", "http://") if pinned else ("https://",)
+        self._expected = "https:// or http://" if pinned else "https://, or #sha256= and its digits at the end"
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith(self._schemes):
+            raise CheckpointError(
+                f"{req.full_url}: leads to {newurl}, where anybody on the way could change it; expected "
+                f"{self._expected}; fetch it elsewhere and give its path"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 @contextlib.contextmanager
@@ -107,16 +134,19 @@ def _refused(url: str) -> Iterator[None]:
         raise CheckpointError(f"{url}: the connection broke: {str(error) or type(error).__name__}{advice}") from None
 
 
-def _download(url: str, path: Path) -> str:
+def _download(url: str, path: Path, pinned: bool) -> str:
     """Write what `url` gives to `path`, whole; its SHA-256."""
     from . import __version__
 
-    request = urllib.request.Request(url, headers={"User-Agent": f"matpac_fast/{__version__}"})
+    plain = urllib.parse.quote(url, safe=string.punctuation)
+    request = urllib.request.Request(plain, headers={"User-Agent": f"matpac_fast/{__version__}"})
+    opener = urllib.request.build_opener(_Redirects(pinned))
     digest, size = hashlib.sha256(), 0
-    with urllib.request.urlopen(request, timeout=_SILENT_FOR) as answer, open(path, "wb") as file:
-        if urllib.parse.urlsplit(answer.url).scheme == "http" and url.startswith("https://"):
-            raise CheckpointError(f"{url}: leads to {answer.url}, where anybody on the way could change it")
-        length = int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+    with opener.open(request, timeout=_SILENT_FOR) as answer, open(path, "wb") as file:
+        told = answer.headers["Content-Length"] or None
+        if told is not None and not told.isdecimal():
+            raise ConnectionError(f"Content-Length is {told!r}; expected a number of bytes")
+        length = None if told is None else int(told)
         with _progress(cast(BinaryIO, answer), length) as body:
             while block := body.read(1 << 20):
                 file.write(block)

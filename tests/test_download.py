@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import http.server
 import shutil
 import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ PIN = f"#sha256={sha256(FILE)}"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder on loopback and keeps the paths asked for; /broken.* ends before its length, /moved goes on."""
+    """Serves a folder on loopback and keeps the paths asked for; /broken.* ends before its length, /to? goes on,
+    /any/ is the encoder's file."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked = folder, []
@@ -41,9 +44,16 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(b"half")
-        elif self.path == "/moved":
+        elif self.path == "/endless":
+            self.send_response(200)
+            self.send_header("Content-Length", "abc")
+            self.end_headers()
+        elif self.path.startswith("/any/"):
+            self.path = "/e.safetensors"
+            super().do_GET()
+        elif self.path.startswith("/to?"):
             self.send_response(302)
-            self.send_header("Location", "/e.safetensors")
+            self.send_header("Location", self.path.partition("?")[2])
             self.end_headers()
         else:
             super().do_GET()
@@ -85,7 +95,7 @@ def test_a_file_is_downloaded_once_and_never_where_offline(server, tmp_path, mon
 
 
 def test_an_address_that_leads_elsewhere_is_followed(server):
-    assert load_encoder(f"{server.address}/moved{PIN}", "cpu").name == "moved"
+    assert load_encoder(f"{server.address}/to?/e.safetensors{PIN}", "cpu").name == "to"
 
 
 def test_a_kept_file_that_changes_is_refused(server, tmp_path):
@@ -112,6 +122,7 @@ def test_another_file_than_expected_is_refused_and_not_kept(server, tmp_path):
     ("path", "says"),
     [
         ("/nothing.pt", "the server answered 404"),
+        ("/endless", "the connection broke: Content-Length is 'abc'; expected a number of bytes; fetch it elsewhere"),
         ("/broken.pt", "the connection broke: .*; fetch it elsewhere and give its path"),
     ],
 )
@@ -133,6 +144,7 @@ def test_no_server_is_one_error(server):
     [
         ("http://localhost/e.pt", "http://localhost/e.pt: anybody on the way could change it; use https://"),
         ("https://localhost/e.pt#sha256=12", "expected #sha256= and 64 hexadecimal digits"),
+        ("https://[", r"https://\[: is no address: Invalid IPv6 URL; expected https://HOST/FILE"),
         ("m2d:https://localhost/e.pt#md5=12", "expected #sha256= and 64 hexadecimal digits"),
     ],
 )
@@ -141,36 +153,63 @@ def test_addresses_that_cannot_be(name, says):
         downloads.resolve(name)
 
 
-def test_without_a_pin_the_first_download_is_the_pin(server, monkeypatch, caplog):
-    # The test's server does not speak TLS: what is asked of https:// comes from it over http://.
-    inside = downloads.urllib.request.urlopen
+@pytest.fixture
+def tls(server, monkeypatch):
+    """https://tls.test is the test's server, which does not speak TLS."""
 
-    def urlopen(request, timeout):
-        request.full_url = request.full_url.replace("https://tls.test", server.address)
-        answer = inside(request, timeout=timeout)
-        answer.url = answer.url.replace(server.address, "https://tls.test")
-        return answer
+    class Plain(urllib.request.HTTPSHandler):
+        def https_open(self, req):
+            req.host = server.address.removeprefix("http://")
+            return self.do_open(http.client.HTTPConnection, req)
 
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request, "HTTPSHandler", Plain)
+    return "https://tls.test"
+
+
+def test_without_a_pin_the_first_download_is_the_pin(server, tls, caplog):
     caplog.set_level("INFO", logger="matpac_fast")
-    path = downloads.resolve("https://tls.test/e.safetensors")
-    assert f"https://tls.test/e.safetensors{PIN}" in caplog.text
+    path = downloads.resolve(f"{tls}/e.safetensors")
+    assert f"{tls}/e.safetensors{PIN}" in caplog.text
     assert sha256(path) == sha256(FILE)
-    assert downloads.resolve("https://tls.test/e.safetensors") == path
+    assert downloads.resolve(f"{tls}/e.safetensors") == path
     assert server.asked == ["/e.safetensors"]
 
 
-def test_an_address_that_leads_from_https_to_http_is_refused(server, monkeypatch, tmp_path):
-    inside = downloads.urllib.request.urlopen
-
-    def urlopen(request, timeout):
-        request.full_url = request.full_url.replace("https://tls.test", server.address)
-        return inside(request, timeout=timeout)
-
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", urlopen)
-    with pytest.raises(CheckpointError, match="leads to http://127.0.0.1"):
-        downloads.resolve("https://tls.test/e.safetensors")
+@pytest.mark.parametrize("steps", ["{http}/e.safetensors", "{http}/to?{tls}/e.safetensors", "ftp://127.0.0.1/e.pt"])
+def test_an_address_that_leads_out_of_https_is_refused_at_any_step(server, tls, tmp_path, steps):
+    steps = steps.format(http=server.address, tls=tls)
+    name = f"{tls}/to?{tls}/to?{steps}"
+    with pytest.raises(CheckpointError, match=f"leads to {steps.partition('?')[0]}.* expected https://, or #sha256="):
+        downloads.resolve(name)
     assert kept(tmp_path) == []
+    if steps.startswith("ftp"):
+        with pytest.raises(CheckpointError, match="leads to ftp:.* expected https:// or http://"):
+            downloads.resolve(name + PIN)
+    else:
+        assert sha256(downloads.resolve(name + PIN)) == sha256(FILE)
+    assert sha256(downloads.resolve(f"{tls}/to?{tls}/e.safetensors")) == sha256(FILE)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Cnn14_mAP=0.431.pth", "Cnn14_mAP=0.431.pth"),
+        ("mod%C3%A8le.safetensors", "mod\u00e8le.safetensors"),
+        ("mod\u00e8le 2.safetensors", "mod\u00e8le 2.safetensors"),
+        ("sha256", "_sha256"),
+        ("%2e%2e", "_.."),
+        (".e.pt", "_.e.pt"),
+        ("a%00%2Fb%5C%0A", "a__b__"),
+    ],
+)
+def test_a_file_is_kept_under_a_name_that_does_no_harm_and_found_again(server, tmp_path, path, name):
+    address = f"{server.address}/any/{path}{PIN}"
+    first = Path(downloads.resolve(address))
+    assert first.name == name
+    assert sha256(first) == sha256(FILE)
+    assert downloads.resolve(address) == str(first)
+    assert len(server.asked) == 1
+    assert kept(tmp_path) == sorted([name, "sha256"])
 
 
 @pytest.mark.parametrize("name", ["matpac-nano", "runs/a", "passt:weights/passt.pt", "hear:module:file", "C:/x.pt"])
