@@ -5,12 +5,13 @@ A folder with one `.distcp` file a process, `.metadata`, which says what lies wh
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,11 +40,25 @@ _DATA = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_InPython: Any = pickle._Unpickler  # its opcodes can be overridden, those of the one in C cannot
+
+
+class _Unpickler(_InPython):
+    dispatch: ClassVar = dict(_InPython.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _DATA.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Set attributes, of descriptions alone: those of a class or of an Enum's member are the whole process's."""
+        what = self.stack[-2]
+        if isinstance(what, type) or not dataclasses.is_dataclass(what):
+            raise pickle.UnpicklingError(f"it names attributes of {what!r}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def is_one(folder: str | os.PathLike[str]) -> bool:
@@ -84,7 +99,10 @@ def save(
 def shapes(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors without memory, of the shapes and dtypes that `folder` holds, by name."""
     entries = _read_metadata(Path(folder)).state_dict_metadata
-    return {name: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for name, e in entries.items()}
+    try:
+        return {name: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for name, e in entries.items()}
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
 
 
 def fill(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
@@ -108,8 +126,8 @@ def fill(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
         reader.read_data(planner.finish_plan(plan), planner).wait()
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # there is no end to what damaged files raise
+        raise CheckpointError(f"{folder}: damaged: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def load(folder: str | os.PathLike[str], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,7 +137,11 @@ def load(folder: str | os.PathLike[str], prefix: str = "") -> tuple[dict[str, Te
         CheckpointError: as `fill`.
     """
     folder = Path(folder)
-    wanted = {name: torch.empty_like(t, device="cpu") for name, t in shapes(folder).items() if name.startswith(prefix)}
+    named = {name: tensor for name, tensor in shapes(folder).items() if name.startswith(prefix)}
+    try:
+        wanted = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named.items()}
+    except RuntimeError as error:  # a size beyond all memory
+        raise CheckpointError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
     fill(wanted, folder)
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
@@ -129,14 +151,22 @@ def load(folder: str | os.PathLike[str], prefix: str = "") -> tuple[dict[str, Te
 
 
 def _read_metadata(folder: Path) -> Any:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
     path = folder / ".metadata"
     try:
         with open(path, "rb") as file:
-            return _Unpickler(file).load()
+            found = _Unpickler(file).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError as error:
         reason = f"the pickle is more than a description of tensors, {error}, so it is refused"
         raise CheckpointError(f"{path}: {reason if 'names' in str(error) else 'damaged'}") from None
-    except (EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except Exception as error:  # there is no end to what damaged opcodes raise
         raise CheckpointError(f"{path}: damaged: {error}") from None
+    entries = getattr(found, "state_dict_metadata", None) if isinstance(found, Metadata) else None
+    if not isinstance(entries, dict) or not all(
+        isinstance(name, str) and isinstance(entry, TensorStorageMetadata) for name, entry in entries.items()
+    ):
+        raise CheckpointError(f"{path}: damaged: it holds no description of tensors")
+    return found

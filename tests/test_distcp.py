@@ -1,0 +1,69 @@
+"""What describes the parts of a distributed checkpoint is a pickle: it is read, and does nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import pickle
+import random
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata
+
+from matpac_fast import distcp
+from matpac_fast.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A genuine one, of a single process."""
+    dcp.save({"model.w": torch.arange(3.0)}, storage_writer=dcp.FileSystemWriter(tmp_path / "c"), no_dist=True)
+    (tmp_path / "c" / "matpac_fast.json").write_text('{"step": 1}')
+    return tmp_path / "c"
+
+
+def text(content: str) -> bytes:
+    return b"X" + len(content).to_bytes(4, "little") + content.encode()
+
+
+PATH, FORM = b"cpathlib\nPosixPath\n", b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+ATTRIBUTES = b"}" + text("parent") + PATH + text("/evil") + b"\x85Rs"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "named"),
+    [
+        (PATH + b"N" + ATTRIBUTES + b"\x86b.", "attributes of <class 'pathlib"),  # BUILD of the class, as slots
+        (FORM + b"K\x00\x85R" + ATTRIBUTES + b"b.", "attributes of <_MEM_FORMAT_ENCODING"),  # of the one member
+        (b"cposix\nmkdir\n.", "posix.mkdir"),
+    ],
+)
+def test_what_would_change_the_process_is_refused(folder, pickled, named):
+    (folder / ".metadata").write_bytes(b"\x80\x02" + pickled)
+    with pytest.raises(CheckpointError, match=f"more than a description of tensors, it names {named}.* refused"):
+        distcp.load(folder, "model.")
+    assert pathlib.PurePosixPath("/a/b").parent.name == pathlib.Path("/a/b").parent.name == "a"
+    assert not hasattr(metadata._MEM_FORMAT_ENCODING(0), "parent")
+
+
+@pytest.mark.parametrize("content", [None, {"w": 1}, metadata.Metadata([]), metadata.Metadata({"w": None})])
+def test_what_describes_no_tensors_is_damaged(folder, content):
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=r"\.metadata: damaged: it holds no description of tensors"):
+        distcp.load(folder)
+
+
+def test_a_genuine_one_is_read_and_any_damage_is_named(folder):
+    assert distcp.load(folder, "model.")[0]["w"].tolist() == [0, 1, 2]
+    path, chance = folder / ".metadata", random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):  # what still describes tensors may be read
+            distcp.load(folder, "model.")
