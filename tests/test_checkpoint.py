@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -96,6 +99,22 @@ def test_what_lies_beside_the_weights_is_skipped(tmp_path, zipped, core):
     found = checkpoint.unpickle(tmp_path / "c.pt")["beside"]
     assert len(found) == len(beside)
     assert {type(value).__name__ for value in found} == {"_Skipped"}
+
+
+def test_threads_load_and_what_the_application_allows_stays(tmp_path):
+    torch.save({"model": {"w": torch.zeros(1)}, "acc": np.arange(3.0)}, tmp_path / "c.pt")
+    own = [np.dtype, np._core.multiarray._reconstruct, argparse.Namespace, dataclasses.Field]
+    with torch.serialization.safe_globals(own):  # half of numpy's: none may be mixed with what is skipped
+        before = set(torch.serialization.get_safe_globals())
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                for found in pool.map(lambda _: checkpoint.load(tmp_path / "c.pt"), range(60)):
+                    assert list(found[0]) == ["w"]
+        finally:
+            sys.setswitchinterval(interval)
+        assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize(
