@@ -53,6 +53,10 @@ def from_official_names(state: Mapping[str, Any]) -> dict[str, Tensor]:
             flat.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
         else:
             flat[name] = value
+    if odd := [name for name, value in flat.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(
+            f"not an official MATPAC checkpoint: {len(odd)} of its names hold no tensor: {_some(odd)}"
+        )
     ours: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in flat.items():
@@ -114,12 +118,14 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
             sizes |= {"head_bottleneck": bottleneck, "prototypes": prototypes}
     except KeyError as error:
         raise CheckpointError(f"the checkpoint has no {error.args[0]!r}, so its sizes cannot be read") from None
+    except (AttributeError, ValueError, IndexError, ZeroDivisionError):  # no tensor, or one of other axes
+        raise CheckpointError("the checkpoint's tensors have not MATPAC's axes, so its sizes cannot be read") from None
     return sizes
 
 
 def _count(state: Iterable[str], pattern: str) -> int:
-    found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
-    return max(found) + 1 if found else 0
+    """How many there are, whatever their numbers: a name may say any."""
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
 def _grid(pos: Tensor, patch_size: int) -> tuple[int, int]:
@@ -211,9 +217,14 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("matpac_fast", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
-    except (SafetensorError, json.JSONDecodeError) as error:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file: {error}") from None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"{path}: damaged safetensors file: its metadata is a {type(metadata).__name__}, no object"
+        )
+    return state, metadata
 
 
 class _Skipped:
@@ -259,7 +270,7 @@ def unpickle(path: str | os.PathLike[str]) -> Any:
             "trusted, save its weights alone, with torch.save(model.state_dict(), ...) or as safetensors"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # there is no end to what damaged bytes raise
         raise CheckpointError(
             f"{path}: damaged torch checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
@@ -298,7 +309,9 @@ def _load_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         metadata = {"cfg": content["cfg"]} if isinstance(content.get("cfg"), Mapping) else {}
         content = content["model"]
-    if not isinstance(content, Mapping) or not all(isinstance(v, (Tensor, Mapping)) for v in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, (Tensor, Mapping)) for name, value in content.items()
+    ):
         raise CheckpointError(
             f"{path}: expected a dictionary of tensors, or a training checkpoint with one under 'model'"
         )

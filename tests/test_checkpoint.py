@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from matpac_fast import checkpoint
@@ -170,9 +173,36 @@ def test_sizes_are_read_from_content(model):
     assert {"n_mels", "n_frames", "mcl_heads", "prototypes", "predictor_depth"} <= set(sizes)
 
 
-def test_a_failed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
-    import safetensors.torch
+def test_names_of_blocks_may_say_any_number(model):
+    ours = checkpoint.from_official_names(model.official_state_dict())
+    far = {name.replace("blocks.1.", "blocks.99999999."): tensor for name, tensor in ours.items()}
+    assert checkpoint.read_sizes(far)["depth"] == 2
+    with pytest.raises(CheckpointError, match="have not MATPAC's axes"):
+        checkpoint.read_sizes(ours | {"frontend.patch_embed.proj.weight": torch.zeros(3)})
 
+
+def test_any_damage_is_named(tmp_path):
+    content, path, chance = {"model": {"w": torch.zeros(20)}, "cfg": {"a": 1}}, tmp_path / "c.pt", random.Random(0)
+    for zipped in (True, False):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for _ in range(200):
+            damaged = bytearray(whole)
+            for _ in range(chance.choice((1, 2, 4))):
+                damaged[chance.randrange(2, min(len(whole), 700))] = chance.randrange(256)
+            path.write_bytes(damaged)
+            with contextlib.suppress(CheckpointError):  # what still is a dictionary of tensors may be read
+                assert all(isinstance(name, str) for name in checkpoint.load(path)[0])
+
+
+@pytest.mark.parametrize("metadata", ["[]", '"x"', "3", "[" * 100_000])
+def test_metadata_that_is_none_is_damage(tmp_path, metadata):
+    safetensors.torch.save_file({"w": torch.zeros(1)}, tmp_path / "m", {"matpac_fast": metadata})
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
+        checkpoint.load(tmp_path / "m")
+
+
+def test_a_failed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
     model.save(tmp_path / "m.safetensors")
     before = (tmp_path / "m.safetensors").read_bytes()
 
