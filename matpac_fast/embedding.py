@@ -99,17 +99,27 @@ def extract(network: Network, clips: Iterable[Tensor], windowing: Windowing, bat
     batches = _Batches(network, windowing, batch_size)
     waiting: deque[_Clip] = deque()
     for wave in clips:
-        clip = _Clip(network, len(wave), windowing)
-        waiting.append(clip)
-        for i, piece in enumerate(network.pieces(wave, clip.spans)):
-            batches.add(piece, clip, i)
-        while len(waiting) > _CLIPS_WAITING and waiting[0].missing:
-            batches.flush(waiting[0])
+        with _no_autocast(network):
+            clip = _Clip(network, len(wave), windowing)
+            waiting.append(clip)
+            for i, piece in enumerate(network.pieces(wave, clip.spans)):
+                batches.add(piece, clip, i)
+            while len(waiting) > _CLIPS_WAITING and waiting[0].missing:
+                batches.flush(waiting[0])
         while waiting and not waiting[0].missing:
             yield waiting.popleft().embeddings()
-    batches.flush()
+    with _no_autocast(network):
+        batches.flush()
     while waiting:
         yield waiting.popleft().embeddings()
+
+
+def _no_autocast(network: Network) -> torch.autocast:
+    """Out of the caller's autocast: the encoder knows its own dtype, and a log-mel must not be rounded.
+
+    Not around a `yield`, after which it would be the caller's.
+    """
+    return torch.autocast(network.device.type, enabled=False)
 
 
 class _Clip:

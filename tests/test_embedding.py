@@ -245,6 +245,17 @@ def test_bad_clips_are_named(encoder, audio, options, error, message):
         encoder.embed(audio, **{"sample_rate": SECOND, **options})
 
 
+@pytest.mark.parametrize("framing", ["valid", "center"])
+def test_the_callers_autocast_changes_nothing(framing):
+    encoder = Encoder(n_frames=64, width=32, depth=1, num_heads=2, mean=-7.1, std=4.2, framing=framing)
+    want = encoder.embed(noise(20_000), SECOND, 0.3, 0.11).values
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder.embed(noise(20_000), SECOND, 0.3, 0.11).values, want)
+        stream = encoder.stream(SECOND, 0.3, 0.11)
+        *_, last = stream.over(np.split(noise(20_000), 4))
+        torch.testing.assert_close(last.values[-1], want[-1], rtol=0, atol=1e-5)
+
+
 class Loudness(AudioEncoder):
     """An encoder of another kind, in ten lines: the level of a window in two bands of nothing in particular."""
 

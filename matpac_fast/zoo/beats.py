@@ -189,7 +189,8 @@ class Beats(Network):
             )
         if waves.shape[1] < self.min_samples:
             raise AudioError(f"features: waves of {waves.shape[1]} samples; a patch needs {self.min_samples}")
-        fbank = self.front_end(waves)
+        with torch.autocast(self.device.type, enabled=False):
+            fbank = self.front_end(waves)
         masked = padding
         for count in (fbank.shape[2], fbank.shape[2] // _PATCH * _ROWS):  # of filterbank frames, then of tokens
             masked = masked[:, : masked.shape[1] // count * count].unflatten(1, (count, -1)).all(2)

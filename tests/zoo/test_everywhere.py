@@ -119,6 +119,19 @@ def test_bfloat16_is_near(name, files):
         assert low.id != exact.id
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_callers_autocast_changes_nothing(name, dtype, files):
+    encoder = make(name, files, dtype)
+    wave, rate = noise(encoder.sample_rate // 2), encoder.sample_rate
+    want = encoder.embed(wave, rate).values
+    with torch.autocast("cpu", torch.bfloat16):
+        found = next(encoder.embed_many([wave, wave], rate, batch_size=1))
+        assert torch.is_autocast_enabled("cpu")  # the caller's, between two clips
+        assert torch.equal(found.values, want)
+        assert torch.equal(encoder.embed(wave, rate).values, want)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "logmel-stats"])
 def test_every_tensor_is_where_the_encoder_is(name, files):
     encoder = make(name, files)
