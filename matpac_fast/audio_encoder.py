@@ -65,6 +65,10 @@ class AudioEncoder(nn.Module):
         """Frames in each piece of a window of `n_samples`; all are averaged alike."""
         return [1]
 
+    def rows(self, n_samples: int) -> list[int]:
+        """Frame embeddings of each of these pieces with pool "none": the frames, unless a subclass says otherwise."""
+        return self.columns(n_samples)
+
     def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]:
         """Inputs of the network for each window, (start, end) samples of `clip` (S,), one or more each, in order."""
         for a, b in spans.tolist():

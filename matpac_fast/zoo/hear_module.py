@@ -7,7 +7,6 @@ embedded whole, whatever its length, by `get_scene_embeddings`; `pool="none"` gi
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import os
@@ -34,7 +33,7 @@ class HearEncoder(AudioEncoder):
     come at one distance; a frame is told to start `frame_samples` after the one before, the first at 0.
 
     Args:
-        module: with the functions of the API.
+        module: the name of one with the functions of the API.
         model: what its `load_model` gave.
         settings: what beside the model's weights decides the embeddings.
 
@@ -44,17 +43,17 @@ class HearEncoder(AudioEncoder):
 
     beyond = "embedded whole, as the module does"
 
-    def __init__(self, module: ModuleType, model: Any, settings: dict[str, Any]):
+    def __init__(self, module: str, model: Any, settings: dict[str, Any]):
         super().__init__()
         if missing := [name for name in _ATTRIBUTES if not isinstance(getattr(model, name, None), int)]:
-            raise CheckpointError(f"hear:{module.__name__}: the model has no whole number {', '.join(missing)}")
+            raise CheckpointError(f"hear:{module}: the model has no whole number {', '.join(missing)}")
         self.settings = settings
         self.model = model  # a torch module's weights become this one's
-        self._module = module
+        self._module = module  # by name: modules can be neither pickled nor copied
+        self._counted: dict[int, int] = {}  # samples -> timestamps
         self.sample_rate, self.embedding_dim = model.sample_rate, model.scene_embedding_size
         # Without weights that torch knows, this is what tells the device.
         self.register_buffer("anchor", torch.empty(0), persistent=False)
-        self.count_frames = functools.lru_cache(maxsize=256)(self._count_frames)
 
     def probe(self) -> HearEncoder:
         """Find the shortest window and the frames, on the device where the model is."""
@@ -70,7 +69,7 @@ class HearEncoder(AudioEncoder):
                 problem = f"{type(error).__name__}: {error}"
             if n == longest:
                 raise CheckpointError(
-                    f"hear:{self._module.__name__}: gives no embedding of {_PROBE_SECONDS:g} s of silence: {problem}"
+                    f"hear:{self._module}: gives no embedding of {_PROBE_SECONDS:g} s of silence: {problem}"
                 )
             n *= 2
         if self.model.timestamp_embedding_size == self.embedding_dim:
@@ -80,24 +79,25 @@ class HearEncoder(AudioEncoder):
                 self.frame_samples = round(steps[0].item())
         return self
 
-    def columns(self, n_samples: int) -> list[int]:
-        return [1 if self.frame_samples is None else self.count_frames(max(n_samples, self.min_samples))]
+    def rows(self, n_samples: int) -> list[int]:
+        """The API does not tell, so silence of that length is asked, once."""
+        n = max(n_samples, self.min_samples)
+        if n not in self._counted:
+            with torch.no_grad():
+                self._counted[n] = self._timestamps(torch.zeros(1, n, device=self.device))[0].shape[1]
+        return [self._counted[n]]
 
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
         if pool == "mean":
-            return (self._scene(pieces) * self.columns(pieces.shape[1])[0])[:, None]
+            return self._scene(pieces)[:, None]
         frames, _ = self._timestamps(pieces)
-        expected = self.columns(pieces.shape[1])[0]
+        (expected,) = self.rows(pieces.shape[1])
         if frames.shape[1] != expected:
             raise CheckpointError(
-                f"hear:{self._module.__name__}: {frames.shape[1]} timestamps for {pieces.shape[1]} samples, and "
+                f"hear:{self._module}: {frames.shape[1]} timestamps for {pieces.shape[1]} samples, and "
                 f"{expected} for as much silence; expected a number that depends on the length alone"
             )
         return frames[:, None]
-
-    def _count_frames(self, n_samples: int) -> int:
-        # The API does not tell, so silence of that length, once.
-        return self._timestamps(torch.zeros(1, n_samples, device=self.device))[0].shape[1]
 
     def _scene(self, waves: Tensor) -> Tensor:
         found = self._ask("get_scene_embeddings", waves)
@@ -109,12 +109,12 @@ class HearEncoder(AudioEncoder):
         return self._checked(found, shape, "get_timestamp_embeddings"), times.reshape(len(waves), -1)
 
     def _ask(self, function: str, waves: Tensor) -> Any:
-        return getattr(self._module, function)(waves, self.model)
+        return getattr(importlib.import_module(self._module), function)(waves, self.model)
 
     def _checked(self, found: Any, shape: tuple[int, ...], what: str) -> Tensor:
         if not isinstance(found, Tensor) or tuple(found.shape) != shape:
             came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise CheckpointError(f"hear:{self._module.__name__}: {what} gave {came}; expected a tensor {shape}")
+            raise CheckpointError(f"hear:{self._module}: {what} gave {came}; expected a tensor {shape}")
         return found.to(self.device, torch.float32)
 
 
@@ -144,7 +144,7 @@ def load(argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncode
         raise CheckpointError(f"hear:{argument}: load_model failed: {type(error).__name__}: {error}") from error
     if isinstance(model, nn.Module):
         model = model.to(device).requires_grad_(False).eval()
-    encoder = HearEncoder(module, model, _settings(name, module, weights)).to(device).eval()
+    encoder = HearEncoder(name, model, _settings(name, module, weights)).to(device).eval()
     encoder.name = f"hear:{argument}"
     with torch.no_grad():
         return encoder.probe()  # type: ignore[operator] # Module.to and eval are typed as Module's

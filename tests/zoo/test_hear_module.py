@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
@@ -114,6 +118,39 @@ def test_no_frames_where_timestamps_have_another_size_or_no_distance(module):
         assert encoder.embed(noise(8_000), 8_000).values.shape == (1, 6)
         with pytest.raises(ConfigError, match="has no frame embeddings"):
             encoder.embed(noise(8_000), 8_000, pool="none")
+
+
+def test_scenes_cost_no_timestamps_and_frames_one_pass_a_length(module):
+    counting = """
+        asked = []
+        given = get_timestamp_embeddings
+        def get_timestamp_embeddings(audio, model):
+            asked.append(tuple(audio.shape))
+            return given(audio, model)
+    """
+    name = module("fake_hear", counting)
+    encoder = load_encoder(f"hear:{name}", "cpu")
+    asked = sys.modules[name].asked
+    asked.clear()
+    encoder.embed([noise(n) for n in (700, 4_000, 4_100, 4_000)], 8_000)
+    assert asked == []
+    encoder.embed([noise(n) for n in (4_000, 4_100, 4_000)], 8_000, pool="none")
+    assert sorted(asked) == [(1, 4_000), (1, 4_100), (1, 4_100), (2, 4_000)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_copies_are_whole_and_what_is_dropped_is_gone(module, copied):
+    encoder = load_encoder(f"hear:{module('fake_hear')}", "cpu")
+    want, known = encoder.embed(noise(8_000), 8_000, pool="none"), encoder.id
+    other, gone = copied(encoder), weakref.ref(encoder)
+    gc.disable()
+    try:
+        del encoder
+        assert gone() is None  # without the collector of cycles
+    finally:
+        gc.enable()
+    assert other.id == known
+    assert torch.equal(other.embed(noise(8_000), 8_000, pool="none").values, want.values)
 
 
 def test_frames_must_depend_on_the_length_alone(module):
