@@ -52,16 +52,20 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
 def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
     """Embeddings (N, T, E) float32, and (N, T) float32 the milliseconds at the middle of what each one stands for."""
     audio, encoder = _checked(audio), model.encoder
-    if encoder.frame_samples is None:
+    frame, passes = encoder.frame_samples, model.passes
+    if frame is None:
         raise ConfigError(f"get_timestamp_embeddings: {encoder.name} has no frame embeddings")
-    step = encoder.frame_samples // model.passes
-    shifts = [s for s in range(0, encoder.frame_samples, step) if s == 0 or s + encoder.min_samples <= audio.shape[1]]
-    n_frames = sum(sum(encoder.columns(audio.shape[1] - shift)) for shift in shifts)
+    if not (isinstance(passes, int) and 1 <= passes <= frame):
+        raise ConfigError(f"get_timestamp_embeddings: model.passes is {passes}; expected a whole number, 1 to {frame}")
+    shifts = [frame * i // passes for i in range(passes)]
+    shifts = [s for s in shifts if s == 0 or s + encoder.min_samples <= audio.shape[1]]
+    n_frames = sum(sum(encoder.rows(audio.shape[1] - shift)) for shift in shifts)
     values = torch.empty(len(audio), n_frames, encoder.embedding_dim, device=encoder.device)
     for i, shift in enumerate(shifts):
         values[:, i :: len(shifts)] = encoder.embed(audio[:, shift:], model.sample_rate, pool="none").values
-    begin = torch.arange(values.shape[1], dtype=torch.float64) * step + encoder.frame_samples / 2
-    times = (begin * 1000 / encoder.sample_rate).float().to(encoder.device)
+    number = torch.arange(n_frames)
+    begin = number // len(shifts) * frame + torch.tensor(shifts)[number % len(shifts)]
+    times = ((begin.double() + frame / 2) * 1000 / encoder.sample_rate).float().to(encoder.device)
     return values, times.expand(len(audio), -1).contiguous()
 
 

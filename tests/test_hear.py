@@ -7,7 +7,7 @@ import torch
 
 from matpac_fast import hear
 from matpac_fast.encoder import Encoder
-from matpac_fast.errors import AudioError, CheckpointError
+from matpac_fast.errors import AudioError, CheckpointError, ConfigError
 
 SECOND = 16_000
 
@@ -63,6 +63,26 @@ def test_each_timestamp_has_the_frame_that_stands_there(model):
         begin = start / SECOND + float(frames.start[i // 4])
         assert float(timestamps[0, i]) == pytest.approx(1000 * (begin + 0.08), abs=1e-3)
     assert 0 <= audio.shape[1] / SECOND - float(timestamps[0, -1]) / 1000 + 0.08 < 0.08
+
+
+@pytest.mark.parametrize("passes", [1, 3, 7])
+def test_any_number_of_passes_says_the_time_of_each_frame(model, monkeypatch, passes):
+    monkeypatch.setattr(model, "passes", passes)
+    audio = noise(1, 30_000)
+    embeddings, timestamps = hear.get_timestamp_embeddings(audio, model)
+    assert (timestamps.diff() > 0).all()
+    for i in (0, passes - 1, passes, 10 * passes - 1):
+        shift = 2560 * (i % passes) // passes
+        frames = model.encoder.embed(audio[:, shift:], SECOND, pool="none").values[0]
+        torch.testing.assert_close(embeddings[0, i], frames[i // passes], rtol=0, atol=1e-5)
+        assert float(timestamps[0, i]) == pytest.approx(80 + 160 * (i // passes) + shift / 16, abs=1e-3)
+
+
+@pytest.mark.parametrize("passes", [0, -1, 2561, 2.0])
+def test_passes_that_cannot_be_say_so(model, monkeypatch, passes):
+    monkeypatch.setattr(model, "passes", passes)
+    with pytest.raises(ConfigError, match=f"model.passes is {passes}; expected a whole number, 1 to 2560"):
+        hear.get_timestamp_embeddings(noise(1, 8_000), model)
 
 
 @pytest.mark.parametrize("n", [1, 400, 640, 1_039, 1_040, 2_560, 2_700])
