@@ -6,7 +6,7 @@ import fnmatch
 import importlib.metadata
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -77,7 +77,8 @@ class Encoder(AudioEncoder):
         self.frontend = Frontend(width, patch_size, self.freq, n_frames // patch_size)
         self.student = Transformer(width, depth, num_heads, mlp_ratio)
         self.dtype = torch.float32
-        self._compiled: Callable[..., list[Tensor]] | None = None
+        self._compiles = False
+        self._compiled: Callable[..., list[Tensor]] | None = None  # made when it is needed; a copy makes its own
 
         self.sample_rate, self.embedding_dim, self.n_layers = self.log_mel_config.sample_rate, self.freq * width, depth
         self.min_samples = self.log_mel_config.n_fft
@@ -132,7 +133,8 @@ class Encoder(AudioEncoder):
 
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self._compiled is not None:  # a graph for each shape, not for each company that shapes may have
+            if self._compiles:  # a graph for each shape, not for each company that shapes may have
+                self._compiled = self._compiled or torch.compile(self._forward)
                 return [self._compiled([pieces], pool, layers)[0] for pieces in groups]
             return self._forward(groups, pool, layers)
 
@@ -166,9 +168,12 @@ class Encoder(AudioEncoder):
             for module in self.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
-        if compile:
-            self._compiled = torch.compile(self._forward)
+        self._compiles = self._compiles or compile
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of copy and pickle: the compiled function is bound to this encoder's weights.
+        return {**super().__getstate__(), "_compiled": None}
 
     def save(self, path: str | os.PathLike[str], dtype: str = "float32") -> None:
         """Write the encoder alone as safetensors, all of it or none; `load_encoder` reads it and checks its id.
@@ -186,9 +191,47 @@ class Encoder(AudioEncoder):
         if self.dtype != torch.float32:
             raise ConfigError(f"save: the weights are rounded to {self.dtype}; load the encoder in float32 to save it")
         stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in self.state_dict().items()}
-        rounded = Encoder(**self.sizes)
-        rounded.load_state_dict(stored)
+        rounded = encoder_of(stored, self.sizes, "student", os.fspath(path))
         checkpoint.save(path, stored, {"kind": "encoder", "sizes": self.sizes, "id": rounded.id})
+
+
+def encoder_of(state: Mapping[str, Tensor], sizes: Mapping[str, Any], side: str, source: str) -> Encoder:
+    """The encoder of one side of a model, "student" or "teacher", with a copy of its weights, in float32.
+
+    Args:
+        state: weights under `Matpac`'s names; others than those of the side and the front end are left alone.
+        sizes: as `Encoder` takes them.
+        source: begins the error's message.
+
+    Raises:
+        CheckpointError: a side that is not there; weights that are missing, left over, misshapen or no plain numbers.
+    """
+    wanted = ("frontend.", f"{side}.")
+    kept = {k.replace(f"{side}.", "student.", 1): v for k, v in state.items() if k.startswith(wanted)}
+    if not any(name.startswith("student.") for name in kept):
+        raise CheckpointError(f"{source}: holds no {side}; expected weights of one, student or teacher")
+    if sizes["depth"] > len(kept):
+        raise CheckpointError(f"{source}: {sizes['depth']} blocks by its sizes, and only {len(kept)} tensors of them")
+    with torch.device("meta"):  # no memory, no random numbers
+        encoder = Encoder(**sizes)
+    checkpoint.check_fits(encoder.state_dict(), kept, source)
+    if odd := [name for name, tensor in kept.items() if not _is_whole(tensor)]:
+        raise CheckpointError(
+            f"{source}: damaged: it holds not all numbers of {odd[0]}, which has {kept[odd[0]].numel()}"
+        )
+    whole = {
+        name: tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in kept.items()
+    }
+    encoder.load_state_dict(whole, assign=True)
+    return encoder
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is dense and its memory holds each of its numbers; a pickle may repeat one without end."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
@@ -303,7 +346,7 @@ def load_encoder(
             return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
     if path in [_UNTRAINED + preset for preset in PRESETS] and kind is None:
         config = MatpacConfig.preset(path.removeprefix(_UNTRAINED))
-        state, sizes = Matpac(config).state_dict(), sizes_of(config)
+        state, sizes = _untrained(config), sizes_of(config)
     else:
         state, metadata = _read(path)
         foreign = kind is None and not {"sizes", "config"} & set(metadata)
@@ -311,10 +354,7 @@ def load_encoder(
             if foreign and other.mark is not None and other.mark in state:
                 return _load_registered(other, name, path, device, dtype, num_heads, weights, compile)
         state, sizes, known_id = _interpret(state, metadata, path, kind, num_heads)
-    wanted = ("frontend.", f"{weights}.")
-    kept = {k.replace("teacher.", "student.", 1): v for k, v in state.items() if k.startswith(wanted)}
-    encoder = Encoder(**sizes)
-    checkpoint.load_into(encoder, kept, name)
+    encoder = encoder_of(state, sizes, weights, name)
     if known_id is not None and encoder.id != known_id:
         raise CheckpointError(
             f"{name}: altered or damaged: saved with SHA-256 {known_id[:12]}, it is {encoder.id[:12]}"
@@ -326,6 +366,17 @@ def load_encoder(
 def sizes_of(config: MatpacConfig) -> dict[str, Any]:
     """Of its encoder, as `Encoder` takes them."""
     return {size: getattr(config, size) for size in _SIZES}
+
+
+def _untrained(config: MatpacConfig) -> dict[str, Tensor]:
+    """A function of the seed alone, whatever dtype and device the application has made its defaults."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            return Matpac(config).state_dict()
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:

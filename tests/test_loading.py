@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
+import pickle
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matpac_fast import AudioEncoder, checkpoint, get_matpac, list_encoders, load_encoder, reference
-from matpac_fast.encoder import Encoder
+from matpac_fast.encoder import Encoder, encoder_of
 from matpac_fast.errors import CheckpointError, ConfigError
 
 SECOND = 16_000
@@ -167,6 +169,56 @@ def test_compiled_encoders_give_the_same(monkeypatch, tmp_path):
     for clips, options in ((noise(3, 20_000), {}), (noise(1, 9_000), {"pool": "none", "layers": "all"})):
         want = encoder.embed(clips, SECOND, **options).values
         torch.testing.assert_close(compiled.embed(clips, SECOND, **options).values, want, rtol=0, atol=1e-5)
+
+
+def test_copies_of_a_compiled_encoder_have_weights_of_their_own(monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: whole(f, backend="eager"))
+    encoder, wave = make().prepare(compile=True), noise(1, 9_000)
+    want = encoder.embed(wave, SECOND).values
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(twin.embed(wave, SECOND).values, want)
+        assert twin._compiled is not None
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not twin.embed(wave, SECOND).values.any()
+    assert torch.equal(encoder.embed(wave, SECOND).values, want)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_loading_and_saving_depend_on_no_default_and_draw_no_random_numbers(tmp_path, default):
+    source = make()
+    source.save(tmp_path / "e.safetensors")
+    ids, random = [load_encoder("untrained-nano", "cpu").id, source.id], torch.get_rng_state()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            untrained = load_encoder("untrained-nano", "cpu")
+        loaded = load_encoder(tmp_path / "e.safetensors", "cpu")
+        loaded.save(tmp_path / "again.safetensors", "float16")
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [untrained.id, loaded.id] == ids
+    assert torch.equal(torch.get_rng_state(), random)
+    half = load_encoder(tmp_path / "again.safetensors", "cpu")
+    assert {t.dtype for e in (loaded, untrained, half) for t in e.state_dict().values()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_weights_are_copies_and_whole():
+    source = make()
+    state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    encoder = encoder_of(state, source.sizes, "student", "it")
+    for tensor in state.values():
+        tensor.zero_()
+    assert encoder.id == source.id
+    # A few bytes that a pickle lets stand for many.
+    state["student.blocks.0.mlp.fc1.weight"] = torch.zeros(1).expand(256, 64)
+    with pytest.raises(CheckpointError, match=r"damaged: it holds not all numbers of student\.blocks\.0\.mlp\.fc1"):
+        encoder_of(state, source.sizes, "student", "it")
+    with pytest.raises(CheckpointError, match="1000000000 blocks by its sizes, and only 30 tensors"):
+        encoder_of(source.state_dict(), source.sizes | {"depth": 10**9}, "student", "it")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="paths of POSIX")

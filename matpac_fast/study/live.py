@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checkpoint
 from ..audio.corpus import to_int16
 from ..audio.decode import find_audio, read_blocks
 from ..audio_encoder import AudioEncoder
 from ..config import MatpacConfig
-from ..encoder import Encoder, sizes_of
+from ..encoder import encoder_of, sizes_of
 from ..errors import AudioError, ConfigError
 from ..nn.statistics import effective_rank
 from ..zoo.statistics import LogMelStatistics
@@ -113,11 +112,8 @@ class LiveProbe:
         return found | self._floor
 
     def _embed(self, state: Mapping[str, Tensor], config: MatpacConfig, side: str) -> Tensor:
-        encoder = Encoder(**sizes_of(config)).to(self._device)
-        wanted = ("frontend.", f"{side}.")
-        kept = {name.replace("teacher.", "student.", 1): t for name, t in state.items() if name.startswith(wanted)}
-        checkpoint.load_into(encoder, kept, f"the {side}")
-        return _embed(encoder, self._waves)
+        encoder = encoder_of(state, sizes_of(config), side, f"the {side}")
+        return _embed(encoder.to(self._device), self._waves)
 
     def _score(self, features: Tensor) -> dict[str, float]:
         centred = features.double() - features.double().mean(0)
