@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,7 +21,7 @@
 
 namespace matpac {
 
-// Calls fn(T{}) with the C++ type of `dtype`, which must be among Ts: dispatch<float, double>(dtype, fn).
+// Calls fn(T{}) with the C++ type of `dtype`, which must be among Ts: dispatch<float, int16_t>(dtype, fn).
 template <typename T>
 struct dtype_of;
 template <>
@@ -30,23 +29,9 @@ struct dtype_of<float> {
   static constexpr DType value = DType::float32;
 };
 template <>
-struct dtype_of<double> {
-  static constexpr DType value = DType::float64;
-};
-template <>
 struct dtype_of<int16_t> {
   static constexpr DType value = DType::int16;
 };
-template <>
-struct dtype_of<int64_t> {
-  static constexpr DType value = DType::int64;
-};
-#ifdef __CUDACC__
-template <>
-struct dtype_of<__nv_bfloat16> {
-  static constexpr DType value = DType::bfloat16;
-};
-#endif
 
 template <typename... Ts, typename Fn>
 void dispatch(DType dtype, const char* what, Fn&& fn) {
@@ -67,7 +52,7 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
     const int64_t end = n * part / parts;
     try {
       workers.emplace_back([&fn, begin, end] { fn(begin, end); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
       break;  // no more threads to be had: the calling thread does the rest
     }
     begin = end;

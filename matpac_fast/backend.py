@@ -16,8 +16,10 @@ import importlib.util
 import os
 import shutil
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +133,7 @@ def _cuda_missing() -> str | None:
 
 
 def _has_code_for(archs: str, major: int, minor: int) -> bool:
-    """Whether a build for `archs`, in CMake's notation, runs on compute capability major.minor.
+    """Whether a build for `archs`, as CMakeLists.txt takes them, runs on compute capability major.minor.
 
     Machine code ("-real") runs on its own major version from its minor on; PTX ("-virtual") on everything from there
     on. An entry without a suffix is both.
@@ -186,11 +188,22 @@ def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> s
     return "reference"
 
 
+_AUTOCASTS = ("cpu", "cuda")  # other devices, such as meta, may know no autocast
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast has matrix products taken in, or None where it is off."""
+    autocasts = device.type in _AUTOCASTS and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocasts else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if device.type in _AUTOCASTS else nullcontext()
+
+
 def dtype_of_products(tensor: Tensor) -> torch.dtype:
     """What a matrix product of a float tensor is taken in: autocast's dtype, or its own."""
-    device = tensor.device.type  # other devices, such as meta, may know no autocast
-    autocasts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocasts else tensor.dtype
+    return autocast_dtype(tensor.device) or tensor.dtype
 
 
 def _computes_bfloat16(index: int | None) -> bool:

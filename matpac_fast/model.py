@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, ops
+from .backend import autocast_dtype, without_autocast
 from .config import MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.ema import ema_update, linear_anneal
@@ -240,7 +241,7 @@ class Matpac(nn.Module):
         teacher_features: Tensor,
         teacher_temp: float | Tensor,
     ) -> Sums:
-        with torch.autocast(features.device.type, enabled=False):  # what is measured is not to be the rounding
+        with without_autocast(features.device):  # what is measured is not to be the rounding
             logits = features.float() @ self.head.last_layer.matrix().float().T / self.config.student_temp
             teacher_logits = teacher_features.float() @ self.teacher_head.last_layer.matrix().float().T
             teacher_p = ((teacher_logits - self.center) / teacher_temp).softmax(-1)
@@ -301,7 +302,4 @@ class Matpac(nn.Module):
 def _factor(tensor: Tensor) -> Tensor:
     """What the prototypes' products multiply: under autocast on a GPU its 16 bits, for tensor cores make a float32
     logit of them in a twelfth of the time that float32 factors take. A CPU would only lose bits."""
-    device = tensor.device.type
-    if device != "cuda" or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(autocast_dtype(tensor.device)) if tensor.is_cuda else tensor

@@ -214,6 +214,8 @@ def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig()) -> Tensor:
     """(B, S) wave -> (B, n_mels, T) normalised log-mel. int16 counts 32768 as 1.0 and computes in float32."""
     if wave.dtype == torch.int16:
         wave = wave.to(torch.float32) / 32768.0
+    if wave.shape[0] == 0:  # no FFT of nothing
+        return wave[:, :1, None].expand(0, config.n_mels, config.n_frames(wave.shape[1]))
     window = mel_window(config).to(wave.device, wave.dtype)
     bank = mel_bank(config).to(wave.device, wave.dtype)
     spectrum = torch.fft.rfft(_frames(wave * config.gain, config) * window)  # (B, T, bins)

@@ -22,11 +22,11 @@ void mask_shuffle_cpu(int64_t base, const int64_t* index, int64_t batch, int64_t
   uint64_t low = 1;  // the low bits of a key hold the token
   while (low < uint64_t(n_tokens - 1)) low = low << 1 | 1;
   // Flipping the top bit makes the order of unsigned keys that of the definition's signed ones.
-  const uint64_t sign = uint64_t(1) << 63;
+  constexpr uint64_t sign = uint64_t(1) << 63;
   std::vector<uint64_t> keys(size_t(batch) * size_t(n_tokens));
 
   const int64_t rows_worth_a_thread = 1 + 4096 / n_tokens;
-  parallel_for(batch, rows_worth_a_thread, threads, [&, low, sign](int64_t begin, int64_t end) {
+  parallel_for(batch, rows_worth_a_thread, threads, [&, low](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       uint64_t* key = keys.data() + row * n_tokens;
       const uint64_t stream = splitmix64(uint64_t(base) ^ uint64_t(index[row]));

@@ -126,7 +126,8 @@ MATPAC_INLINE Pack<T> exp2(const Pack<T>& x) {
     // The integer part goes into the exponent: the shift drops everything of `round` but that integer.
     using Bits = typename E::Bits;  // unsigned: what overflows is meant to be lost
     const Bits scaled = (Bits)value + ((Bits)shifted << E::mantissa);
-    out.part[i] = x.part[i] < E::smallest ? Vector<T>{} : (Vector<T>)scaled;
+    const Vector<T> number = x.part[i] == x.part[i] ? (Vector<T>)scaled : x.part[i];
+    out.part[i] = x.part[i] < E::smallest ? Vector<T>{} : number;
   }
   return out;
 }

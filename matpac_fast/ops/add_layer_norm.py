@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..backend import device_guard, fuses
 from ._check import check_shape, check_tensor
+from ._once import once_differentiable
 
 _OP = "add_layer_norm"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -97,7 +98,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return new_x, normed, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dx_next: Tensor | None, dnormed: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         new_x, stats, gamma = ctx.saved_tensors
         if dnormed is None:  # not used, as the last sum's norm may be

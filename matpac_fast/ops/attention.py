@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import device_guard, fuses
 from ._check import check_tensor, shape_of
+from ._once import once_differentiable
 
 _OP = "attention"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -67,7 +68,7 @@ class _Attention(torch.autograd.Function):
         return out, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
             return None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import device_guard, fuses
 from ._check import check_shape, check_tensor
+from ._once import once_differentiable
 
 _OP = "bias_gelu"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,7 +52,7 @@ class _BiasGelu(torch.autograd.Function):
             return torch.ops.matpac_fast.bias_gelu(h, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         h, bias = ctx.saved_tensors
         dh, dbias = torch.ops.matpac_fast.bias_gelu_backward(grad, h, bias)

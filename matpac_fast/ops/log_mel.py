@@ -14,6 +14,7 @@ from ..backend import choose, device_guard
 from ..errors import BackendError
 from ..reference import LogMelConfig
 from ._check import check_tensor, shape_of
+from ._once import once_differentiable
 
 _WAVE_DTYPES = (torch.float32, torch.float64, torch.int16)
 _NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.int16: 2, torch.bfloat16: 3}
@@ -204,20 +205,13 @@ class _LogMel(torch.autograd.Function):
             return torch.ops.matpac_fast.log_mel(wave, *scalars)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (wave,) = ctx.saved_tensors
         return torch.ops.matpac_fast.log_mel_backward(grad, wave, *ctx.scalars), *[None] * len(ctx.scalars)
 
 
-def _autograd(wave: Tensor, *scalars: Any) -> Tensor:
-    if torch.is_grad_enabled() and wave.requires_grad:
-        return _LogMel.apply(wave, *scalars)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.matpac_fast.log_mel(wave, *scalars)
-
-
-_LIB.impl("log_mel", _autograd, "Autograd")
+_LIB.impl("log_mel", lambda *args: _LogMel.apply(*args), "Autograd")
 
 
 def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig(), dtype: torch.dtype | None = None) -> Tensor:

@@ -36,9 +36,7 @@ def _launch_cpp(base: int, index: Tensor, n_tokens: int) -> Tensor:
     from .. import _C
 
     out = index.new_empty((index.shape[0], n_tokens))
-    _C.mask_shuffle_cpu(
-        base, index.data_ptr(), index.shape[0], n_tokens, out.data_ptr(), max(1, torch.get_num_threads())
-    )
+    _C.mask_shuffle_cpu(base, index.data_ptr(), index.shape[0], n_tokens, out.data_ptr(), torch.get_num_threads())
     return out
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import choose, device_guard
+from ..backend import autocast_dtype, choose, device_guard
 from ._check import check_int, check_shape, check_tensor, shape_of
+from ._once import once_differentiable
 
 _OP = "masked_patch_embed"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,9 +47,9 @@ def _check(
     if not 0 <= n_visible <= n:
         raise ValueError(f"{_OP}: n_visible is {n_visible}; expected 0 to {n}, the number of patches")
 
-    device = spec.device.type
-    if torch.float64 not in (spec.dtype, weight.dtype) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    operands = autocast_dtype(spec.device)
+    if torch.float64 not in (spec.dtype, weight.dtype) and operands is not None:
+        return operands
     if spec.dtype != weight.dtype:
         raise TypeError(
             f"{_OP}: spec is {shape_of(spec)} and weight is {shape_of(weight)}; "
@@ -251,7 +252,7 @@ class _MaskedPatchEmbed(torch.autograd.Function):
         return visible, masked
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return (None,) * 8

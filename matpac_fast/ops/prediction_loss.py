@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend, reference
-from ..backend import device_guard, fuses
+from ..backend import device_guard, fuses, without_autocast
 from ._check import check_shape, check_tensor
+from ._once import once_differentiable
 
 _OP = "prediction_loss"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,7 +41,7 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         work = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-        with torch.autocast(prediction.device.type, enabled=False):
+        with without_autocast(prediction.device):
             unit = F.normalize(target.to(work), dim=-1)
             if prediction.ndim == 3:
                 unit = unit[:, None]  # (N, 1, D)
@@ -53,7 +54,7 @@ class _Distance(torch.autograd.Function):
         return 2 - 2 * cosine
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         prediction, unit, norm, cosine = ctx.saved_tensors
         along_target = -2 * grad / norm
@@ -113,7 +114,7 @@ class _FusedDistance(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if grad is None:
             return None, None

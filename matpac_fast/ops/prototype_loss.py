@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .. import reference
-from ..backend import choose
+from ..backend import choose, without_autocast
 from ._check import check_shape, check_tensor
+from ._once import once_differentiable
 from ._prototype_launchers import LAUNCHERS, delta_dtype, mm, work_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -178,7 +180,7 @@ class _PrototypeLoss(torch.autograd.Function):
         return loss, mean, stats, delta
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return (None,) * 9
@@ -192,7 +194,7 @@ def _differentiable(student: Tensor, student_weight: Tensor) -> bool:
 
 
 def _autograd(*args: Any) -> _Forward:
-    if _differentiable(*args[:2]):
+    if _differentiable(*args[:2]) or any(unpack_dual(t).tangent is not None for t in args[:5]):  # which is refused
         return _PrototypeLoss.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.matpac_fast.prototype_loss(*args)
@@ -256,7 +258,7 @@ def prototype_loss(
     temps = _temperature(student_temp, student.device), _temperature(teacher_temp, student.device)
     launcher = choose("prototype_loss", student.device)
     if launcher == "reference":
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student.device):
             return reference.prototype_loss(*sides, *temps, mean_of)
     if launcher == "triton" and work_dtype(*sides[:4]) == torch.float64:
         raise TypeError("prototype_loss: the Triton kernels have no float64; use_backend('reference') has")

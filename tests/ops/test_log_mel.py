@@ -356,3 +356,19 @@ def test_what_cannot_be():
 def test_forced_and_missing_raises():
     with pytest.raises(BackendError, match=r"triton|cuda"), use_backend("cuda"):
         ops.log_mel(noise(1, 1_000))
+
+
+@pytest.mark.parametrize(
+    "config", [LogMelConfig(), LogMelConfig(framing="center", preemphasis=0.97), LogMelConfig(hop=7)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_no_clips(config, dtype):
+    wave = torch.zeros((0, 800), dtype=dtype)
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            out = ops.log_mel(wave, config)
+        assert (out.shape, out.dtype) == ((0, config.n_mels, config.n_frames(800)), torch.float32)
+    wave = torch.zeros((0, 800), requires_grad=True)
+    with use_backend("auto"):
+        (grad,) = torch.autograd.grad(ops.log_mel(wave, config).sum(), wave)
+    assert grad.shape == wave.shape

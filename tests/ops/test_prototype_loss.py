@@ -354,3 +354,16 @@ def bad(**changes: Any) -> dict[str, Any]:
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.prototype_loss(**arguments)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0x7FC000FF, -0x3FFFFF])
+def test_any_nan_is_a_nan(bits):
+    """Not only the one that arithmetic makes, which has no payload."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan()
+    sides = [torch.randn(shape) for shape in ((4, 8), (37, 8), (4, 8), (37, 8))]
+    center = torch.zeros(37)
+    center[3] = nan[0]
+    loss, mean = ops.prototype_loss(*sides, center, 0.1, 0.04)
+    assert loss.isnan().all()
+    assert mean.isnan().any()

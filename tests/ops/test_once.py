@@ -1,0 +1,62 @@
+"""What a gradient by hand cannot give is refused: a second derivative, and one in forward mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from matpac_fast import ops, use_backend
+
+
+def log_mel() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    return ops.log_mel, torch.randn(1, 720) / 10
+
+
+def masked_patch_embed() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    spec, bias, pos, cls = torch.randn(2, 8, 8), torch.randn(3), torch.randn(1, 5, 3), torch.randn(1, 1, 3)
+    ids = ops.mask_shuffle(0, 0, torch.arange(2), 4)
+    return lambda weight: ops.masked_patch_embed(spec, weight, bias, pos, cls, ids, 2)[0], torch.randn(3, 1, 4, 4)
+
+
+def prototype_loss() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    weight, teacher, center = F.normalize(torch.randn(7, 4)), F.normalize(torch.randn(5, 4)), torch.zeros(7)
+    return lambda x: ops.prototype_loss(x, weight, teacher, weight, center, 0.1, 0.04)[0], torch.randn(5, 4)
+
+
+def prediction_loss() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    target = torch.randn(5, 4)
+    return lambda x: ops.prediction_loss(x, target)[0], torch.randn(5, 4)
+
+
+OPS = pytest.mark.parametrize("make", [log_mel, masked_patch_embed, prototype_loss, prediction_loss])
+
+
+@OPS
+def test_a_second_derivative_is_refused(make):
+    torch.manual_seed(0)
+    function, x = make()
+    x.requires_grad_()
+    (plain,) = torch.autograd.grad(function(x).sum(), x)
+    (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match=r"once differentiable; for second derivatives .*use_backend\('reference'\)"):
+        grad.square().sum().backward()
+    with use_backend("reference"):
+        (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@OPS
+def test_forward_mode_is_refused(make):
+    function, x = make()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        function(forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
