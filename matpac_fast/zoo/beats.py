@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import checkpoint, ops
 from ..errors import AudioError, CheckpointError
 from ..reference import BEATS_LOG_MEL
-from .network import Network, fill, first_names, padded
+from .network import Network, fill, padded, recognised
 
 _PATCH = 16
 _HOP = _PATCH * BEATS_LOG_MEL.hop
@@ -247,15 +247,11 @@ def from_official(
     """
     config = config or {}
     first = "encoder.layers.0."
-    try:
+    with recognised("BEATs", state, source):
         embed = state["patch_embedding.weight"].shape[0]
         hidden, width = state[first + "fc1.weight"].shape
         taps = state["encoder.pos_conv.0.weight_v"]
         buckets = state[first + "self_attn.relative_attention_bias.weight"].shape[0]
-    except (KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source}: not a BEATs checkpoint ({error}); its first names are {first_names(state)}"
-        ) from None
     for key, expected in _FORM.items():
         if config.get(key, expected) != expected:
             raise CheckpointError(f"{source}: BEATs with {key} {config[key]!r}; only {expected!r} is supported")

@@ -20,7 +20,7 @@ from .. import checkpoint
 from ..errors import CheckpointError
 from ..reference import LogMelConfig, mel_bank, mel_window
 from .conv import ConvBlock, power_spectrum
-from .network import Network, fill, first_names
+from .network import Network, fill, recognised
 
 CNN14_LOG_MEL = LogMelConfig(
     sample_rate=32_000,
@@ -98,12 +98,8 @@ def from_official(state: Mapping[str, Tensor], source: str) -> Cnn14:
     Raises:
         CheckpointError: no CNN14, one with another front end, or entries that are missing, left over or misshapen.
     """
-    try:
+    with recognised("CNN14", state, source):
         channels = tuple(state[f"conv_block{i + 1}.conv1.weight"].shape[0] for i in range(len(_CHANNELS)))
-    except (KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source}: not a CNN14 checkpoint ({error}); its first names are {first_names(state)}"
-        ) from None
     n_fft = CNN14_LOG_MEL.n_fft
     turns = torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * torch.arange(n_fft) / n_fft
     window = mel_window(CNN14_LOG_MEL)

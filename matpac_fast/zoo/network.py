@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -100,5 +101,11 @@ def fill(network: Network, state: Mapping[str, Any], source: str, ignored: tuple
     network.load_state_dict(tensors, assign=True)
 
 
-def first_names(state: Mapping[str, Any]) -> str:
-    return ", ".join(list(state)[:3])
+@contextlib.contextmanager
+def recognised(kind: str, state: Mapping[str, Any], source: str) -> Iterator[None]:
+    """Within it, what `state` lacks or holds in another shape means that it is no checkpoint of this kind."""
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        names = ", ".join(list(state)[:3])
+        raise CheckpointError(f"{source}: not a {kind} checkpoint ({error}); its first names are {names}") from None

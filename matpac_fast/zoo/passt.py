@@ -18,7 +18,7 @@ from .. import checkpoint, ops
 from ..errors import CheckpointError
 from ..nn.vit import Block
 from ..reference import PASST_LOG_MEL
-from .network import Network, fill, first_names
+from .network import Network, fill, recognised
 
 _PATCH = 16
 # Rows of overlapping patches on 128 mels -> the stride.
@@ -94,14 +94,10 @@ def from_official(state: Mapping[str, Tensor], source: str, num_heads: int | Non
     Raises:
         CheckpointError: no PaSST, or entries that are missing, left over or of another shape.
     """
-    try:
+    with recognised("PaSST", state, source):
         width, rows = state["freq_new_pos_embed"].shape[1:3]
         max_columns = state["time_new_pos_embed"].shape[3]
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source}: not a PaSST checkpoint ({error}); its first names are {first_names(state)}"
-        ) from None
     if rows not in _STRIDES:
         known = ", ".join(map(str, _STRIDES))
         raise CheckpointError(f"{source}: PaSST with {rows} rows of patches; expected one of {known}")

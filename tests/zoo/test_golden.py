@@ -124,11 +124,13 @@ def test_files_that_do_not_fit_are_refused_by_name(golden, kind):
     good = official.weights(g, "stride10/w/" if kind == "passt" else "w/")
     module = passt if kind == "passt" else beats
     some = "norm.bias" if kind == "passt" else "layer_norm.bias"
+    sized = "freq_new_pos_embed" if kind == "passt" else "encoder.layers.0.fc1.weight"
     for state, line in (
         ({k: v for k, v in good.items() if k != some}, rf"f does not fit this model; 1 missing: {some}"),
         (good | {"extra.weight": torch.zeros(1)}, r"1 unexpected: extra\.weight"),
         (good | {some: torch.zeros(7)}, rf"1 of another shape: {some} \(7,\) for"),
         ({"x": torch.zeros(1)}, r"f: not a \w+ checkpoint .*; its first names are x"),
+        (good | {sized: torch.zeros(1)}, r"f: not a \w+ checkpoint \(not enough values"),
     ):
         with pytest.raises(CheckpointError, match=line):
             module.from_official(state, "f", 2)
