@@ -166,7 +166,8 @@ class AudioEncoder(nn.Module):
             pool: "mean", one embedding a window; "none", one a frame.
             layers: "last"; or "all", one embedding for each of the network's layers.
             remainder: what becomes of the end of the clip, see `audio.windows.windows`.
-            batch_size: windows per forward pass, of whichever clips; halved for good where memory runs out.
+            batch_size: windows per forward pass, of whichever clips; where memory runs out halved to the end of
+                the call, or of the block in a stream.
 
         Returns:
             Embeddings on the encoder's device; for a list, a list of them. Neither the batch nor its size changes a
@@ -238,7 +239,10 @@ class AudioEncoder(nn.Module):
     def check_wave(self, wave: Wave, what: str) -> Tensor:
         """A wave of any supported dtype as finite float32, wherever it is; `what` begins the error's message."""
         if isinstance(wave, np.ndarray):
-            wave = torch.from_numpy(np.ascontiguousarray(wave))
+            if wave.dtype.kind != "f" and wave.dtype.newbyteorder("=") != np.int16:
+                raise AudioError(f"{what} is {wave.dtype}; expected float or int16")
+            # Of any byte order and precision; writable, since torch warns of what is not.
+            wave = torch.from_numpy(np.require(wave, np.float32 if wave.dtype.kind == "f" else np.int16, ["C", "W"]))
         if not isinstance(wave, Tensor):
             raise AudioError(f"{what} is a {type(wave).__name__}; expected a tensor or array")
         if not (wave.is_floating_point() or wave.dtype == torch.int16):

@@ -27,7 +27,8 @@ class Embeddings:
     Attributes:
         values: float32, (W, E), or (W, L, E) with `layers="all"`; for a batch of clips (B, W, ...). W counts windows,
             or with `pool="none"` frames.
-        start, end: (W,) float64, seconds from the start of the clip.
+        start, end: (W,) float64, seconds from the start of the clip. A frame ends where the next one starts, or with
+            its window: of an encoder whose frames are centred (M2D, CREPE) the last may have no length.
     """
 
     values: Tensor
@@ -177,7 +178,7 @@ class _Clip:
             frames = []
             for (a, b), window in zip(spans.tolist(), self._columns, strict=True):
                 starts = a + frame * np.arange(sum(window))
-                frames.append(np.stack([starts, np.append(starts[1:], b)], axis=1))
+                frames.append(np.minimum(np.stack([starts, starts + frame], axis=1), b))
             spans = np.concatenate(frames)
         seconds = torch.from_numpy(np.minimum(spans, self._n_samples) / self._network.sample_rate)
         return seconds[:, 0], seconds[:, 1]

@@ -110,6 +110,39 @@ def test_a_list_is_each_clip_alone(encoder, folder):
     assert encoder.embed([], SECOND) == []
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [">i2", "<i2", ">f4", ">f8", "f2", np.longdouble, "read-only", "reversed"])
+def test_arrays_of_any_byte_order_and_precision(encoder, dtype):
+    pcm = (noise(8_000) * 8_192).astype(np.int16)
+    want = encoder.embed(pcm, SECOND).values
+    if dtype == "read-only":
+        wave = np.frombuffer(pcm.tobytes(), np.int16)
+    elif dtype == "reversed":
+        wave = pcm[::-1].copy()[::-1]
+    else:
+        wave = (pcm if np.dtype(dtype).kind == "i" else pcm.astype(np.float64) / 32_768).astype(dtype)
+    torch.testing.assert_close(encoder.embed(wave, SECOND).values, want, rtol=0, atol=1e-2 if dtype == "f2" else 1e-6)
+
+
+class Frames(AudioEncoder):
+    """Frames of a tenth of a second, as many as fit: the end of a window is not seen."""
+
+    name, sample_rate, embedding_dim, frame_samples, settings = "frames", 1_000, 1, 100, {"kind": "frames"}
+
+    def columns(self, n_samples: int) -> list[int]:
+        return [n_samples // 100]
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        return pieces.unfold(1, 100, 100).mean(2)[:, None, :, None]
+
+
+def test_a_frame_ends_with_what_it_saw(encoder):
+    found = Frames().embed(noise(390), 1_000, 0.2, pool="none")
+    assert list(zip(found.start.tolist(), found.end.tolist(), strict=True)) == [(0, 0.1), (0.1, 0.2), (0.2, 0.3)]
+    found = encoder.embed(noise(4_000), SECOND, pool="none")  # the second frame is filled up
+    assert list(zip(found.start.tolist(), found.end.tolist(), strict=True)) == [(0, 0.16), (0.16, 0.25)]
+
+
 class Counting(Encoder):
     """Keeps the shapes, (pieces, frames), of each batch that its network was given."""
 
@@ -231,6 +264,8 @@ def test_many_windows_of_a_long_clip_do_not_keep_it_alive(encoder):
         ([np.zeros((2, 8))], {}, AudioError, r"clip 0 is \(2, 8\); expected \(S,\), mono"),
         ([0.5, 0.25], {}, AudioError, "clip 0 is a float; expected a tensor or array"),
         ("no/such/file.wav", {}, AudioError, "no/such/file.wav: cannot be opened"),
+        (np.zeros(8, object), {}, AudioError, "embed: wave is object; expected float or int16"),
+        (np.zeros(8, np.uint16), {}, AudioError, "embed: wave is uint16; expected float or int16"),
         (np.zeros((4000, 2)), {}, AudioError, r"\(4000, 2\), which looks like samples by channels, .*wave.mean\(1\)"),
         (np.full(8, -20_000.0), {}, AudioError, "a sample of 2e\\+04; full scale is 1, the limit 32: divide by"),
         (np.zeros(8), {"hop": 0.1}, ConfigError, "hop is 0.1 s without a temporal_support; give both, or neither"),
