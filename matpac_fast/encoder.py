@@ -33,7 +33,7 @@ _SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "ml
 _UNTRAINED = "untrained-"
 _ALIASES = {"random-init": "untrained-tiny"}
 # What a file must be that is named "m2d:FILE"; without it, any kind.
-_KINDS = {"matpac": "MATPAC", "m2d": "M2D"}
+KINDS = {"matpac": "MATPAC", "m2d": "M2D"}
 _ENTRY_POINTS = "matpac_fast.encoders"
 _RELEASES = "https://github.com/aurianworld/matpac/releases"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,6 +51,7 @@ class Encoder(AudioEncoder):
 
     Args:
         n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio: sizes, as in `MatpacConfig`.
+        student: the transformer of these sizes; by default a new one.
         front_end: what differs from MATPAC's log-mel: `mean`, `std` and `framing` of `LogMelConfig`.
     """
 
@@ -65,6 +66,8 @@ class Encoder(AudioEncoder):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: int = 4,
+        *,
+        student: Transformer | None = None,
         **front_end: Any,
     ):
         super().__init__()
@@ -75,7 +78,7 @@ class Encoder(AudioEncoder):
         self.n_frames, self.patch_size, self.width, self.depth = n_frames, patch_size, width, depth
         self.freq = n_mels // patch_size
         self.frontend = Frontend(width, patch_size, self.freq, n_frames // patch_size)
-        self.student = Transformer(width, depth, num_heads, mlp_ratio)
+        self.student = student or Transformer(width, depth, num_heads, mlp_ratio)
         self.dtype = torch.float32
         self._compiles = False
         self._compiled: Callable[..., list[Tensor]] | None = None  # made when it is needed; a copy makes its own
@@ -212,13 +215,22 @@ def encoder_of(state: Mapping[str, Tensor], sizes: Mapping[str, Any], side: str,
         raise CheckpointError(f"{source}: holds no {side}; expected weights of one, student or teacher")
     if sizes["depth"] > len(kept):
         raise CheckpointError(f"{source}: {sizes['depth']} blocks by its sizes, and only {len(kept)} tensors of them")
+    width, depth, patch = sizes["width"], sizes["depth"], sizes["patch_size"]
+    tokens = 1 + (sizes["n_mels"] // patch) * (sizes["n_frames"] // patch)
     with torch.device("meta"):  # no memory, no random numbers
-        encoder = Encoder(**sizes)
-    checkpoint.check_fits(encoder.state_dict(), kept, source)
+        student = Transformer(width, depth, sizes["num_heads"], sizes["mlp_ratio"])
+        fits = {f"student.{name}": tensor for name, tensor in student.state_dict().items()}
+        fits |= {"frontend.cls_token": torch.empty(1, 1, width), "frontend.pos_embed": torch.empty(1, tokens, width)}
+        fits |= {"frontend.patch_embed.proj.weight": torch.empty(width, 1, patch, patch)}
+        fits |= {"frontend.patch_embed.proj.bias": torch.empty(width)}
+    checkpoint.check_fits(fits, kept, source)
     if odd := [name for name, tensor in kept.items() if not _is_whole(tensor)]:
         raise CheckpointError(
             f"{source}: damaged: it holds not all numbers of {odd[0]}, which has {kept[odd[0]].numel()}"
         )
+    # The small front end is made as it is: without memory, its positions would have torch import its compiler.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        encoder = Encoder(**sizes, student=student)
     whole = {
         name: tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         for name, tensor in kept.items()
@@ -272,7 +284,7 @@ def register_encoder(name: str, load: Loader | str, mark: str | None = None) -> 
     Raises:
         ConfigError: a name that cannot be.
     """
-    if not name or ":" in name or name in (*_KINDS, *_ALIASES, *PACKAGED) or name.startswith(_UNTRAINED):
+    if not name or ":" in name or name in (*KINDS, *_ALIASES, *PACKAGED) or name.startswith(_UNTRAINED):
         raise ConfigError(f"register_encoder: name is {name!r}; expected one without a colon that is not built in")
     lazy = importlib.metadata.EntryPoint(name, load, _ENTRY_POINTS) if isinstance(load, str) else load
     _registry[name] = _Registered(lazy, mark)
@@ -309,6 +321,7 @@ def load_encoder(
             the latter checked against the SHA-256 it was saved with; an official training checkpoint or released
             encoder file, of MATPAC, MATPAC++, M2D, PaSST, BEATs or CNN14; or a name of `list_encoders`,
             "name:argument" where it takes one, such as "passt:FILE". "matpac:FILE" and "m2d:FILE" insist on the kind.
+            Names come before files and folders: one that is called like a name is written "./name".
             A file may be an address, "https://..." with or without "#sha256=HEX": it is downloaded once, into the
             folder that `MATPAC_FAST_CACHE` names or ~/.cache/matpac_fast, and its SHA-256 is checked each time;
             `MATPAC_FAST_OFFLINE=1` or `HF_HUB_OFFLINE=1` forbids the download.
@@ -324,27 +337,29 @@ def load_encoder(
         ConfigError: an option that cannot be, or that this encoder does not have.
     """
     name = resolve(os.fspath(name_or_path))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"load_encoder: device is {str(device)!r}, and torch sees no GPU; leave it out, or say 'cpu'")
+    device = _device(device)
     if str(dtype).removeprefix("torch.") not in _DTYPES:
         raise ConfigError(f"load_encoder: dtype is {dtype!r}; expected {' or '.join(map(repr, _DTYPES))}")
     dtype = _DTYPES[str(dtype).removeprefix("torch.")]
     if weights not in ("student", "teacher"):
         raise ConfigError(f"load_encoder: weights is {weights!r}; expected 'student' or 'teacher'")
     path, kind, known_id = name, None, None
-    if not os.path.exists(name):
+    # A Path that exists is one, whatever it is called.
+    named = isinstance(name_or_path, str) or not os.path.exists(name)
+    if named:
         name = path = _ALIASES.get(name, name)
         prefix, colon, argument = name.partition(":")
-        if colon and not argument:
+        if colon and not argument and not os.path.exists(name):
             raise ConfigError(f"load_encoder: {name!r} ends with its colon; expected what comes after it, or no colon")
         if name in PACKAGED:
             path = os.fspath(PACKAGED[name])
-        elif prefix in _KINDS and argument:
-            path, kind = argument, _KINDS[prefix]
-        elif (entry := _find(prefix)) is not None:
+        elif prefix in KINDS and argument:
+            path, kind = argument, KINDS[prefix]
+        elif os.sep not in prefix and (entry := _find(prefix)) is not None:
             return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
-    if path in [_UNTRAINED + preset for preset in PRESETS] and kind is None:
+    if named and kind is None and path in [_UNTRAINED + preset for preset in PRESETS]:
+        if num_heads is not None:
+            raise ConfigError(f"load_encoder: {name!r} has no option num_heads; leave it out")
         config = MatpacConfig.preset(path.removeprefix(_UNTRAINED))
         state, sizes = _untrained(config), sizes_of(config)
     else:
@@ -366,6 +381,18 @@ def load_encoder(
 def sizes_of(config: MatpacConfig) -> dict[str, Any]:
     """Of its encoder, as `Encoder` takes them."""
     return {size: getattr(config, size) for size in _SIZES}
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError):
+        raise ConfigError(
+            f"load_encoder: device is {given!r}; expected 'cpu', 'cuda' or 'cuda:0', or none for what there is"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"load_encoder: device is {str(device)!r}, and torch sees no GPU; leave it out, or say 'cpu'")
+    return device
 
 
 def _untrained(config: MatpacConfig) -> dict[str, Tensor]:
@@ -399,8 +426,7 @@ def _interpret(
             f"{path}: not a checkpoint of {kind or 'MATPAC or M2D'}; its first names are {', '.join(list(state)[:3])}"
         )
     if ours:
-        whole = "sizes" in metadata
-        sizes = metadata["sizes"] if whole else sizes_of(MatpacConfig.from_dict(metadata["config"]))
+        whole, sizes = "sizes" in metadata, _own_sizes(metadata, path)
         if num_heads not in (None, sizes["num_heads"]):
             raise ConfigError(f"{path}: num_heads is {num_heads}; the file says {sizes['num_heads']}: leave it out")
         return state, sizes, metadata.get("id") if whole else None
@@ -413,6 +439,26 @@ def _interpret(
     sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
     kept = (*_SIZES, "mean", "std", "framing")
     return state, {size: sizes[size] for size in kept if size in sizes}, None
+
+
+def _own_sizes(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What a file of this package says of its encoder, where that can be."""
+    try:
+        if "sizes" not in metadata:
+            return sizes_of(MatpacConfig.from_dict(metadata["config"]))
+        sizes, numbers = dict(metadata["sizes"]), {size: metadata["sizes"][size] for size in _SIZES}
+        MatpacConfig(**numbers, mask_ratio=0.5)
+        front_end = {name: value for name, value in sizes.items() if name not in _SIZES}
+        LogMelConfig(n_mels=sizes["n_mels"], **front_end)
+        if any(type(value) is not int for value in numbers.values()):
+            raise TypeError("sizes are whole numbers")
+        if any(type(front_end.get(name, 0.0)) not in (int, float) for name in ("mean", "std")):
+            raise TypeError("mean and std are numbers")
+    except KeyError as error:
+        raise CheckpointError(f"{path}: damaged: its sizes lack {error}") from None
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: its sizes cannot be: {error}") from None
+    return sizes
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:

@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,10 +130,17 @@ def test_other_packages_register_encoders(monkeypatch, tmp_path):
         get_matpac("constant")
     with pytest.raises(CheckpointError, match="encoder 'broken': a_package_that_is_not_there:load does not load"):
         load_encoder("broken")
-    # A file comes before a name.
+    # A name comes before what lies in the working directory, but for what can only be a path.
     monkeypatch.chdir(tmp_path)
     make().save("constant")
-    assert isinstance(load_encoder("constant", "cpu"), Encoder)
+    for folder in ("matpac-nano", "untrained-nano", "random-init"):
+        os.mkdir(folder)
+        assert load_encoder(folder, "cpu").embedding_dim == 960
+    assert isinstance(load_encoder("constant", "cpu"), Constant)
+    assert load_encoder().name == "matpac-nano"
+    for path in ("./constant", tmp_path / "constant", Path("constant")):
+        assert load_encoder(path, "cpu").name == "constant"
+        assert isinstance(load_encoder(path, "cpu"), Encoder)
 
 
 def _load(entry: importlib.metadata.EntryPoint) -> object:
@@ -227,6 +235,43 @@ def test_unknown_names_say_where_files_are():
         CheckpointError, match=r"give the path or the https:// address .* https://github.com/aurianworld/matpac"
     ):
         load_encoder("matpac_10_2048.pt")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"sizes": {}}, "its sizes lack 'n_mels'"),
+        ({"sizes": [1]}, "its sizes cannot be"),
+        ({"sizes": None}, "its sizes cannot be"),
+        ({"sizes": {"patch_size": 0}}, "its sizes cannot be: patch_size is 0"),
+        ({"sizes": {"num_heads": 5}}, "its sizes cannot be: num_heads is 5"),
+        ({"sizes": {"depth": "2"}}, "its sizes cannot be"),
+        ({"sizes": {"depth": 2.0}}, "its sizes cannot be: sizes are whole numbers"),
+        ({"sizes": {"mean": "a"}}, "its sizes cannot be: mean and std are numbers"),
+        ({"sizes": {"evil": 1}}, "its sizes cannot be: .*evil"),
+        ({"sizes": {"depth": 10**9}}, "1000000000 blocks by its sizes"),
+        ({"config": {"width": "a"}}, "its sizes cannot be"),
+        ({"config": []}, "lack|cannot be"),
+    ],
+)
+def test_sizes_that_cannot_be_are_damage(tmp_path, metadata, says):
+    source = make()
+    if isinstance(metadata.get("sizes"), dict) and metadata["sizes"]:
+        metadata = {"sizes": source.sizes | metadata["sizes"]}
+    checkpoint.save(tmp_path / "e.safetensors", source.state_dict(), metadata)
+    with pytest.raises(CheckpointError, match=rf"e\.safetensors: .*{says}" if "blocks" in says else says):
+        load_encoder(tmp_path / "e.safetensors", "cpu")
+
+
+def test_options_that_cannot_be_are_refused(tmp_path):
+    for device in ("auto", "gpu", "cuda:x"):
+        with pytest.raises(ConfigError, match=f"device is '{device}'; expected 'cpu', 'cuda'"):
+            load_encoder("untrained-nano", device)
+    with pytest.raises(ConfigError, match="'untrained-nano' has no option num_heads"):
+        load_encoder("untrained-nano", "cpu", num_heads=3)
+    make().save(tmp_path / "own.safetensors")
+    with pytest.raises(CheckpointError, match=r"own\.safetensors: holds no teacher"):
+        load_encoder(tmp_path / "own.safetensors", "cpu", weights="teacher")
 
 
 def test_a_gpu_that_is_not_there_is_named():
