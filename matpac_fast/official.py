@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .download import resolve
-from .encoder import Encoder, load_encoder
+from .encoder import KINDS, Encoder, load_encoder
 from .errors import CheckpointError, ConfigError
+from .weights import PACKAGED
 
 # Classes of the released probes whose clips have several labels (OpenMIC, FSD50K, the MTG-Jamendo sets), and of those
 # with one (GTZAN, UrbanSound8K, NSynth). 50 classes are ESC-50 (one label) or MTG top 50 and MagnaTagATune (several).
@@ -68,7 +69,7 @@ class OfficialMatpac(nn.Module):
         """(S,), (B, S) or (B, 1, S) -> (B, F, T)."""
         x = x.squeeze(1) if x.ndim == 3 and x.shape[1] == 1 else x
         x = x[None] if x.ndim == 1 else x
-        return self.encoder.log_mel(x)
+        return self.encoder.log_mel(x.float() if x.dtype == torch.float64 else x)
 
     def _precise(self, spec: Tensor, by_frame: bool) -> Tensor:
         """Pieces of at most `n_frames`, the last one padded to whole patches only: (B, L, T, E)."""
@@ -134,6 +135,10 @@ def get_matpac(
     """
     if inference_type not in ("precise", "fast"):
         raise ConfigError(f"get_matpac: inference_type is {inference_type!r}; expected 'precise' or 'fast'")
+    if as_class_head and probe_checkpoint_paths is not None:
+        raise ConfigError("get_matpac: as_class_head and probe_checkpoint_paths are two heads; expected one of them")
+    if class_names is not None and not as_class_head and probe_checkpoint_paths is None:
+        raise ConfigError("get_matpac: class_names without a head; give as_class_head or probe_checkpoint_paths too")
     checkpoint_path = resolve(os.fspath(checkpoint_path))
     encoder = load_encoder(checkpoint_path, device, num_heads=num_heads)
     if not isinstance(encoder, Encoder):
@@ -142,7 +147,8 @@ def get_matpac(
         inference_type, pull_time_dimension, concat_freq = "precise", True, not as_class_head
     model = OfficialMatpac(encoder, inference_type, pull_time_dimension, concat_freq)
     if as_class_head:
-        _attach_audioset_head(model, checkpoint.load(checkpoint_path)[0], checkpoint_path)
+        file = checkpoint.find_weights(_file(checkpoint_path))
+        _attach_audioset_head(model, checkpoint.load(file)[0], checkpoint_path)
     elif probe_checkpoint_paths is not None:
         _attach_probe(
             model, checkpoint.load(probe := resolve(os.fspath(probe_checkpoint_paths)))[0], probe, multi_label
@@ -152,6 +158,14 @@ def get_matpac(
             raise ConfigError(f"get_matpac: {len(class_names)} class names for {model.head.out_features} classes")
         model.class_names = class_names
     return model.to(encoder.device).eval().requires_grad_(False)
+
+
+def _file(name: str) -> str:
+    """What `load_encoder` read: the packaged file of a name, the file behind a kind, or the path."""
+    if name in PACKAGED:
+        return os.fspath(PACKAGED[name])
+    kind, colon, file = name.partition(":")
+    return file if colon and kind in KINDS else name
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
