@@ -6,6 +6,8 @@ import copy
 import importlib.metadata
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,3 +288,9 @@ def test_heads_that_a_file_knows_better_are_refused(tmp_path):
     assert load_encoder(tmp_path / "own.safetensors", "cpu", num_heads=1).embedding_dim
     with pytest.raises(ConfigError, match="num_heads is 2; the file says 1: leave it out"):
         load_encoder(tmp_path / "own.safetensors", "cpu", num_heads=2)
+
+
+def test_loading_imports_no_compiler():
+    """Which some operations without memory would, for seconds."""
+    code = "import sys, matpac_fast as mf; mf.load_encoder(device='cpu'); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
