@@ -21,6 +21,8 @@ from ..train.logs import Record, Reporter, Reporters
 from ..train.sampler import Short
 from ._progress import unbreakable_console
 
+_SOON = 30.0  # seconds: where the log's first line comes later than this, one estimate is said before it
+
 if TYPE_CHECKING:
     import torch
 
@@ -265,6 +267,7 @@ class _Watcher(Reporter):
         self._train = train
         self._console = unbreakable_console(quiet)
         self._bar = None
+        self._clock: float | None = None  # when the first step began, until it is done
         if self._console.is_terminal and not quiet:
             shown = TextColumn("{task.fields[shown]}")
             columns = (BarColumn(), MofNCompleteColumn(), shown, TimeRemainingColumn(elapsed_when_finished=True))
@@ -288,9 +291,24 @@ class _Watcher(Reporter):
     def step(self, step: int) -> None:
         if self._bar:
             self._bar.update(self._task, completed=step)
+        if self._clock is not None:
+            self._say_estimate(step, time.monotonic() - self._clock)
+            self._clock = None
+
+    def _say_estimate(self, step: int, seconds: float) -> None:
+        """After the first step, where steps are slow: what was begun by mistake should not take an hour to be seen."""
+        left = self._train.steps - step
+        if left and seconds * self._train.log_every > _SOON:
+            self.say(
+                f"the first step took {seconds:.1f} s: about {timedelta(seconds=round(left * seconds))} for the {left} "
+                "that are left; a smaller --preset or fewer --steps, in a new folder, take less"
+            )
 
     def record(self, record: Record) -> None:
         if "event" in record:
+            # On a GPU the first step compiles and nobody waits for it: its time would tell nothing.
+            on_cpu = record.get("device") == "cpu" or self._clock is not None
+            self._clock = time.monotonic() if on_cpu else None
             if self._bar and record["event"] == "resume":  # what was done before tells nothing about the speed
                 self._bar.reset(self._task, completed=record["step"])
             if text := _event(record):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from matpac_fast import cli
 from matpac_fast.audio.corpus import Corpus
@@ -32,6 +33,11 @@ def source(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def test_the_summary_says_what_was_used_and_what_was_not(source, tmp_path, capsys):
     out = tmp_path / "corpus"
     assert cli.main(["prepare", str(source), str(out)]) == 0
@@ -39,7 +45,7 @@ def test_the_summary_says_what_was_used_and_what_was_not(source, tmp_path, capsy
     assert said.out.splitlines() == [
         f"{out}: 3 clips, 3.0 s, 1 shard; 3 added",
         f"1 file left out: 1 empty; {out}/rejected.parquet says which and why",
-        f"next: matpac-fast pretrain {out} --out runs/a",
+        f"next: matpac-fast pretrain {out} --out runs/a --preset tiny --steps 2000",
     ]
     assert said.err == ""
     assert len(Corpus(out)) == 3
@@ -66,7 +72,8 @@ def test_the_summary_says_what_went_with_its_shard(source, tmp_path, capsys):
     ]
 
 
-def test_the_summary_of_a_corpus_brought_up_to_date():
+def test_the_summary_of_a_corpus_brought_up_to_date_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     report = PrepareReport(Path("c"), 1200, 9000.0, 3, 1, 2, 1, 1, {"silent": 2, "damaged": 1})
     assert summary(report).splitlines() == [
         "c: 1200 clips, 2.50 h, 3 shards; 1 added",

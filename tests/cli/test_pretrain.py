@@ -71,6 +71,33 @@ def test_a_run_ends_with_an_encoder_and_goes_on_without_options(corpus, tmp_path
     assert capsys.readouterr().out.splitlines()[-1].endswith("about 0:00:00 for the 0 steps that are left")
 
 
+def test_a_run_of_slow_steps_says_after_the_first_how_long_it_will_take(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(pretrain_command.time, "monotonic", lambda: now[0])
+
+    def said(device, seconds, events=()):
+        watcher = pretrain_command._Watcher(TrainConfig(steps=294_816, log_every=20))
+        config = {"train": {"batch_size": 32, "precision": "float32"}}
+        start = {"event": "start", "step": 0, "config": config, "device": device, "ranks": 1}
+        watcher.record({**start, "parameters": 10**6, "clips": 9, "clips_left_out": 0})
+        for event in events:  # a probe before the first step is not the step's time
+            now[0] += 1000
+            watcher.record(event)
+        for step in (1, 2):
+            now[0] += seconds
+            watcher.step(step)
+        return [line for line in capsys.readouterr().out.splitlines() if "first step" in line]
+
+    slow = (
+        "the first step took 142.0 s: about 484 days, 12:48:50 for the 294815 that are left; "
+        "a smaller --preset or fewer --steps, in a new folder, take less"
+    )
+    assert said("cpu", 142) == [slow]
+    assert said("cpu", 142, [{"event": "probe", "step": 0}]) == [slow]
+    assert said("cpu", 1.4) == []  # the log's first line comes soon enough
+    assert said("NVIDIA H200", 142) == []
+
+
 def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(corpus, "--out", out, "--steps", 2, *SMALL) == 0
