@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..study.cache import Aggregate
 from ..study.linear import ProbeConfig
 from ..study.results import tabulate
-from ..study.sweep import StudyConfig, run_study
+from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.loop import pick_device
 from ..weights import DEFAULT
 from .study import _numbers, _stages, check_resamples, left_out
@@ -91,6 +91,8 @@ def main(
         partial=partial,
         workers=n_cores() if workers is None else workers,
     )
+    if cache is not None:
+        check_folder(cache, "--cache")
     with tempfile.TemporaryDirectory() as folder, _stages() as hear:
         cells = run_study(config, cache or Path(folder), hear)
     for row in tabulate(cells, 0.0, resamples=resamples).results if cells else []:

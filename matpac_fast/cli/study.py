@@ -25,7 +25,7 @@ from ..study.linear import ProbeConfig
 from ..study.plots import write_plots
 from ..study.results import Cell, Tables, tabulate, write_table
 from ..study.study_page import as_json, write_report
-from ..study.sweep import Progress, StudyConfig, cost_sweep, run_study
+from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_study
 from ..tasks import DatasetError
 from ..train.logs import versions
 from ..train.loop import pick_device
@@ -122,6 +122,7 @@ def main(
     )
     if cost_only and int(os.environ.get("RANK", 0)):  # torchrun's first process measures, on a machine at rest
         return 0
+    check_folder(out)
     cells: list[Cell] = []
     with _stages() as hear:
         if cost_only:

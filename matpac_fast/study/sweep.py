@@ -35,6 +35,7 @@ from .linear import ProbeConfig, Probed, probe
 from .results import Cell, add_cost, read_costs
 
 _PROBES = 2  # raised where stored probes may be wrong: those of 1 may lack clips, or be untrained
+_OURS = {"probes", "cost.parquet", "results.parquet", "problems.txt"}  # and embeddings/, the first to be there
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
 
 # Hears of (stage, parts done, parts in all).
@@ -75,6 +76,23 @@ class StudyConfig:
             raise ConfigError(f"study: {came}; expected 1 or more of each")
         for ts in self.temporal_supports:
             Windowing(ts, self.hop, remainder=self.remainder).samples(1000)
+
+
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Raise ConfigError where `out` is no folder, or holds things and no study: nothing is mixed in there."""
+    try:
+        entries = {name for name in os.listdir(out) if not name.startswith(".")}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise ConfigError(
+            f"{out}: a file, where a folder for the study was expected; give another to {option}"
+        ) from None
+    embeddings = "embeddings" in entries and not (out / "embeddings" / "settings.json").exists()  # else a collection
+    if entries and not (embeddings or entries & _OURS):
+        raise ConfigError(f"{out} is not empty and holds no study; give a new folder to {option}")
+    if "settings.json" in entries and '"made"' not in (out / "settings.json").read_text(errors="replace"):
+        raise ConfigError(f"{out} holds a settings.json that is not a study's; give a new folder to {option}")
 
 
 Loaded = tuple[list[Task], dict[str, list[str]]]  # the tasks, and of each, by its name, the SHA-256 of its clips

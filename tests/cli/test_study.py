@@ -36,7 +36,7 @@ def study(encoder_file, clips, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "measure", measured_here)
         patch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
-        other = shutil.copy(encoder_file, out / "copy.safetensors")
+        other = shutil.copy(encoder_file, tmp_path_factory.mktemp("other") / "copy.safetensors")
         arguments = ["study", "--encoders", f"{encoder_file},{other}", "--tasks", f"folder:{clips}", "--out", str(out)]
         arguments += ["--temporal-support", "0.2,0.5", "--batch-sizes", "1,2", "--resamples", "50", "--device", "cpu"]
         assert cli.main([*arguments, "--workers", "1"]) == 0
@@ -204,6 +204,33 @@ def test_numbers_that_cannot_be_end_it_before_any_work(command, options, said, t
 
 
 @pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (["manifest.parquet", "settings.json", "shard-00000"], "is not empty and holds no study"),
+        (["index.parquet", "shards/00000.pcm"], "is not empty and holds no study"),
+        (["embeddings/settings.json", "embeddings/manifest.parquet"], "is not empty and holds no study"),
+        (["settings.json", "embeddings/a-b/settings.json"], "holds a settings.json that is not a study's"),
+        ([""], "a file, where a folder for the study was expected"),
+    ],
+)
+def test_nothing_is_written_into_a_folder_of_something_else(there, said, tmp_path, capsys):
+    out = tmp_path / "out"
+    for name in there:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"encoder": "e"}')
+    before = sorted(tmp_path.rglob("*"))
+    study = ["study", "--encoders", "nobody", "--tasks", "folder:x", "--out", str(out), "--device", "cpu"]
+    probe = ["probe", "--encoder", "nobody", "--task", "folder:x", "--cache", str(out), "--device", "cpu"]
+    for command, option in ((study, "--out"), ([*study, "--cost-only"], "--out"), (probe, "--cache")):
+        assert cli.main(command) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert option in err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all((out / name).read_text() == '{"encoder": "e"}' for name in there)
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--encoders", "e"], "--tasks is missing"),
@@ -231,10 +258,13 @@ def test_an_incomplete_data_set_is_named_file_by_file(tmp_path, capsys):
         "--tasks",
         f"esc50:{tmp_path / 'esc'}",
         "--out",
-        str(tmp_path),
+        str(tmp_path / "out"),
     ]
-    assert cli.main([*arguments, "--device", "cpu"]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    named = (tmp_path / "problems.txt").read_text().splitlines()
+    for _ in range(2):  # a folder with nothing but problems.txt is still the study's
+        assert cli.main([*arguments, "--device", "cpu"]) == 2
+        err = capsys.readouterr().err
+        assert "esc50" in err
+        assert len(err.strip().splitlines()) == 1
+    named = (tmp_path / "out" / "problems.txt").read_text().splitlines()
     assert named[0] == "meta/esc50.csv: altered: 15 clips, officially 2000"
     assert sum(line.endswith(": missing") for line in named) == 7
