@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..audio.corpus import Corpus
-from ..config import MatpacConfig
+from ..config import PRESETS, MatpacConfig
 from ..errors import ConfigError
 from ..model import Matpac
 from ..reference import LogMelConfig
 from .config import TrainConfig, resolve_precision
 from .distributed import Ranks
 from .sampler import Sampler
-from .state import RunFolder, describe, differences, load_weights, read_config
+from .state import RunFolder, load_weights, read_config
+
+# What may differ between the halves of a resumed run without changing its result but for rounding.
+FREE = frozenset(
+    f"train.{name}"
+    for name in (
+        "log_every",
+        "save_every",
+        "probe_every",
+        "keep_last",
+        "keep_every",
+        "max_bad_steps",
+        "grad_accumulation",
+        "compile",
+        "cuda_graph",
+        "shard",
+    )
+)
+
+# The options of the command line that give a value: its own name, or another.
+_NAMED = (
+    *(f"model.{name}" for name in ("mask_ratio", "mcl_heads", "teacher_init", "center_of")),
+    *(f"train.{name}" for name in ("steps", "batch_size", "lr", "warmup", "stretch_decays", "pad_short")),
+    *("train.precision", "train.seed", "init"),
+)
+_OPTIONS = {
+    **{name: "--" + name.rpartition(".")[2].replace("_", "-") for name in _NAMED},
+    **{f"model.{name}": "--preset" for preset in PRESETS.values() for name in preset},
+    **{f"model.{name}": "--ema" for name in ("ema_start", "ema_end", "head_ema_start", "head_ema_end")},
+    **dict.fromkeys(("model.n_frames", "train.crop_frames"), "--crop-seconds"),
+}
 
 
 def make_sampler(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, ranks: Ranks) -> Sampler:
@@ -54,10 +87,55 @@ def begin(
         config = dataclasses.replace(config, precision=chosen)
     asked = describe(model.config, config, corpus, init)
     if stored and (different := differences(stored, asked)):
-        raise ConfigError(f"{folder.path} holds another run: {'; '.join(different)}; give a new folder to --out")
+        raise ConfigError(refusal(folder.path, different))
     initialised = init is not None and folder.latest() is None
     if init is not None and initialised:
         load_weights(model, init)
     if stored is None:
         folder.write_config(asked)
     return config, initialised
+
+
+def describe(
+    model: MatpacConfig, train: TrainConfig, corpus: Corpus, init: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """What makes a run the run it is, as config.json holds it."""
+    return {
+        "model": model.to_dict(),
+        "train": train.to_dict(),
+        "corpus": {"fingerprint": corpus.fingerprint, "clips": len(corpus.frames)},
+        "init": None if init is None else os.fspath(init),
+    }
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Name -> both values, of all that two configurations do not share; what changes no result may differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(stored.keys() | asked.keys()):
+        old, new = stored.get(key), asked.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= differences(old, new, f"{path}{key}.")
+        elif old != new and f"{path}{key}" not in FREE:
+            found[f"{path}{key}"] = old, new
+    return found
+
+
+def refusal(run: Path, different: Mapping[str, tuple[Any, Any]]) -> str:
+    """What differs, in the words of the options that give it, and how to go on."""
+    corpus = [name for name in different if name.startswith("corpus.")]
+    options: dict[str, list[str]] = {}
+    for name, (old, new) in different.items():
+        if name not in corpus:
+            options.setdefault(_OPTIONS.get(name, ""), []).append(f"{name} is {old!r} there and {new!r} here")
+    told = [", ".join(phrases) + (f" ({option})" if option else "") for option, phrases in options.items()]
+    advice = []
+    if corpus:
+        clips = different.get("corpus.clips")
+        count = f", of {clips[0]} clips there and {clips[1]} here" if clips else ""
+        told.insert(0, f"its corpus is another one, or has grown or changed since{count}")
+        advice.append(f"To go on with its weights on this corpus, add --init {run} and give a new folder to --out")
+    else:
+        if "" not in options:
+            advice.append(f"To go on with it, leave out {', '.join(options)}")
+        advice.append("For another run, give a new folder to --out")
+    return f"{run} holds another run: {'; '.join(told)}. {'. '.join(advice)}"

@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checkpoint, distcp
-from ..audio.corpus import Corpus
 from ..config import PRESETS, MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
@@ -38,23 +37,6 @@ from .distributed import ALONE, Ranks, cut_like, is_sharded
 from .step import trained_parameters
 
 _PART = ".part"
-
-# What may differ between the halves of a resumed run without changing its result but for rounding.
-FREE = frozenset(
-    f"train.{name}"
-    for name in (
-        "log_every",
-        "save_every",
-        "probe_every",
-        "keep_last",
-        "keep_every",
-        "max_bad_steps",
-        "grad_accumulation",
-        "compile",
-        "cuda_graph",
-        "shard",
-    )
-)
 
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -313,30 +295,6 @@ class Saver:
             self._saved(snapshot.state["step"])
         except BaseException as error:
             self._error = error
-
-
-def describe(
-    model: MatpacConfig, train: TrainConfig, corpus: Corpus, init: str | os.PathLike[str] | None
-) -> dict[str, Any]:
-    """What makes a run the run it is, as config.json holds it."""
-    return {
-        "model": model.to_dict(),
-        "train": train.to_dict(),
-        "corpus": {"fingerprint": corpus.fingerprint, "clips": len(corpus.frames)},
-        "init": None if init is None else os.fspath(init),
-    }
-
-
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str = "") -> list[str]:
-    """One phrase for each value that two configurations do not share; what changes no result may differ."""
-    found = []
-    for key in sorted(stored.keys() | asked.keys()):
-        old, new = stored.get(key), asked.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{path}{key}.")
-        elif old != new and f"{path}{key}" not in FREE:
-            found.append(f"{path}{key} is {old!r} there and {new!r} here")
-    return found
 
 
 def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +110,25 @@ def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsy
     assert "holds another run" in said
     assert "train.steps is 2 there and 3 here" in said
     assert "model.width is 192 there and 384 here" in said
+    assert "To go on with it, leave out --preset, --steps." in said
+
+
+def test_a_run_on_a_corpus_that_has_grown_is_refused_with_the_way_on(corpus, tmp_path, capsys):
+    audio, grown, out = tmp_path / "audio", tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(Path(corpus).parent / "audio", audio)
+    prepare(audio, grown)
+    assert run(grown, "--out", out, "--steps", 2, *SMALL) == 0
+    soundfile.write(audio / "new.wav", np.random.default_rng(1).uniform(-0.5, 0.5, 9_000), 16_000)
+    prepare(audio, grown)
+    capsys.readouterr()
+    assert run(grown, "--out", out, "--device", "cpu") == cli.FAILED
+    assert capsys.readouterr().err == (
+        f"matpac-fast pretrain: {out} holds another run: its corpus is another one, or has grown or changed since, of "
+        f"5 clips there and 6 here. To go on with its weights on this corpus, add --init {out} and give a new folder to "
+        "--out\n"
+    )
+    options = [word for word in SMALL if word not in ("--preset", "tiny")]
+    assert run(grown, "--out", tmp_path / "new", "--steps", 2, *options, "--init", out) == 0
 
 
 @pytest.fixture

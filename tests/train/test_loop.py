@@ -174,7 +174,12 @@ def test_another_config_is_refused_with_what_differs(tmp_path, corpus, memory_co
     assert "model.depth is 1 there and 2 here" in message
     assert "train.lr is 0.001 there and 0.5 here" in message
     assert "save_every" not in message
-    with pytest.raises(ConfigError, match=r"corpus\.fingerprint is 'noise-0-11' there and 'noise-4-11' here"):
+    assert message.endswith("To go on with it, leave out --preset, --lr. For another run, give a new folder to --out")
+    norm = dataclasses.replace(train_config, clip_norm=1.0)  # no option gives it
+    with pytest.raises(ConfigError, match=r"clip_norm is 3.0 there and 1.0 here\. For another run, give a new folder"):
+        pretrain(corpus, tmp_path / "run", model_config, norm)
+    changed = "its corpus is another one, or has grown or changed since. To go on with its weights on this corpus"
+    with pytest.raises(ConfigError, match=changed):
         pretrain(memory_corpus(corpus.frames, seed=4), tmp_path / "run", model_config, train_config)
     # Bookkeeping may change.
     assert pretrain(corpus, tmp_path / "run", model_config, dataclasses.replace(train_config, save_every=3)).finished
