@@ -89,7 +89,11 @@ def save(
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, overwrite=False), process_group=group)
     except CheckpointException as error:  # a BaseException, with every process's reason
         rank, (reason, _) = min(error.failures.items())
+        if isinstance(reason.__context__, OSError):  # torch's own file format reports a write that failed as its error
+            reason = reason.__context__
         strerror = getattr(reason, "strerror", None) or str(reason)
+        if "inline_container" in strerror:  # of another process, whose context does not come along
+            strerror = f"a write failed, as on a full disk: {strerror.splitlines()[0]}"
         raise OSError(getattr(reason, "errno", None), f"{strerror} (rank {rank})") from error
     if group is None or torch.distributed.get_rank(group) == 0:
         write_text(folder / _ABOUT, json.dumps(metadata, sort_keys=True) + "\n")

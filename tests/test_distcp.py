@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pathlib
 import pickle
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,3 +71,19 @@ def test_a_genuine_one_is_read_and_any_damage_is_named(folder):
         path.write_bytes(damaged)
         with contextlib.suppress(CheckpointError):  # what still describes tensors may be read
             distcp.load(folder, "model.")
+
+
+def test_a_disk_that_is_full_is_named(tmp_path):
+    """Torch says `enforce fail at inline_container.cc`, and keeps the system's error behind it."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from matpac_fast import distcp\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+        "try:\n"
+        "    distcp.save(sys.argv[1], {'a': torch.ones(3_000_000)}, {})\n"
+        "except OSError as error:\n"
+        "    print(error.errno, error.strerror)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code, tmp_path / "c"], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == f"{errno.EFBIG} {os.strerror(errno.EFBIG)} (rank 0)"
