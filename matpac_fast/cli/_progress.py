@@ -53,11 +53,36 @@ def progress(title: str, unit: str) -> Iterator[Update]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, rate="", note="")
 
+        rate_so_far = _Rate()
+
         def update(done: int, total: int, note: str = "") -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "", note=note)
+            bar.update(task, completed=done, total=total, rate=told_rate(rate_so_far(done)), note=note)
 
         yield update
+
+
+class _Rate:
+    """What is done a second since the first call, whose count an earlier run may have done in part."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, done: int) -> float:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done
+        since, before = self._first
+        return (done - before) / (now - since) if now > since else 0.0
+
+
+def told_rate(rate: float) -> str:
+    """In whichever unit is no fraction: "28/s", "3.5/s", "12 s each", "4.0 min each"; nothing where there is none."""
+    if rate <= 0:
+        return ""
+    if rate >= 1:
+        return f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
+    each = 1 / rate
+    return f"{each / 60:.1f} min each" if each >= 60 else f"{each:.1f} s each"
 
 
 class _Lines:
@@ -65,19 +90,14 @@ class _Lines:
 
     def __init__(self, console: Any, title: str, unit: str):
         self._console, self._title, self._unit = console, title, unit
-        self._began = self._last = time.monotonic()
-        self._first: int | None = None
+        self._last = time.monotonic()
+        self._rate = _Rate()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = done  # what an earlier run had done tells nothing about the rate
-        if now - self._last < _EVERY_SECONDS:
+        rate = self._rate(done)
+        if time.monotonic() - self._last < _EVERY_SECONDS:
             return
-        self._last = now
-        rate = (done - self._first) / (now - self._began)
-        left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
+        self._last = time.monotonic()
+        speed = f", {told_rate(rate)}, {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
         note = note and f"; {note}"
-        self._console.print(
-            f"{self._title} {done}/{total} {self._unit}, {rate:.1f}/s{left}{note}", markup=False, soft_wrap=True
-        )
+        self._console.print(f"{self._title} {done}/{total} {self._unit}{speed}{note}", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ..weights import DEFAULT
-from ._progress import Update, progress
+from ._progress import Update, progress, told_rate
 from ._quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -146,13 +146,17 @@ def summary(report: Report) -> list[str]:
 
 
 def _told(update: Update) -> Callable[[Progress], None]:
-    began = time.monotonic()
+    began: float | None = None
 
     def tell(progress: Progress) -> None:
-        own = progress.own_seconds / max(time.monotonic() - began, 1e-3)
+        nonlocal began
+        now = time.monotonic()
+        began = now if began is None else began
         note = f"{progress.files}/{progress.total_files} files"
         if progress.workers > 1:
-            note += f", {progress.workers} workers, this one {progress.own_files} files at {own:.1f}/s"
+            note += f", {progress.workers} workers, this one {progress.own_files} files"
+            if now > began and progress.own_seconds:
+                note += f" at {told_rate(progress.own_seconds / (now - began))}"
         update(int(progress.seconds), int(progress.total_seconds), note)
 
     return tell

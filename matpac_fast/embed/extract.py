@@ -254,10 +254,12 @@ class _Worker:
         )
         self._in_hand = [0, 0.0]  # files and seconds of the shard in hand
         self._looked = 0.0
-        embedder.tick = self._tick
+        self._ahead = 0.0  # seconds of the file in hand that are counted already
+        embedder.tick, embedder.within = self._tick, self._within
 
     def run(self, threads: int) -> None:
         """Return once every shard is there."""
+        self._look()  # what is done before this worker begins tells nothing about its speed
         try:
             while self._missing:
                 self._stop_at_too_many()  # too many may have failed before
@@ -348,11 +350,20 @@ class _Worker:
                 self._errors_left -= 1
                 self._stop_at_too_many()
         self._in_hand[0] += 1
-        self._in_hand[1] += entry.seconds
         self._progress.own_files += 1
-        self._progress.own_seconds += entry.seconds
         self._progress.files += 1
-        self._progress.seconds += entry.seconds
+        self._count(entry.seconds)
+        self._ahead = 0.0
+
+    def _within(self, entry: Entry, seconds: float) -> None:
+        self._count(min(seconds, entry.seconds))
+
+    def _count(self, seconds: float) -> None:
+        """So many seconds of the file in hand are done: tell the others, and whoever listens."""
+        more, self._ahead = seconds - self._ahead, seconds
+        self._in_hand[1] += more
+        self._progress.own_seconds += more
+        self._progress.seconds += more
         self._leases.status = {"shard": self._claimed[0], "files": self._in_hand[0], "seconds": self._in_hand[1]}
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             self._look()

@@ -59,6 +59,7 @@ class ShardEmbedder:
         dtype: of the rows.
         work: where to count.
         tick: called after each file with its entry, and the reason where it failed.
+        within: called in a long file, with its entry and how many of its seconds are embedded.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class ShardEmbedder:
         dtype: str,
         work: Work,
         tick: Callable[[Entry, str | None], None] = lambda entry, reason: None,
+        within: Callable[[Entry, float], None] = lambda entry, seconds: None,
     ):
         self._encoder, self._options, self._batch_size, self._dtype = encoder, options, batch_size, dtype
-        self.work, self.tick = work, tick
+        self.work, self.tick, self.within = work, tick, within
         # Options that cannot be are named here, before anything is made.
         silence = np.zeros(400, np.float32)
         found = encoder.embed(silence, encoder.sample_rate, batch_size=batch_size, **options)
@@ -133,12 +135,14 @@ class ShardEmbedder:
         rate = self._encoder.sample_rate
         stream = self._encoder.stream(rate, batch_size=self._batch_size, **self._options)
         ahead = in_order(((0, partial(next, long.blocks, None)) for _ in itertools.count()), 1)
-        reason = None
+        reason, done = None, 0.0
         with closing(long.blocks), closing(ahead):
             try:
                 while (block := self._waited(ahead)) is not None:
                     self.work.audio_seconds += len(block) / rate
                     rows.add(*_arrays(stream.push(block)))
+                    done += len(block) / rate
+                    self.within(entry, done)
                 rows.add(*_arrays(stream.finish()))
             except AudioError as error:
                 reason = _reason(error, long.path)

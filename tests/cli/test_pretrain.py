@@ -123,9 +123,9 @@ def test_a_run_on_a_corpus_that_has_grown_is_refused_with_the_way_on(corpus, tmp
     capsys.readouterr()
     assert run(grown, "--out", out, "--device", "cpu") == cli.FAILED
     assert capsys.readouterr().err == (
-        f"matpac-fast pretrain: {out} holds another run: its corpus is another one, or has grown or changed since, of "
-        f"5 clips there and 6 here. To go on with its weights on this corpus, add --init {out} and give a new folder to "
-        "--out\n"
+        f"matpac-fast pretrain: {out} holds another run: its corpus is another one, or has grown or changed since, "
+        "of 5 clips there and 6 here. "
+        f"To go on with its weights on this corpus, add --init {out} and give a new folder to --out\n"
     )
     options = [word for word in SMALL if word not in ("--preset", "tiny")]
     assert run(grown, "--out", tmp_path / "new", "--steps", 2, *options, "--init", out) == 0

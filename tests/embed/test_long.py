@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,26 @@ def test_long_files_give_the_rows_of_whole_ones(source, encoder, tmp_path, monke
     assert error["path"] == "cut.wav"
     assert error["reason"].startswith("truncated: its header says")
     assert report.rows == sum(map(len, got.values()))
+
+
+def test_progress_is_told_within_a_long_file(source, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "LONG_SECONDS", 2.0)
+    monkeypatch.setattr(shard, "_BLOCK_SECONDS", (0.5, 0.5))
+    told: list[tuple[float, float, int, float]] = []
+    embed_collection(
+        source,
+        tmp_path / "out",
+        encoder,
+        temporal_support=0.5,
+        progress=lambda p: told.append((p.seconds, p.own_seconds, p.files, p.total_seconds)),
+    )
+    seconds, own, files, total = zip(*told, strict=True)
+    assert seconds[0] == own[0] == 0
+    assert 0 < seconds[1] < 1  # of the first file, the longest
+    assert files[1] == 0
+    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(seconds))
+    assert seconds[-1] == pytest.approx(total[-1])
+    assert own[-1] == pytest.approx(total[-1])
 
 
 def test_an_encoder_that_needs_the_whole_clip_gets_it(source, tmp_path, monkeypatch):
