@@ -143,7 +143,8 @@ def main(
     if tables.results:
         for name in ("results", "comparisons", "choices"):
             write_table(out / f"{name}.parquet", getattr(tables, name))
-    plots = write_plots(out, tables.results, found)
+    plots, failed = write_plots(out, tables.results, found)
+    lines += failed
     write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made)
     write_text(out / "settings.json", as_json(made, dataclasses.asdict(config)))
     show(*(choice_cells(tables) if tables.choices else cost_cells(found)))

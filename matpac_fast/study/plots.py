@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +29,52 @@ def _pyplot() -> Any:
 
 def write_plots(
     out: Path, results: Sequence[dict[str, Any]], costs: Sequence[Cost], batch: int | None = None
-) -> list[tuple[str, str]]:
-    """Draw what there is into `out`, and return (file name, caption) of each plot, in the order of reading."""
-    plt = _pyplot()
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Draw what there is into `out`; return (file name, caption) of each plot, in the order of reading, and a sentence
+    on each that could not be drawn, which costs the study's numbers nothing."""
+    try:
+        plt = _pyplot()
+    except ConfigError as error:
+        return [], [f"No plots: {error}"]
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[tuple[str, str]] = []
+    failed: list[str] = []
+
+    def draw(plot: Callable[..., None], name: str, caption: str, rows: list[Any]) -> None:
+        try:
+            plot(plt, out / name, rows, look)
+            drawn.append((name, caption))
+        except Exception as error:
+            failed.append(f"{name} could not be drawn: {type(error).__name__}: {error}")
+        finally:
+            plt.close("all")
+
     whole = [row for row in results if not row["subset"]]
     names = list(dict.fromkeys([row["encoder"] for row in whole] + [cost.encoder for cost in costs]))
     look = {name: dict(color=_COLOURS[i % 8], marker=_MARKS[i % 8], label=name) for i, name in enumerate(names)}
     for task in dict.fromkeys(row["task"] for row in whole):
         rows = [row for row in whole if row["task"] == task]
-        drawn.append((f"score-{task}.png", f"{task}: {rows[0]['metric']} against temporal support, 95 % intervals"))
-        _score(plt, out / drawn[-1][0], rows, look)
+        draw(_score, f"score-{task}.png", f"{task}: {rows[0]['metric']} against temporal support, 95 % intervals", rows)
         if all(row["peak_mib"] is not None for row in rows):
             caption = f"{task}: {rows[0]['metric']} against what it costs; points that none beats in both are joined"
-            drawn.append((f"pareto-{task}.png", caption))
-            _pareto(plt, out / drawn[-1][0], rows, look)
+            draw(_pareto, f"pareto-{task}.png", caption, rows)
     if costs:
         largest = max(cost.batch for cost in costs) if batch is None else batch
-        drawn.append(("cost.png", f"Cost against temporal support, {largest} windows at a time"))
-        _cost(plt, out / "cost.png", [cost for cost in costs if cost.batch == largest], look)
+        caption = f"Cost against temporal support, {_windows(largest)} at a time"
+        draw(_cost, "cost.png", caption, [cost for cost in costs if cost.batch == largest])
         smallest = min(cost.batch for cost in costs)
-        some = "one window" if smallest == 1 else f"{smallest} windows"
-        drawn.append(("latency.png", f"Latency: from {some} to the embedding; bars are quartiles"))
-        _latency(plt, out / "latency.png", [cost for cost in costs if cost.batch == smallest], look)
-    return drawn
+        caption = f"Latency: from {_windows(smallest)} to the embedding; bars are quartiles"
+        draw(_latency, "latency.png", caption, [cost for cost in costs if cost.batch == smallest])
+    return drawn, failed
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def _windows(count: int) -> str:
+    return "one window" if count == 1 else f"{count} windows"
+
+
+def _save(figure: Any, path: Path) -> None:
     with atomic(path) as beside:
         figure.savefig(beside, format="png", dpi=140, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 def _ts_axis(axis: Any, values: Sequence[float]) -> None:
@@ -71,13 +87,23 @@ def _ts_axis(axis: Any, values: Sequence[float]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _log_axis(axis: Any) -> None:
-    """Logarithmic, with plain numbers; an axis of less than a decade has ticks too."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _log_axis(axes: Any, which: str) -> None:
+    """Logarithmic, with plain numbers; it spans a factor of four at least, so that it has ticks and a small difference
+    looks small."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    if high < 4 * low:
+        middle = math.sqrt(low * high)
+        low, high = middle / 2, middle * 2
+    places = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(FixedLocator([place * 10.0**decade for decade in decades for place in places]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+    getattr(axes, f"set_{which}lim")(low, high)
 
 
 def _legend(figure: Any, axis: Any) -> None:
@@ -106,7 +132,7 @@ def _score(plt: Any, path: Path, rows: list[dict[str, Any]], look: dict[str, Any
     _ts_axis(axis, [row["temporal_support"] for row in rows])
     axis.set_ylabel(rows[0]["metric"])
     _legend(figure, axis)
-    _save(plt, figure, path)
+    _save(figure, path)
 
 
 def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -119,48 +145,58 @@ def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _pareto(plt: Any, path: Path, rows: list[dict[str, Any]], look: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    for axis, column, label in (
-        (axes[0], "peak_mib", "peak memory (MiB)"),
-        (axes[1], "ms_per_audio_second", "milliseconds per second of audio"),
-    ):
+    wanted = (("peak_mib", "peak memory (MiB)"), ("ms_per_audio_second", "milliseconds per second of audio"))
+    panels = [(column, label) for column, label in wanted if any(row[column] > 0 for row in rows)]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, (column, label) in zip(axes[0], panels, strict=True):
+        shown = [row for row in rows if row[column] > 0]  # a peak below what can be measured has no logarithm
         axis.plot(
-            *zip(*_front([(row[column], row["score"]) for row in rows]), strict=True), color="0.6", lw=1, zorder=1
+            *zip(*_front([(row[column], row["score"]) for row in shown]), strict=True), color="0.6", lw=1, zorder=1
         )
-        for row in rows:
+        for row in shown:
             style = {key: value for key, value in look[row["encoder"]].items() if key != "color"}
             axis.scatter(row[column], row["score"], s=34, color=look[row["encoder"]]["color"], **style, zorder=2)
             axis.annotate(
                 f"{row['temporal_support']:g}", (row[column], row["score"]), xytext=(4, 4), textcoords="offset points",
                 fontsize=7, color="0.35",
             )  # fmt: skip
-        axis.set_xscale("log")
-        _log_axis(axis.xaxis)
+        _log_axis(axis, "x")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25, which="major")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"{rows[0]['metric']} (numbers: temporal support in s)")
-    _legend(figure, axes[0])
-    _save(plt, figure, path)
+    axes[0][0].set_ylabel(f"{rows[0]['metric']} (numbers: temporal support in s)")
+    _legend(figure, axes[0][-1])
+    _save(figure, path)
 
 
 def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axis, value, label in (
-        (axes[0], lambda cost: cost.peak_mib, "peak memory (MiB)"),
-        (axes[1], lambda cost: 1e3 / cost.times_real_time, "milliseconds per second of audio"),
-        (axes[2], lambda cost: cost.macs_per_second / 1e9, "GMAC per second of audio"),
-    ):
+    wanted: list[tuple[str, Callable[[Cost], float]]] = [
+        ("milliseconds per second of audio", lambda cost: 1e3 / cost.times_real_time),
+        ("peak memory (MiB)", lambda cost: cost.peak_mib),
+        ("GMAC per second of audio", lambda cost: cost.macs_per_second / 1e9),
+    ]
+    panels = [(label, value) for label, value in wanted if any(value(cost) > 0 for cost in costs)]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.3 * len(panels) + 0.1, 4), layout="constrained", squeeze=False
+    )
+    for axis, (label, value) in zip(axes[0], panels, strict=True):
+        absent = []
         for name, style in look.items():
             mine = sorted((c for c in costs if c.encoder == name), key=lambda c: c.temporal_support)
-            mine = [c for c in mine if value(c) > 0]  # no products to count: nothing to show on a logarithmic axis
-            axis.plot([c.temporal_support for c in mine], [value(c) for c in mine], markersize=5, **style)
+            seen = [c for c in mine if value(c) > 0]  # nothing to count, or too little to measure, has no logarithm
+            if seen:
+                axis.plot([c.temporal_support for c in seen], [value(c) for c in seen], markersize=5, **style)
+            elif mine:
+                absent.append(name)
         _ts_axis(axis, [c.temporal_support for c in costs])
-        axis.set_yscale("log")
-        _log_axis(axis.yaxis)
+        _log_axis(axis, "y")
         axis.set_ylabel(label)
-    _legend(figure, axes[0])
-    _save(plt, figure, path)
+        if absent:
+            axis.set_title(f"0, so not shown: {', '.join(absent)}", fontsize=8, color="0.35")
+    _legend(figure, axes[0][0])
+    _save(figure, path)
 
 
 def _latency(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None:
@@ -171,8 +207,7 @@ def _latency(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> N
         bars = [[c.batch_ms - c.batch_ms_low for c in mine], [c.batch_ms_high - c.batch_ms for c in mine]]
         axis.errorbar([c.temporal_support for c in mine], y, bars, capsize=2, elinewidth=1, markersize=5, **style)
     _ts_axis(axis, [c.temporal_support for c in costs])
-    axis.set_yscale("log")
-    _log_axis(axis.yaxis)
+    _log_axis(axis, "y")
     axis.set_ylabel("milliseconds")
     _legend(figure, axis)
-    _save(plt, figure, path)
+    _save(figure, path)

@@ -1,0 +1,97 @@
+"""Plots of a study: what is drawn, what is left out of them, and what a plot that fails costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from matpac_fast.errors import ConfigError
+from matpac_fast.study import plots
+from matpac_fast.study.cost import Cost
+
+pytest.importorskip("matplotlib")
+
+
+def made_cost(name: str, ts: float, macs: int, peak: float = 3.0) -> Cost:
+    return Cost(name, name, ts, 1, "cpu", "float32", 1, 10, macs, 4e0, 3.0, 5.0, 5, peak, 1.0, 16_000, 8, "2", "0")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, Any]:
+    """The figures that are saved, by file name."""
+    figures: dict[str, Any] = {}
+    real = plots._save
+
+    def keep(figure, path):
+        figures[path.name] = figure
+        real(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return figures
+
+
+def panels(figure) -> dict[str, Any]:
+    return {axis.get_ylabel(): axis for axis in figure.axes}
+
+
+def labels(axis) -> list[str]:
+    low, high = axis.get_view_interval()
+    return [text.get_text() for text in axis.get_ticklabels() if low <= text.get_position()[1] <= high]
+
+
+def test_without_anything_to_count_there_is_no_such_panel(drawn, tmp_path):
+    made, failed = plots.write_plots(tmp_path, [], [made_cost("statistics", ts, 0) for ts in (1.0, 5.0)])
+    assert failed == []
+    assert [name for name, _ in made] == ["cost.png", "latency.png"]
+    assert list(panels(drawn["cost.png"])) == ["milliseconds per second of audio", "peak memory (MiB)"]
+
+
+def test_who_is_not_in_a_panel_is_named_there(drawn, tmp_path):
+    costs = [made_cost("statistics", 1.0, 0, peak=0.0), made_cost("network", 1.0, 10**8)]
+    plots.write_plots(tmp_path, [], costs)
+    titles = {label: axis.get_title() for label, axis in panels(drawn["cost.png"]).items()}
+    assert titles["GMAC per second of audio"] == titles["peak memory (MiB)"] == "0, so not shown: statistics"
+    assert titles["milliseconds per second of audio"] == ""
+
+
+@pytest.mark.parametrize("values", [(0.0876, 0.1003), (0.1, 0.1), (0.9, 5.0), (3.0, 7000.0), (9.99e-4, 1.001e-3)])
+def test_every_axis_has_ticks_and_small_differences_look_small(drawn, tmp_path, values):
+    costs = [made_cost("network", ts, round(1e9 * ts * value)) for ts, value in zip((1.0, 5.0), values, strict=True)]
+    plots.write_plots(tmp_path, [], costs)
+    axis = panels(drawn["cost.png"])["GMAC per second of audio"]
+    assert 3 <= len(labels(axis.yaxis)) <= 8
+    low, high = axis.get_ylim()
+    assert low < min(values)
+    assert high > max(max(values), 3.9 * low)
+
+
+def test_a_plot_that_fails_costs_no_other(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no such scale")
+
+    monkeypatch.setattr(plots, "_cost", broken)
+    made, failed = plots.write_plots(tmp_path, [], [made_cost("e", 1.0, 10)])
+    assert [name for name, _ in made] == ["latency.png"]
+    assert failed == ["cost.png could not be drawn: ValueError: no such scale"]
+
+
+def test_without_matplotlib_there_are_no_plots(tmp_path, monkeypatch):
+    def missing():
+        raise ConfigError("the study's plots need matplotlib")
+
+    monkeypatch.setattr(plots, "_pyplot", missing)
+    assert plots.write_plots(tmp_path, [], [made_cost("e", 1.0, 10)]) == (
+        [],
+        ["No plots: the study's plots need matplotlib"],
+    )
+
+
+def test_a_peak_of_nothing_is_no_point_of_the_trade(drawn, tmp_path):
+    row = dict(task="t", encoder="e", subset="", metric="accuracy", score=0.5, low=0.4, high=0.6, temporal_support=1.0)
+    row |= dict(longest_seconds=1.0)
+    rows = [row | dict(peak_mib=0.0, ms_per_audio_second=ms, temporal_support=ms) for ms in (1.0, 2.0)]
+    assert plots.write_plots(tmp_path, rows, [])[1] == []
+    (time,) = drawn["pareto-t.png"].axes
+    assert time.get_xlabel() == "milliseconds per second of audio"
+    assert time.get_ylabel() == "accuracy (numbers: temporal support in s)"
