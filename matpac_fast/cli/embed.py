@@ -81,8 +81,10 @@ def main(
     """
     from ..embed.extract import embed_collection
     from ..encoder import load_encoder
+    from ..train.intact import intact_named
 
-    loaded = load_encoder(encoder, _device(device), num_heads, dtype=precision)
+    with intact_named(encoder, "to embed with it, --encoder {folder}"):
+        loaded = load_encoder(encoder, _device(device), num_heads, dtype=precision)
     try:
         with quiet_libraries(), progress("embedding", "s of audio") as update:
             report = embed_collection(

@@ -34,9 +34,11 @@ from ..files import sync_folder, write_text
 from ..model import Matpac
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, cut_like, is_sharded
+from .intact import intact_named, read_latest
 from .step import trained_parameters
 
 _PART = ".part"
+_INIT = "to begin from it, --init {folder}"
 
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -122,11 +124,8 @@ class RunFolder:
 
     def latest(self) -> Path | None:
         """Folder of the newest checkpoint, or None where there is none yet."""
-        try:
-            name = (self.path / "latest").read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return None
-        return self._checkpoints / name
+        name = read_latest(self.path)
+        return self._checkpoints / name if name else None
 
     def save(self, snapshot: Snapshot, keep_last: int, keep_every: int | None = None) -> None:
         """Write a checkpoint; `latest` moves to it once all of it is on the disk, then old ones go.
@@ -218,7 +217,11 @@ class RunFolder:
                 raise CheckpointError(f"{folder / 'state.json'}: cannot be read: {error}") from None
             return state, list(moments), parts if in_parts else None
 
-        found = ranks.from_first(read)
+        def read_or_name_another() -> tuple[dict[str, Any], list[str], Path | None] | None:
+            with intact_named(self.path, "to go on from it, echo {name} > {run}/latest"):
+                return read()
+
+        found = ranks.from_first(read_or_name_another)
         if found is None:
             return None
         state, names, parts = found
@@ -303,7 +306,8 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     The crops may be of another length than those the weights were trained on: positions are fixed, and the model's own.
     """
     path = checkpoint.find_weights(source)
-    state, _ = checkpoint.load(path)
+    with intact_named(source, _INIT):
+        state, _ = checkpoint.load(path)
     if checkpoint.is_official(state):
         state = checkpoint.from_official_names(state)
     own = model.state_dict()
@@ -313,7 +317,8 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
 
 def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them."""
-    state, metadata = checkpoint.load(checkpoint.find_weights(source))
+    with intact_named(source, _INIT):
+        state, metadata = checkpoint.load(checkpoint.find_weights(source))
     if "config" in metadata:
         sizes = metadata["config"]
     else:

@@ -12,8 +12,10 @@ import torch
 
 from matpac_fast import cli
 from matpac_fast.cli import embed
+from matpac_fast.config import MatpacConfig
 from matpac_fast.embed import writer
 from matpac_fast.embed.extract import Progress, Report
+from matpac_fast.model import Matpac
 from tests.embed import crew
 
 
@@ -151,3 +153,21 @@ def test_a_full_disk_is_one_line_with_the_folder(source, tmp_path, capsys, monke
     assert cli.main(command(source, tmp_path / "out")) == cli.FAILED
     assert capsys.readouterr().err == f"matpac-fast embed: {tmp_path / 'out'}: No space left on device\n"
     assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_a_damaged_checkpoint_is_said_with_one_that_is_whole(source, tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        Matpac(MatpacConfig.preset("nano")).save(folder / "model.safetensors")
+        Matpac(MatpacConfig.preset("nano")).save(folder / "optimizer.safetensors")  # any file that is whole
+        (folder / "state.json").write_text("{}")
+    (run / "latest").write_text("step-00000002")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-20])
+    assert cli.main(command(source, tmp_path / "out", "--encoder", str(run))) == cli.FAILED
+    said = capsys.readouterr().err
+    assert "step-00000002/model.safetensors: damaged safetensors file" in said
+    assert said.endswith(f"step-00000001 is intact: to embed with it, --encoder {run}/checkpoints/step-00000001\n")
+    whole = run / "checkpoints" / "step-00000001"
+    assert cli.main(command(source, tmp_path / "out", "--encoder", str(whole))) == 0

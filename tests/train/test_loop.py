@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -345,6 +346,32 @@ def test_a_damaged_checkpoint_is_named(tmp_path, corpus, model_config, train_con
         (newest_folder / damage).write_bytes((newest_folder / damage).read_bytes()[:20])
     with pytest.raises(CheckpointError, match="step-00000005"):
         pretrain(corpus, tmp_path / "run", model_config, train_config)
+
+
+def test_the_newest_intact_checkpoint_is_named_beside_a_damaged_one(tmp_path, corpus, model_config, train_config):
+    run = tmp_path / "a run"
+    config = dataclasses.replace(train_config, save_every=2)
+    pretrain(corpus, run, model_config, config, stop=after(6))
+    weights = run / "checkpoints" / "step-00000006" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    (run / "checkpoints" / "step-00000004" / "state.json").write_text("{")
+    with pytest.raises(
+        CheckpointError, match=r"step-00000006/.*: damaged .*step-00000002 is intact: to go on"
+    ) as caught:
+        pretrain(corpus, run, model_config, config)
+    with pytest.raises(CheckpointError, match=r"damaged .*step-00000002 is intact: to begin from it, --init '.*02'"):
+        pretrain(corpus, tmp_path / "b", model_config, config, init=run)
+    command = str(caught.value).rpartition("to go on from it, ")[2]
+    subprocess.run(command, shell=True, check=True)  # does what it says
+    assert pretrain(corpus, run, model_config, config).finished
+    whole = tmp_path / "whole"
+    pretrain(corpus, whole, model_config, config)
+    assert_same_run(run, whole)
+    for name in ("00000010", "00000012"):
+        (run / "checkpoints" / f"step-{name}" / "optimizer.safetensors").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    with pytest.raises(CheckpointError, match=r"No other checkpoint of .* is intact"):
+        pretrain(corpus, run, model_config, config)
 
 
 def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_config):
