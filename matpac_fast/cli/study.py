@@ -189,14 +189,20 @@ def choice_cells(tables: Tables) -> tuple[list[str], list[list[str]]]:
         header += ["cheapest TS", "score (95 %)", "memory change", "time change"]
     body = []
     for row in tables.choices:
-        line = [row["task"], row["encoder"], row["metric"], f"{row['best_temporal_support']:g} s", _score(row, "best")]
+        line = [row["task"], row["encoder"], row["metric"], _support(row, "best"), _score(row, "best")]
         if costed and row["cheapest_temporal_support"] is None:
             line += ["–"] * 4
         elif costed:
             changes = (_change(row["memory_saved"]), _change(row["time_saved"]))
-            line += [f"{row['cheapest_temporal_support']:g} s", _score(row, "cheapest"), *changes]
+            line += [_support(row, "cheapest"), _score(row, "cheapest"), *changes]
         body.append(line)
     return header, body
+
+
+def _support(row: dict[str, Any], which: str) -> str:
+    """A temporal support, and what an embedding sees on average where clips are shorter."""
+    ts, seen = row[which + "_temporal_support"], row[which + "_seconds_seen"]
+    return f"{ts:g} s" if f"{seen:.3g}" == f"{ts:.3g}" else f"{ts:g} s (sees {seen:.3g} s)"
 
 
 def _change(saved: float) -> str:
@@ -218,7 +224,7 @@ def cost_cells(costs: list[Cost]) -> tuple[list[str], list[list[str]]]:
             f"{cost.peak_mib:.1f}",
             f"{cost.batch_ms:.2f}",
             f"{cost.times_real_time:.0f}",
-            f"{cost.macs_per_second / 1e9:.3f}",
+            f"{cost.macs_per_second / 1e9:.3f}" if cost.macs else "–",
         ]
         for cost in costs
     ]
@@ -247,15 +253,25 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
     found = []
     for row in tables.choices:
         best, cheapest = row["best_temporal_support"], row["cheapest_temporal_support"]
-        text = f"{row['task']}, {row['encoder']}: {best:g} s is best on validation clips, {_score(row, 'best')} on test"
+        text = f"{row['task']}, {row['encoder']}: {_support(row, 'best')} is best on validation clips, "
+        text += f"{_score(row, 'best')} on test"
         if cheapest is None:  # costs were not measured, so nothing is known of cheaper ones
             text += "."
         elif cheapest == best:
             text += f"; nothing cheaper is within {margin:g} of it."
         else:
-            text += f"; {cheapest:g} s is cheaper and within {margin:g}, {row['difference']:+.3f} on test "
+            text += f"; {_support(row, 'cheapest')} is cheaper and within {margin:g}, {row['difference']:+.3f} on test "
             text += f"({row['difference_low']:+.3f} to {row['difference_high']:+.3f})."
         found.append(text)
+    for task in dict.fromkeys(row["task"] for row in tables.results):
+        rows = [row for row in tables.results if row["task"] == task]
+        longest = rows[0]["longest_seconds"]
+        beyond = sorted({row["temporal_support"] for row in rows if row["temporal_support"] > longest})
+        padded = rows[0]["remainder"] == "pad" and rows[0]["aggregate"] != "one"
+        more = "adds only silence" if padded else "changes nothing: it is the whole clip"
+        if beyond:
+            text = f"{task}: no clip is longer than {longest:.3g} s; beyond that a longer temporal support {more} "
+            found.append(text + f"(here at {', '.join(f'{ts:g}' for ts in beyond)} s).")
     shared = {row["task"]: row["shared_audio"] for row in tables.results if row["shared_audio"]}
     found += [f"{task}: {n} test clips are copies of training clips, by their bytes." for task, n in shared.items()]
     return found

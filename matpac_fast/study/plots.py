@@ -13,6 +13,7 @@ from .cost import Cost
 
 # Okabe and Ito's colours, told apart by readers of every kind of colour vision; marks differ too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+_NOTE = dict(fontsize=8, color="0.35")
 _MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
 
@@ -130,6 +131,10 @@ def _score(plt: Any, path: Path, rows: list[dict[str, Any]], look: dict[str, Any
         ]
         axis.errorbar(x, y, bars, capsize=2, elinewidth=1, markersize=5, **look[name])
     _ts_axis(axis, [row["temporal_support"] for row in rows])
+    longest = rows[0]["longest_seconds"]
+    if longest < max(row["temporal_support"] for row in rows):
+        axis.axvline(longest, color="0.6", linestyle=":", zorder=0)
+        axis.set_title(f"dotted: the longest clip, {longest:.3g} s; beyond it an embedding sees no more", **_NOTE)
     axis.set_ylabel(rows[0]["metric"])
     _legend(figure, axis)
     _save(figure, path)
@@ -194,7 +199,7 @@ def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None
         _log_axis(axis, "y")
         axis.set_ylabel(label)
         if absent:
-            axis.set_title(f"0, so not shown: {', '.join(absent)}", fontsize=8, color="0.35")
+            axis.set_title(f"0, so not shown: {', '.join(absent)}", **_NOTE)
     _legend(figure, axes[0][0])
     _save(figure, path)
 

@@ -45,6 +45,12 @@ class Cell:
         """Mean over folds and seeds of the score on validation clips: what a choice may look at."""
         return self.probed.valid_score.nanmean().item()
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether every clip is one window, and no padding in it: a longer temporal support changes nothing."""
+        padded = self.view.remainder == "pad" and self.view.aggregate != "one"
+        return not padded and self.view.temporal_support >= float(self.task.seconds.max())
+
 
 @dataclass(frozen=True)
 class Tables:
@@ -61,8 +67,9 @@ def tabulate(cells: Sequence[Cell], margin: float, cheapest_by: str = "memory", 
 
     The best temporal support is the one of the best validation score, and the cheapest is the one of least cost whose
     validation score is within `margin` of that; test clips only say what both are worth. Costs are those of the
-    largest batch; where they were not measured there is no cheapest, and its columns are None. The resamples are the
-    same for every cell of a task, so differences are paired.
+    largest batch; where they were not measured there is no cheapest, and its columns are None. Of the temporal supports
+    that see every clip whole, whose embeddings are the same, only the shortest is chosen. The resamples are the same
+    for every cell of a task, so differences are paired.
     """
     tables = Tables([], [], [])
     for task in {cell.task.name: cell.task for cell in cells}.values():
@@ -73,8 +80,10 @@ def tabulate(cells: Sequence[Cell], margin: float, cheapest_by: str = "memory", 
             mine = sorted((c for c in of_task if c.encoder == name), key=lambda c: c.view.temporal_support)
             scored = [draws.score(task.metric, cell.probed.scores, targets) for cell in mine]
             rows = [_row(cell, "", score) for cell, score in zip(mine, scored, strict=True)]
-            best = max(range(len(mine)), key=lambda i: (mine[i].valid_score, -mine[i].view.temporal_support))
-            near = [i for i in range(len(mine)) if mine[i].valid_score >= mine[best].valid_score - margin]
+            whole = [i for i, cell in enumerate(mine) if cell.sees_all]
+            choosable = [i for i in range(len(mine)) if i not in whole[1:]]
+            best = max(choosable, key=lambda i: (mine[i].valid_score, -mine[i].view.temporal_support))
+            near = [i for i in choosable if mine[i].valid_score >= mine[best].valid_score - margin]
             column = CHEAPEST_BY[cheapest_by]
             measured = all(rows[i][column] is not None for i in near)
             cheapest = min(near, key=lambda i: (rows[i][column], mine[i].view.temporal_support)) if measured else None
@@ -121,6 +130,7 @@ def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, An
         folds=len(task.folds),
         seeds=cell.probed.valid.shape[1],
         clip_seconds=float(task.seconds.mean()),
+        longest_seconds=float(task.seconds.max()),
         seconds_seen=float(np.minimum(task.seconds, view.temporal_support).mean()),
         windows=cell.windows,
         embedding_dim=cell.embedding_dim,
@@ -169,7 +179,7 @@ def _difference(task: Task, encoder: str, cell: Cell, best: Cell, difference: Te
     )
 
 
-_CHEAPEST = ("temporal_support", "score", "low", "high")
+_CHEAPEST = ("temporal_support", "seconds_seen", "score", "low", "high")
 _CHANGES = ("difference", "difference_low", "difference_high", "memory_saved", "time_saved", "macs_saved")
 
 
@@ -182,6 +192,7 @@ def _choice(
         encoder=encoder,
         metric=task.metric,
         best_temporal_support=best["temporal_support"],
+        best_seconds_seen=best["seconds_seen"],
         best_score=best["score"],
         best_low=best["low"],
         best_high=best["high"],
@@ -196,6 +207,7 @@ def _choice(
 
     return choice | dict(
         cheapest_temporal_support=cheapest["temporal_support"],
+        cheapest_seconds_seen=cheapest["seconds_seen"],
         cheapest_score=cheapest["score"],
         cheapest_low=cheapest["low"],
         cheapest_high=cheapest["high"],

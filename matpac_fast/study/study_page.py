@@ -62,6 +62,7 @@ _COLUMNS = {
     "subset": ("test clips of", "{}"),
     "encoder": ("encoder", "{}"),
     "temporal_support": ("TS (s)", "{:g}"),
+    "seconds_seen": ("sees (s)", "{:.3g}"),
     "score": ("score", "{:.3f}"),
     "low": ("95 % from", "{:.3f}"),
     "high": ("to", "{:.3f}"),
@@ -114,7 +115,11 @@ def write_report(
         )
     if tables.results:
         compared = [row for row in tables.comparisons if row["temporal_support"] != row["best_temporal_support"]]
-        sections.append(Section("Every number", "", [sortable("results", _COLUMNS, tables.results)]))
+        columns = dict(_COLUMNS)
+        if all(f"{row['seconds_seen']:.3g}" == f"{row['temporal_support']:.3g}" for row in tables.results):
+            del columns["seconds_seen"]  # no clip is shorter than what an embedding may see
+        rows = [_dash(row) for row in tables.results]
+        sections.append(Section("Every number", _NO_MACS, [sortable("results", columns, rows)]))
         sections.append(
             Section(
                 "Against the best temporal support",
@@ -125,14 +130,16 @@ def write_report(
         )
     if costs and not tables.results:
         rows = [
-            dict(
-                cost.__dict__,
-                ms_per_audio_second=1e3 / cost.times_real_time,
-                macs_per_audio_second=cost.macs_per_second,
+            _dash(
+                dict(
+                    cost.__dict__,
+                    ms_per_audio_second=1e3 / cost.times_real_time,
+                    macs_per_audio_second=cost.macs_per_second,
+                )
             )
             for cost in costs
         ]
-        sections.append(Section("Every number", "", [sortable("costs", _COSTS, rows)]))
+        sections.append(Section("Every number", _NO_MACS, [sortable("costs", _COSTS, rows)]))
     sections.append(Section("How this was made", "", [facts(list(made.items()))]))
     lead = "How many seconds of audio must an embedding see, and what does each second cost?"
     text = page("Temporal support: what it gains and what it costs", lead, sections)
@@ -165,6 +172,14 @@ _COSTS = {
 }
 
 
+_NO_MACS = "A dash: there is nothing of the kind, such as matrix products and convolutions to count."
+
+
+def _dash(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose multiply-adds, where none were counted, are a dash and no 0: they are not free of work."""
+    return {key: None if key.startswith("macs") and value == 0 else value for key, value in row.items()}
+
+
 def sortable(name: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> str:
     """A table whose headings sort it, and a field above it that keeps the rows with some text."""
     shown = {key: column for key, column in columns.items() if any(row[key] not in (None, "") for row in rows)}
@@ -183,8 +198,10 @@ def sortable(name: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict
 
 
 def _cell(value: Any, form: str, text: str) -> str:
-    if value is None or value == "" or value != value:  # NaN
+    if value == "":
         return f"<td{text}></td>"
+    if value is None or value != value:  # NaN
+        return f"<td{text}>–</td>"
     return f'<td{text} data-value="{escape(str(value))}">{escape(form.format(value))}</td>'
 
 

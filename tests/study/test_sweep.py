@@ -18,13 +18,15 @@ from ranks import on_ranks
 
 from matpac_fast import load_encoder
 from matpac_fast.audio_encoder import AudioEncoder
+from matpac_fast.cli.study import _sentences, choice_cells, cost_cells
 from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.study import cache as cache_module
 from matpac_fast.study import sweep
 from matpac_fast.study.cache import View
 from matpac_fast.study.cost import Cost, count_macs, measure, measure_here
 from matpac_fast.study.linear import ProbeConfig, Probed
-from matpac_fast.study.results import Cell, add_cost, read_costs, tabulate, write_table
+from matpac_fast.study.results import Cell, Tables, add_cost, read_costs, tabulate, write_table
+from matpac_fast.study.study_page import write_report
 from matpac_fast.study.sweep import StudyConfig, run_study
 from matpac_fast.tasks import DatasetError, load_task
 
@@ -135,20 +137,63 @@ def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
 
 def test_validation_clips_choose_and_test_clips_tell(clips):
     cells = [
-        made_cell(clips, 0.5, 0.895, 6, 10.0),
-        made_cell(clips, 1.0, 0.85, 12, 15.0),
-        made_cell(clips, 2.0, 0.9, 9, 20.0),
+        made_cell(clips, 0.25, 0.895, 6, 10.0),
+        made_cell(clips, 0.5, 0.85, 12, 15.0),
+        made_cell(clips, 1.0, 0.9, 9, 20.0),
     ]
     (choice,) = tabulate(cells, 0.01, resamples=300).choices
-    assert (choice["best_temporal_support"], choice["cheapest_temporal_support"]) == (2.0, 0.5)
+    assert (choice["best_temporal_support"], choice["cheapest_temporal_support"]) == (1.0, 0.25)
     assert (choice["best_score"], choice["cheapest_score"]) == (0.75, 0.5)
     assert choice["difference"] == pytest.approx(-0.25)
     assert choice["difference_low"] < -0.25 < choice["difference_high"] <= 0
     assert choice["memory_saved"] == 0.5
     (choice,) = tabulate(cells, 0.001, resamples=10).choices
-    assert choice["cheapest_temporal_support"] == 2.0
+    assert choice["cheapest_temporal_support"] == 1.0
     (choice,) = tabulate(cells, 0.1, "time", resamples=10).choices
-    assert choice["cheapest_temporal_support"] == 0.5  # all take as long a second; then the smaller
+    assert choice["cheapest_temporal_support"] == 0.25  # all take as long a second; then the smaller
+
+
+def test_of_temporal_supports_that_see_all_the_shortest_is_chosen(clips):
+    # Clips of 1 s: the same embeddings but for rounding, which must not choose; costs are those of whole windows.
+    cells = [made_cell(clips, 0.5, 0.8, 6, 20.0), made_cell(clips, 1.0, 0.9, 9, 10.0), made_cell(clips, 5, 0.91, 9, 1)]
+    (choice,) = tabulate(cells, 0.01, resamples=10).choices
+    assert (choice["best_temporal_support"], choice["cheapest_temporal_support"]) == (1.0, 1.0)
+    assert (choice["best_seconds_seen"], choice["cheapest_seconds_seen"]) == (1.0, 1.0)
+    padded = [dataclasses.replace(cell, view=dataclasses.replace(cell.view, remainder="pad")) for cell in cells]
+    (choice,) = tabulate(padded, 0.01, resamples=10).choices  # silence is something else to see
+    assert (choice["best_temporal_support"], choice["best_seconds_seen"]) == (5.0, 1.0)
+
+
+def test_where_clips_are_shorter_what_an_embedding_sees_is_said(clips, tmp_path):
+    tables = tabulate([made_cell(clips, 0.5, 0.8, 6, 1.0), made_cell(clips, 5.0, 0.9, 9, 2.0)], 0.01, resamples=10)
+    assert "5 s (sees 1 s)" in choice_cells(tables)[1][0]
+    best, beyond = _sentences(tables, 0.01)
+    assert "5 s (sees 1 s) is best on validation clips" in best
+    assert "no clip is longer than 1 s; beyond that a longer temporal support changes nothing" in beyond
+    assert "(here at 5 s)" in beyond
+    write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [beyond], {})
+    text = (tmp_path / "report.html").read_text()
+    assert '<button type="button">sees (s)</button>' in text
+    assert 'data-value="1.0">1</td>' in text
+    tables = tabulate([made_cell(clips, 0.5, 0.8, 6, 1.0), made_cell(clips, 1.0, 0.9, 9, 2.0)], 0.01, resamples=10)
+    assert len(_sentences(tables, 0.01)) == 1
+    write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [], {})
+    assert "sees" not in "".join(choice_cells(tables)[1][0])
+    assert "sees (s)" not in (tmp_path / "report.html").read_text()
+
+
+def test_no_products_to_count_are_a_dash_and_no_zero(clips, tmp_path):
+    some = made_cell(clips, 0.5, 0.9, 9, 1.0)
+    none = made_cell(clips, 1.0, 0.9, 9, 1.0)
+    none = dataclasses.replace(none, costs=[dataclasses.replace(none.costs[0], macs=0)])
+    costs = [*some.costs, *none.costs]
+    tables = tabulate([some, none], 0.01, resamples=10)
+    for shown, name in ((tables, "results"), (Tables([], [], []), "costs")):
+        write_report(tmp_path / "report.html", shown, costs, [], choice_cells(tables), [], {})
+        table = (tmp_path / "report.html").read_text().split(f'id="{name}"')[1].split("</table>")[0]
+        assert "<td>–</td>" in table
+        assert ">0</td>" not in table
+    assert [row[-1] == "–" for row in cost_cells(costs)[1]] == [False, True]
 
 
 def test_paired_differences_are_narrower_than_scores(clips):
