@@ -261,8 +261,8 @@ class AudioEncoder(nn.Module):
             )
         return wave
 
-    def _wave(self, wave: Wave, sample_rate: int | None, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
-        """A checked wave, (S,) or (B, S), at the encoder's rate and on its device."""
+    def check_mono(self, wave: Wave, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
+        """`check_wave` for mono audio alone: (S,) or (B, S), of which `dims` says which are taken."""
         wave = self.check_wave(wave, what)
         if wave.ndim not in dims:
             shapes = " or ".join(("(S,)", "(B, S)")[d - 1] for d in dims)
@@ -274,6 +274,11 @@ class AudioEncoder(nn.Module):
                 f"{what} is {tuple(wave.shape)}, which looks like samples by channels, as soundfile reads them; "
                 "expected (S,) or (B, S), mono: mix channels down first, wave.mean(1)"
             )
+        return wave
+
+    def _wave(self, wave: Wave, sample_rate: int | None, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
+        """A checked wave, (S,) or (B, S), at the encoder's rate and on its device."""
+        wave = self.check_mono(wave, what, dims)
         if sample_rate is None:
             raise ConfigError(f"{what} needs a sample_rate, in Hz")
         if _check_rate(sample_rate, "embed") != self.sample_rate:

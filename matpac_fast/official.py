@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ _ONE_LABEL = (10, 11)
 class OfficialMatpac(nn.Module):
     """`model(x)` -> (emb, layer_results), as the official `matpac_wrapper` gives them.
 
-    x is (S,), (B, S) or (B, 1, S) mono float at 16 kHz. With the time axis pulled, emb is (B, E) and layer_results
+    x is (S,), (B, S) or (B, 1, S) mono at the encoder's rate, 16 kHz: a tensor or array of floats in [-1, 1] or int16,
+    checked as `Encoder.embed` checks it. With the time axis pulled, emb is (B, E) and layer_results
     (B, L, E); else (B, T, E) and (B, L, T, E). E is 3840 with `concat_freq`, 768 without.
     """
 
@@ -39,7 +41,7 @@ class OfficialMatpac(nn.Module):
         self.multi_label = True
         self.class_names: Sequence[str] | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
         if self.inference_type == "fast":
             layers = self._fast(self._spec(x))
         else:
@@ -49,7 +51,7 @@ class OfficialMatpac(nn.Module):
             return emb.mean(1), layers.mean(2)
         return emb, layers
 
-    def probe_forward(self, x: Tensor) -> tuple[Tensor, list[list[str]]]:
+    def probe_forward(self, x: Tensor | np.ndarray) -> tuple[Tensor, list[list[str]]]:
         """Probabilities (B, classes), and the five most probable labels of each clip as "name (0.42)".
 
         Clips that may have several labels get a sigmoid each; only tasks of one label get a softmax. (The official
@@ -65,11 +67,16 @@ class OfficialMatpac(nn.Module):
         rows = zip(index.tolist(), values.tolist(), strict=True)
         return probs, [[f"{names[i]} ({v:.2f})" for i, v in zip(ix, vs, strict=True)] for ix, vs in rows]
 
-    def _spec(self, x: Tensor) -> Tensor:
+    def _spec(self, x: Tensor | np.ndarray) -> Tensor:
         """(S,), (B, S) or (B, 1, S) -> (B, F, T)."""
-        x = x.squeeze(1) if x.ndim == 3 and x.shape[1] == 1 else x
-        x = x[None] if x.ndim == 1 else x
-        return self.encoder.log_mel(x.float() if x.dtype == torch.float64 else x)
+        if isinstance(x, (Tensor, np.ndarray)) and x.ndim == 3 and x.shape[1] == 1:
+            x = x[:, 0]
+        waves = self.encoder.check_mono(x, "get_matpac: x").to(self.encoder.device)
+        if isinstance(x, Tensor) and x.requires_grad:
+            waves = x.to(waves)  # what was checked is detached
+        # Out of the caller's autocast, which the network obeys: a log-mel must not be rounded.
+        with torch.autocast(waves.device.type, enabled=False):
+            return self.encoder.log_mel(waves.reshape(-1, waves.shape[-1]))
 
     def _precise(self, spec: Tensor, by_frame: bool) -> Tensor:
         """Pieces of at most `n_frames`, the last one padded to whole patches only: (B, L, T, E)."""

@@ -1,0 +1,60 @@
+"""get_matpac's model and its input: what it takes, what it refuses, and whose autocast it leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import matpac_fast as mf
+from matpac_fast.errors import AudioError
+from matpac_fast.official import OfficialMatpac, get_matpac
+
+
+@pytest.fixture(scope="module")
+def model() -> OfficialMatpac:
+    return get_matpac("untrained-nano", device="cpu")
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32) / 10)
+
+
+@pytest.mark.parametrize("as_given", [lambda w: w.double(), lambda w: w.numpy(), lambda w: w.double().numpy()[:, None]])
+def test_any_float_and_arrays_give_the_same(model, as_given):
+    wave = noise(2, 9_000)
+    for got, want in zip(model(as_given(wave)), model(wave), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ("a.wav", "x is a str; expected a tensor or array"),
+        ([0.1, 0.2], "x is a list; expected a tensor or array"),
+        (torch.zeros(4_000, 2), r"x is \(4000, 2\), which looks like samples by channels"),
+        (torch.zeros(3, 2, 4_000), r"x is \(3, 2, 4000\); expected .* mono"),
+        (torch.full((800,), float("nan")), "x holds NaN"),
+        (torch.zeros(2, 0), r"x is \(2, 0\): no audio"),
+        (torch.zeros(800, dtype=torch.int64), "x is torch.int64; expected float or int16"),
+    ],
+)
+def test_what_is_no_mono_audio_is_named(model, x, message):
+    with pytest.raises(AudioError, match=message):
+        model(x)
+
+
+def test_the_gradient_of_a_wave_passes_the_check(model):
+    wave = noise(4_000).double().requires_grad_()
+    model(wave)[0].sum().backward()
+    assert wave.grad is not None
+    assert wave.grad.dtype == torch.float64
+    assert wave.grad.abs().max() > 0
+
+
+def test_the_callers_autocast_does_not_round_the_log_mel(model):
+    wave = noise(9_000)
+    with mf.use_backend("reference"):
+        want = model._spec(wave)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model._spec(wave), want)
