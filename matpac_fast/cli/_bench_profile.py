@@ -17,6 +17,7 @@ from ..reference import LogMelConfig
 from ..spans import PARTS, recorded, timed
 from ..train.config import resolve_precision
 from ..train.flops import part_flops
+from ._quiet import quiet_libraries
 from .bench import training_step
 
 _STEPS = 5
@@ -84,7 +85,12 @@ def _trace(step: Callable[[], Any], path: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler, recorded():
+    # The profiler says when it starts and stops, and that it does not know what was allocated before it.
+    with (
+        quiet_libraries(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
+        recorded(),
+    ):
         step()
         step()
     with atomic(path) as beside:

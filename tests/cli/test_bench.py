@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ TINY = MatpacConfig(
 ).replace(head_hidden=16, head_bottleneck=8, prototypes=16)
 
 
-def test_every_part_of_a_step_is_told(tmp_path, monkeypatch):
+def test_every_part_of_a_step_is_told(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(_bench_profile, "matrix_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(_bench_profile, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))  # noqa: SIM115 - as in a shell
     lines = _bench_profile.take_apart(TINY, 2, torch.device("cpu"), tmp_path / "profile")
+    assert capfd.readouterr().err == ""  # torch's profiler would speak there
     assert [line[:20].strip() for line in lines[2:-2]] == list(spans.PARTS)
     shares = [float(line[30:38].rstrip().rstrip("%")) for line in lines[2:-2]]
     assert sum(shares) == pytest.approx(100, abs=1)
@@ -43,6 +46,8 @@ def test_the_command(capsys, monkeypatch):
     monkeypatch.setattr(bench.MatpacConfig, "preset", classmethod(lambda cls, name: TINY))
     assert cli.main(["bench", "--preset", "tiny", "--batch-size", "2", "--seconds", "0.1", "--device", "cpu"]) == 0
     rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    plain, fused, gain = (float(word.rstrip("x")) for word in rows["training step"][2:5])
+    assert gain == pytest.approx(plain / fused, abs=0.02)  # of the times that stand beside it
     assert rows["log_mel, 2 x 6.08 s"][-1] == "cpp"
     assert float(rows["training step"][2]) > 0
     assert float(rows["embedding, 2 x 10 s"][-1].rstrip("x")) > 0
