@@ -79,7 +79,7 @@ def main(
         train = TrainConfig(steps=steps or 1, batch_size=batch_size, lr=lr, crop_frames=crops, seed=seed)
         if steps is None:
             print(f"timing a few steps on {target}", flush=True)
-            steps = max(1, round(60 * minutes / _seconds_a_step(corpus, preset, train, target)))
+            steps = max(1, round(60 * minutes / _seconds_a_step(corpus, preset, train, target, 60 * minutes / 20)))
         train = dataclasses.replace(train, steps=steps, log_every=max(1, steps // 50))
         model = fit_to_run(preset, train)
 
@@ -122,26 +122,36 @@ def _check(minutes: float, temporal_supports: tuple[float, ...], crop_seconds: t
         raise ConfigError(f"--minutes is {minutes:g}; expected a positive number of them")
 
 
-def _seconds_a_step(corpus: Corpus, model: MatpacConfig, train: TrainConfig, device: torch.device) -> float:
-    """Mean over the crop lengths of what a real step takes: the median of three, after one that warms up."""
+def _seconds_a_step(
+    corpus: Corpus, model: MatpacConfig, train: TrainConfig, device: torch.device, budget: float
+) -> float:
+    """Mean over the crop lengths of what a real step takes: the median of three or more, after one that warms up.
+
+    Steps are timed for `budget` seconds in all: a machine that is busy for a moment should not decide how many fit.
+    """
     times = []
-    for crop in train.crop_frames or (model.n_frames,):
-        clock = _Clock()
-        trial = dataclasses.replace(train, steps=4, crop_frames=(crop,), log_every=100)
+    crops = train.crop_frames or (model.n_frames,)
+    for crop in crops:
+        clock = _Clock(budget / len(crops))
+        trial = dataclasses.replace(train, steps=10_000, crop_frames=(crop,), log_every=10_000, save_every=10_000)
         with tempfile.TemporaryDirectory() as folder:
-            pretrain(corpus, folder, fit_to_run(model, trial), trial, device, reporter=clock)
+            pretrain(corpus, folder, fit_to_run(model, trial), trial, device, reporter=clock, stop=clock.is_enough)
         times.append(float(np.median(np.diff(clock.ticks))))
     return sum(times) / len(times)
 
 
 class _Clock(Reporter):
-    """Notes when each step was done."""
+    """Notes when each step was done, until it is enough."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: float) -> None:
+        self._budget = budget
         self.ticks: list[float] = []
 
     def step(self, step: int) -> None:
         self.ticks.append(time.perf_counter())
+
+    def is_enough(self) -> bool:
+        return len(self.ticks) >= 4 and self.ticks[-1] - self.ticks[0] >= self._budget
 
 
 class _Said(_Watcher):

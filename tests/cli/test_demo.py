@@ -154,7 +154,18 @@ def test_a_step_is_timed_by_training(tmp_path: Path) -> None:
     corpus = demo.Corpus.from_arrays(few("train").waves)
     tiny = demo.MatpacConfig.preset("tiny", n_frames=32, depth=1, predictor_depth=1)
     train = demo.TrainConfig(steps=1, batch_size=2, crop_frames=(16, 32))
-    assert 1e-4 < demo._seconds_a_step(corpus, tiny, train, torch.device("cpu")) < 30
+    assert 1e-4 < demo._seconds_a_step(corpus, tiny, train, torch.device("cpu"), 0.1) < 30
+
+
+def test_a_moment_in_which_the_machine_is_busy_does_not_decide_how_many_steps_fit() -> None:
+    clock = demo._Clock(3.0)
+    for tick in (0.0, 2.5, 2.6):
+        clock.ticks.append(tick)
+        assert not clock.is_enough()  # three steps at least
+    clock.ticks += [2.7]
+    assert not clock.is_enough()  # and as long as was said
+    clock.ticks += [3.05]
+    assert clock.is_enough()
 
 
 @pytest.mark.parametrize(
