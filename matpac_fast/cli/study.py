@@ -32,6 +32,7 @@ from ..train.loop import pick_device
 from ._progress import progress
 
 _NAMED = 5  # files that one line names
+_WIDE = 1 / 3  # from quartile to quartile, of the median time: more than a machine at rest shows
 
 
 def main(
@@ -135,6 +136,7 @@ def main(
             tables = tabulate(cells, margin, cheapest_by, resamples)
     made = _made(config)
     lines = _sentences(tables, margin)
+    lines += _unsteady(found, out / "cost.parquet")
     told, files = left_out(cells)
     lines += told
     if len(files) > _NAMED:
@@ -277,6 +279,23 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
     return found
 
 
+def _unsteady(costs: Sequence[Cost], path: Path) -> list[str]:
+    """A sentence where the times of a point's runs differ so much that something else took the machine's time."""
+
+    def spread(cost: Cost) -> float:
+        return (cost.batch_ms_high - cost.batch_ms_low) / cost.batch_ms
+
+    wide = [cost for cost in costs if spread(cost) > _WIDE]
+    if not wide:
+        return []
+    worst = max(wide, key=spread)
+    return [
+        f"Times are uncertain at {len(wide)} of {len(costs)} points, most at {worst.encoder}, "
+        f"{worst.temporal_support:g} s, batch {worst.batch}: half of its runs took {worst.batch_ms_low:.3g} to "
+        f"{worst.batch_ms_high:.3g} ms, so the machine was busy. To measure again at rest, delete {path}."
+    ]
+
+
 def left_out(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
     """A sentence for each task that is not whole, with the first few files by name; and a line for every file."""
     sentences, lines = [], []
@@ -301,11 +320,20 @@ def _made(config: StudyConfig) -> dict[str, str]:
         "command": shlex.join(["matpac-fast", *sys.argv[1:]]),
         "device": f"{device_name(torch.device(config.device))}, {config.dtype}, threads: {torch.get_num_threads()}",
         "windows": f"hop {config.hop or 'as the temporal support'}, remainder {config.remainder}, {config.aggregate}",
-        "probe": f"{'attentive' if config.aggregate == 'attend' else 'linear'}, {config.probe}",
+        "probe": _probe_words(config.probe, config.aggregate == "attend"),
         **versions(),
         **decoder_versions(),
         "platform": platform.platform(),
     }
+
+
+def _probe_words(probe: ProbeConfig, attentive: bool) -> str:
+    rates, decays = (", ".join(f"{value:g}" for value in values) for values in (probe.learning_rates, probe.decays))
+    return (
+        f"{'attentive' if attentive else 'linear'}; learning rates {rates}; decays {decays}; seeds: {probe.seeds}; "
+        f"at most {probe.steps} steps, checked every {probe.check_every} and ended after {probe.patience} checks "
+        f"without gain; features {'standardised' if probe.standardize else 'as they are'}"
+    )
 
 
 def _words(text: str) -> tuple[str, ...]:

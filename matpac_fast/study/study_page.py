@@ -139,7 +139,7 @@ def write_report(
             )
             for cost in costs
         ]
-        sections.append(Section("Every number", _NO_MACS, [sortable("costs", _COSTS, rows)]))
+        sections.append(Section("Every number", _NO_MACS, [sortable("costs", _COSTS, rows), _list(sentences)]))
     sections.append(Section("How this was made", "", [facts(list(made.items()))]))
     lead = "How many seconds of audio must an embedding see, and what does each second cost?"
     text = page("Temporal support: what it gains and what it costs", lead, sections)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from .results import Cell, add_cost, read_costs
 
 _PROBES = 2  # raised where stored probes may be wrong: those of 1 may lack clips, or be untrained
 _OURS = {"probes", "cost.parquet", "results.parquet", "problems.txt"}  # and embeddings/, the first to be there
+_SHORTEST = 1e-3  # seconds that a window or a hop has at least
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
 
 # Hears of (stage, parts done, parts in all).
@@ -74,8 +76,12 @@ class StudyConfig:
         if min(self.batch_sizes, default=0) < 1 or self.batch_size < 1 or self.workers < 1:
             came = f"batch sizes {self.batch_sizes}, batch size {self.batch_size}, workers {self.workers}"
             raise ConfigError(f"study: {came}; expected 1 or more of each")
-        for ts in self.temporal_supports:
-            Windowing(ts, self.hop, remainder=self.remainder).samples(1000)
+        for name, values in (("temporal support", self.temporal_supports), ("hop", (self.hop,))):
+            for seconds in values:
+                if seconds is not None and not _SHORTEST <= seconds < math.inf:
+                    came = f"study: {name} is {seconds:g} s"
+                    raise ConfigError(f"{came}; expected a number of seconds from {_SHORTEST:g} up, such as 2")
+        Windowing(self.temporal_supports[0], self.hop, remainder=self.remainder)
 
 
 def check_folder(out: Path, option: str = "--out") -> None:

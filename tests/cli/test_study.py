@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -17,7 +18,7 @@ import soundfile
 from matpac_fast import cli, load_encoder
 from matpac_fast.cli.study import choice_cells
 from matpac_fast.study import sweep
-from matpac_fast.study.cost import measure_here
+from matpac_fast.study.cost import Cost, measure_here
 from matpac_fast.study.results import Tables
 from tests.study.conftest import clips, encoder_file  # noqa: F401
 from tests.tasks import miniature
@@ -55,6 +56,10 @@ def test_everything_is_written(study):
         assert (study / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     made = json.loads((study / "settings.json").read_text())["made"]
     assert {"command", "device", "torch", "libsndfile"} <= set(made)
+    assert made["probe"] == (
+        "linear; learning rates 0.1, 1; decays 0.0001, 0.001, 0.01, 0.1; seeds: 3; at most 300 steps, checked every 10 "
+        "and ended after 5 checks without gain; features standardised"
+    )
 
 
 def test_the_report_needs_nothing_from_outside(study):
@@ -130,6 +135,24 @@ def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  
     assert not (tmp_path / "results.parquet").exists()
 
 
+@pytest.mark.parametrize(("high", "told"), [(14.0, True), (12.5, False)])
+def test_of_times_that_differ_much_between_runs_it_warns_once(high, told, tmp_path, capsys, monkeypatch):
+    def measured(name, ts, batch, *_):
+        cost = Cost(name, name, ts, batch, "cpu", "float32", 1, 10, 10, 10.0, 9.5, 10.5, 5, 1.0, 1.0, 16_000, 8, "", "")
+        return dataclasses.replace(cost, batch_ms_high=high) if ts < 1 else cost
+
+    monkeypatch.setattr(sweep, "measure", measured)
+    arguments = ["study", "--encoders", "logmel-stats", "--cost-only", "--temporal-support", "0.5,0.6,2"]
+    assert cli.main([*arguments, "--batch-sizes", "4", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    line = (
+        "Times are uncertain at 2 of 3 points, most at logmel-stats, 0.5 s, batch 4: half of its runs took 9.5 to 14 ms"
+    )
+    assert (line in said) == told
+    assert said.count("uncertain") == told
+    assert (f"<li>{line}" in (tmp_path / "report.html").read_text()) == told
+
+
 def test_of_several_processes_the_first_measures_costs(encoder_file, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -190,6 +213,11 @@ def test_without_costs_nothing_is_cheaper_and_what_is_left_out_is_named(
         ("study", ["--resamples", "0"], "--resamples is 0; expected at least 1"),
         ("probe", ["--resamples", "-5"], "--resamples is -5"),
         ("study", ["--batch-sizes", "1,inf"], "--batch-sizes has inf; expected whole numbers"),
+        ("study", ["--temporal-support", "0,1"], "study: temporal support is 0 s; expected a number of seconds from"),
+        ("study", ["--temporal-support", "1,-2"], "study: temporal support is -2 s; expected"),
+        ("study", ["--temporal-support", "nan"], "study: temporal support is nan s; expected"),
+        ("study", ["--hop", "0"], "study: hop is 0 s; expected"),
+        ("probe", ["--temporal-support", "0"], "study: temporal support is 0 s; expected"),
         ("study", ["--workers", "0"], "workers 0; expected 1 or more"),
     ],
 )
