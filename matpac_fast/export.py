@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -111,10 +114,10 @@ def to_program(encoder: Encoder) -> torch.export.ExportedProgram:
 
 def export_torch(encoder: Encoder, path: str | os.PathLike[str]) -> float:
     """Write a .pt2 for torch.export.load, all of it or none; returns the largest error of `check`."""
-    program = to_program(encoder)
-    with atomic(path) as beside:
-        with open(beside, "wb") as file:
-            torch.export.save(program, cast(Any, file), extra_files={"matpac_fast.json": json.dumps(_about(encoder))})
+    packed = io.BytesIO()  # torch aborts the process where a write fails
+    torch.export.save(to_program(encoder), packed, extra_files={"matpac_fast.json": json.dumps(_about(encoder))})
+    with _writing(path) as beside:
+        beside.write_bytes(packed.getbuffer())
         with open(beside, "rb") as file:  # what was written is checked, not what is in memory
             return check(encoder, torch.export.load(cast(Any, file)).module())
 
@@ -141,7 +144,8 @@ def export_onnx(encoder: Encoder, path: str | os.PathLike[str]) -> float:
     model = program.model_proto
     _name_dimensions(model.graph)
     onnx.helper.set_model_props(model, {"matpac_fast": json.dumps(_about(encoder))})
-    with atomic(path) as beside:
+    model.doc_string = takes(encoder)
+    with _writing(path) as beside:
         beside.write_bytes(model.SerializeToString())
         session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
         return check(encoder, lambda waves: torch.from_numpy(session.run(None, {"waves": waves.cpu().numpy()})[0]))
@@ -174,6 +178,26 @@ def check(encoder: Encoder, run: Callable[[Tensor], Tensor]) -> float:
     if not worst <= _TOLERANCE:
         raise ConfigError(f"export: the exported graph is off by {worst:.1e} of the embeddings' deviation; not written")
     return worst
+
+
+def takes(encoder: Encoder) -> str:
+    """What the file takes and what it does not, in a sentence."""
+    least = f"{encoder.min_samples} samples ({1000 * encoder.min_samples / encoder.sample_rate:g} ms)"
+    return (
+        f"takes waves (batch, samples), float32 mono at {encoder.sample_rate} Hz, of {least} or more; "
+        "pad a shorter one with zeros at its end"
+    )
+
+
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`atomic`, with errors that name the file that was asked for and not the one beside it."""
+    try:
+        with atomic(path) as beside:
+            yield beside
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
 
 
 def _about(encoder: Encoder) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import types
 
@@ -71,6 +72,7 @@ def test_onnx_runs_at_every_batch_and_length(encoder, tmp_path):
     assert [i.name for i in session.get_inputs()] == ["waves"]
     assert session.get_inputs()[0].shape == ["batch", "samples"]
     assert session.get_outputs()[0].shape == ["batch", 160]
+    assert "of 400 samples (25 ms) or more" in session.get_modelmeta().description
     about = json.loads(session.get_modelmeta().custom_metadata_map["matpac_fast"])
     assert (about["sample_rate"], about["id"]) == (SECOND, encoder.id)
     for shape in SHAPES:
@@ -86,7 +88,9 @@ def test_torch_export_runs_at_every_batch_and_length(encoder, tmp_path, capsys):
     encoder.save(tmp_path / "e.safetensors")
     args = ["export", "--encoder", str(tmp_path / "e.safetensors"), "--num-heads", "2"]
     assert cli.main([*args, "--torch", str(tmp_path / "encoder.pt2")]) == 0
-    assert "MiB; off from PyTorch by at most" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "MiB; off from PyTorch by at most" in said
+    assert "float32 mono at 16000 Hz, of 400 samples (25 ms) or more; pad a shorter one" in said
     program = torch.export.load(str(tmp_path / "encoder.pt2")).module()
     for shape in SHAPES:
         waves = noise(*shape)
@@ -106,6 +110,29 @@ def test_a_graph_that_is_off_is_not_written(encoder, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="the exported graph is off by"):
         export.export_torch(encoder, tmp_path / "wrong.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_full_disk_is_one_error_that_names_the_file(encoder, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/e\.pt2'$"):
+            export.export_torch(encoder, tmp_path / "e.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_place_that_cannot_be_written_is_named_as_it_was_given(encoder, tmp_path):
+    long = tmp_path / ("e" * 250)  # the name of the file beside it is longer
+    (tmp_path / "e.pt2").mkdir()
+    for path, says in ((tmp_path / "e.pt2", "directory"), (long, "name too long")):
+        with pytest.raises(OSError, match=says) as caught:
+            export.export_torch(encoder, path)
+        assert str(path) in (caught.value.filename, caught.value.filename2)
+        assert ".tmp" not in str(caught.value.filename)
 
 
 def test_what_cannot_be_exported_says_so(encoder, tmp_path, monkeypatch, capsys):

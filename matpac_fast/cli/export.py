@@ -30,7 +30,7 @@ def main(
     if onnx is None and torch is None:
         raise ConfigError("nothing to export: give --onnx FILE, --torch FILE or both")
     from ..encoder import Encoder, load_encoder
-    from ..export import export_onnx, export_torch
+    from ..export import export_onnx, export_torch, takes
 
     loaded = load_encoder(encoder, "cpu", num_heads)
     if not isinstance(loaded, Encoder):
@@ -44,4 +44,5 @@ def main(
                 error = export(loaded, path)
             size = f"{path.stat().st_size / 2**20:.1f} MiB"
             print(f"{path}: {size}; off from PyTorch by at most {error:.1e} of the embeddings' standard deviation")
+    print(takes(loaded))
     return 0
