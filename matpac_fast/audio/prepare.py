@@ -91,8 +91,10 @@ def prepare(
             raise CorpusError(f"prepare: {name} is {value}; expected more than 0")
     if not 0 <= min_seconds < math.inf:
         raise CorpusError(f"prepare: min_seconds is {min_seconds}; expected seconds, 0 or more")
-    if not silence_db < math.inf:  # -inf leaves out nothing
-        raise CorpusError(f"prepare: silence_db is {silence_db}; expected a level in dB, such as -70")
+    if not silence_db < 0:  # -inf leaves out nothing
+        raise CorpusError(
+            f"prepare: silence_db is {silence_db}; expected a level below 0 dB of full scale, such as -70"
+        )
     settings = Settings(sample_rate, float(min_seconds), float(silence_db))
     unreadable: list[_Loaded] = []
     paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)))
@@ -137,6 +139,8 @@ def prepare(
     rejected = store.rejected["reason"].to_pylist()
     if not len(store.clips):
         example = f"{store.rejected['path'][0].as_py()}: {rejected[0]}"
+        if len(rejected) == 1:
+            raise CorpusError(f"{source}: its one audio file cannot be used ({example}); {out / REJECTED} has it too")
         raise CorpusError(
             f"{source}: none of its {len(rejected)} audio files can be used ({example}); "
             f"{out / REJECTED} has the reason of each"
@@ -204,10 +208,26 @@ def _load(key: str, path: Path, settings: Settings, known: str | None) -> _Loade
     seconds = len(wave) / settings.sample_rate
     if seconds < settings.min_seconds:
         return _Loaded(row | {"reason": f"too short: {seconds:.3g} s, less than {settings.min_seconds:g} s"})
-    if (high - low) / 2 < 10 ** (settings.silence_db / 20):
+    level = 10 ** (settings.silence_db / 20)
+    if (high - low) / 2 < level:
+        if row["source_channels"] > 1 and _channels_reach(path, level):
+            return _Loaded(row | {"reason": "out of phase: its channels cancel each other when they are mixed to mono"})
         return _Loaded(row | {"reason": f"silent: within {settings.silence_db:g} dBFS of its mid-line throughout"})
     row |= {"frames": len(wave), "duration": seconds, "peak": max(high, -low), "clipped": clipped}
     return _Loaded(row, wave)
+
+
+def _channels_reach(path: Path, level: float) -> bool:
+    """Whether some channel of a file, by itself, is not silent; False where libsndfile alone cannot tell."""
+    import soundfile
+
+    low, high = np.inf, -np.inf
+    try:
+        for block in soundfile.blocks(path, 65_536, dtype="float32", always_2d=True):
+            low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+    except (soundfile.SoundFileError, OSError):
+        return False
+    return bool(np.max(high - low) / 2 >= level)
 
 
 def _status(path: Path) -> os.stat_result | None:

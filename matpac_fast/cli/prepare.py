@@ -10,6 +10,7 @@ import tyro
 
 from ._progress import progress
 from ._quiet import quiet_libraries
+from ._words import count, length
 
 if TYPE_CHECKING:
     from ..audio.prepare import PrepareReport
@@ -43,7 +44,7 @@ def main(
         workers: decoding threads. Default: one a core.
         shard_seconds: seconds of audio in one shard; a killed run loses one shard's work at most.
         min_seconds: shorter files are left out.
-        silence_db: files that stay within this level, in dB of full scale, are left out as silent.
+        silence_db: files that stay within this level, in dB of full scale and below 0, are left out as silent.
     """
     from ..audio.prepare import prepare
 
@@ -69,24 +70,25 @@ def main(
 def summary(report: PrepareReport) -> str:
     """What the corpus holds, what this run did to it, what was left out and why."""
     lines = [
-        f"{report.out}: {_count(report.clips, 'clip')}, {_length(report.seconds)}, "
-        f"{_count(report.shards, 'shard')}; {report.added} added"
+        f"{report.out}: {count(report.clips, 'clip')}, {length(report.seconds)}, "
+        f"{count(report.shards, 'shard')}; {report.added} added"
     ]
     if report.remade:
-        lines.append(f"{_count(report.remade, 'clip')} made again, because a shard was gone or cut short")
+        lines.append(f"{count(report.remade, 'clip')} made again, because a shard was gone or cut short")
     if report.lost:
         lines.append(
-            f"{_count(report.lost, 'clip')} dropped: lost with a shard, and the file is gone too or cannot be used"
+            f"{count(report.lost, 'clip')} dropped: lost with a shard, and the file is gone too or cannot be used"
         )
     if report.replaced:
-        lines.append(f"{_count(report.replaced, 'clip')} replaced, because the file had changed")
+        lines.append(f"{count(report.replaced, 'clip')} replaced, because the file had changed")
     if report.vanished:
-        lines.append(f"{_count(report.vanished, 'clip')} kept, whose file is no longer in the source")
+        lines.append(f"{count(report.vanished, 'clip')} kept, whose file is no longer in the source")
     if report.clipped:
-        lines.append(f"{_count(report.clipped, 'new clip')} went beyond full scale in places and were clipped there")
+        were = "was" if report.clipped == 1 else "were"
+        lines.append(f"{count(report.clipped, 'new clip')} went beyond full scale in places and {were} clipped there")
     if report.rejected:
         reasons = ", ".join(f"{n} {reason}" for reason, n in report.rejected.items())
-        left_out = _count(sum(report.rejected.values()), "file")
+        left_out = count(sum(report.rejected.values()), "file")
         lines.append(f"{left_out} left out: {reasons}; {report.out / 'rejected.parquet'} says which and why")
     if report.sample_rate == _RATE_OF_TRAINING:
         lines.append(f"next: matpac-fast pretrain {report.out} --out runs/a{_size_for_here()}")
@@ -98,13 +100,3 @@ def _size_for_here() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else " --preset tiny --steps 2000"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
-def _length(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:.2f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

@@ -53,6 +53,17 @@ def test_every_good_file_is_a_clip_and_every_other_has_a_reason(audio, tmp_path)
     assert told == [(i, 14) for i in range(1, 15)]
 
 
+def test_channels_that_cancel_are_not_called_silent(tmp_path):
+    (tmp_path / "audio").mkdir()
+    tone = np.sin(np.arange(RATE) / 9).astype(np.float32) / 2
+    for name, left, right in (("phase", tone, -tone), ("silent", 0 * tone, 0 * tone), ("good", tone, tone)):
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", np.stack([left, right], 1), RATE)
+    assert prepare(tmp_path / "audio", tmp_path / "corpus").rejected == {"out of phase": 1, "silent": 1}
+    reasons = {path: row["reason"] for path, row in rows(tmp_path / "corpus" / "rejected.parquet").items()}
+    assert reasons["phase.wav"] == "out of phase: its channels cancel each other when they are mixed to mono"
+    assert reasons["silent.wav"].startswith("silent: within -70 dBFS")
+
+
 @pytest.mark.parametrize("workers", [1, 3, 16])
 def test_the_result_does_not_depend_on_the_threads(audio, tmp_path, workers, monkeypatch):
     prepare(audio, tmp_path / "one", shard_seconds=2.0)
@@ -241,7 +252,9 @@ def test_numbers_that_cannot_be_are_refused(audio, tmp_path, option):
         prepare(audio, tmp_path / "corpus", **option)
 
 
-@pytest.mark.parametrize("option", [{"min_seconds": -1}, {"min_seconds": np.nan}, {"silence_db": np.nan}])
+@pytest.mark.parametrize(
+    "option", [{"min_seconds": -1}, {"min_seconds": np.nan}, {"silence_db": np.nan}, {"silence_db": 0.0}]
+)
 def test_limits_that_are_none_are_refused(audio, tmp_path, option):
     ((name, value),) = option.items()
     with pytest.raises(CorpusError, match=f"{name} is {value}; expected"):

@@ -79,7 +79,7 @@ def test_the_summary_of_a_corpus_brought_up_to_date_where_there_is_a_gpu(monkeyp
         "c: 1200 clips, 2.50 h, 3 shards; 1 added",
         "2 clips replaced, because the file had changed",
         "1 clip kept, whose file is no longer in the source",
-        "1 new clip went beyond full scale in places and were clipped there",
+        "1 new clip went beyond full scale in places and was clipped there",
         "3 files left out: 2 silent, 1 damaged; c/rejected.parquet says which and why",
         "next: matpac-fast pretrain c --out runs/a",
     ]
@@ -92,7 +92,8 @@ def test_the_summary_of_a_corpus_brought_up_to_date_where_there_is_a_gpu(monkeyp
         (lambda source: [str(source), str(source)], "holds other files; give a new or empty folder"),
         (lambda source: [str(source), "c", "--workers", "0"], "workers is 0; expected more than 0"),
         (lambda source: [str(source), "c", "--min-seconds", "-1"], "min_seconds is -1.0; expected seconds, 0 or more"),
-        (lambda source: [str(source), "c", "--silence-db", "nan"], "silence_db is nan; expected a level in dB"),
+        (lambda source: [str(source), "c", "--silence-db", "nan"], "silence_db is nan; expected a level below 0 dB"),
+        (lambda source: [str(source), "c", "--silence-db", "5"], "silence_db is 5.0; expected a level below 0 dB"),
         (lambda source: [str(source), "c", "--min-seconds", "60"], "(0.wav: too short: 1 s, less than 60 s)"),
     ],
 )
@@ -103,6 +104,13 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys, mo
     assert line in said.err
     assert len(said.err.strip().splitlines()) == 1
     assert said.out == ""
+
+
+def test_one_file_that_cannot_be_used_is_said_in_the_singular(tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "empty.wav").touch()
+    assert cli.main(["prepare", str(tmp_path / "one"), str(tmp_path / "c")]) == cli.FAILED
+    assert "one: its one audio file cannot be used (empty.wav: empty" in capsys.readouterr().err
 
 
 def test_libraries_are_quiet_and_python_is_not():

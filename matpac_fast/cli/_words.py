@@ -1,0 +1,15 @@
+"""Numbers in words, as the summaries of the commands say them."""
+
+from __future__ import annotations
+
+
+def count(n: int, what: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def length(seconds: float) -> str:
+    """ "4.2 s", "4.2 min" or "4.20 h"."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
