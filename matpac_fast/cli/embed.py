@@ -14,6 +14,7 @@ import tyro
 from ..weights import DEFAULT
 from ._progress import Update, progress, told_rate
 from ._quiet import quiet_libraries
+from ._words import count, length
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,8 @@ def main(
         hop: seconds from one window to the next, where there is a temporal support. Default: as much.
         pool: mean, one embedding a window; none, one for every 160 ms.
         layers: last, or all of them.
-        remainder: the end of a file that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
+        remainder: the end of a file that fills no window: keep it as a shorter one, pad it, merge it, or drop it;
+            of a file shorter than the temporal support it is all, and drop keeps that.
         batch_size: windows per forward pass.
         precision: to compute in.
         format: parquet; npz, one file a shard; npy, to be memory-mapped, with an index in Parquet beside it.
@@ -126,24 +128,26 @@ def summary(report: Report) -> list[str]:
     if report.stopped:
         lines = ["stopped: too many files could not be used; the shards that are finished are kept"]
     else:
-        done = f"{before + here + elsewhere} files embedded in {report.out}"
+        done = f"{count(before + here + elsewhere, 'file')} embedded in {report.out}"
         parts = [(before, "before"), (elsewhere, "by other workers")]
         lines = [done + "".join(f", {n} of them {whom}" for n, whom in parts if n)]
     if report.rows:
         seconds = report.model_seconds + report.waited_seconds
+        speed = report.audio_seconds / seconds
         lines.append(
-            f"{report.rows} embeddings of {report.audio_seconds / 3600:.2f} h of audio in {seconds:.1f} s, "
-            f"{report.audio_seconds / seconds:.0f} times real time; {report.limit} was the limit"
+            f"{count(report.rows, 'embedding')} of {length(report.audio_seconds)} of audio in {seconds:.1f} s, "
+            f"{speed:.{0 if speed >= 10 else 2}f} times real time; {report.limit} was the limit"
         )
     if report.changed or report.gone:
         names = [*report.changed, *report.gone]
         examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        changed = count(len(report.changed), "file")
         lines.append(
-            f"{len(report.changed)} files changed in size and {len(report.gone)} gone since they were embedded "
+            f"{changed} changed in size and {len(report.gone)} gone since they were embedded "
             f"({examples}): their old rows stay; to be without them, embed into a new folder"
         )
     if report.failed:
-        lines.append(f"{report.failed} files could not be used; {report.out / 'errors.parquet'} says why")
+        lines.append(f"{count(report.failed, 'file')} could not be used; {report.out / 'errors.parquet'} says why")
     return lines
 
 

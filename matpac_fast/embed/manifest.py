@@ -180,7 +180,10 @@ def _listed(source: Path) -> list[str]:
     except OSError as error:
         raise AudioError(f"{source}: cannot be read: {error.strerror}") from None
     if any(b"\0" in line for line in lines):
-        raise AudioError(f"{source}: neither a folder nor a list of audio files, one path a line")
+        raise AudioError(
+            f"{source}: no text; expected a folder, or a text file with one path of audio a line: to embed this file "
+            f"alone, write its path into one; for all beside it, give {source.parent}"
+        )
     names = (os.fsdecode(line.rstrip(b"\r")) for line in lines)
     return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
 

@@ -52,9 +52,14 @@ def test_the_summary_says_who_did_what_and_what_was_the_limit():
         "200 embeddings of 2.00 h of audio in 40.0 s, 180 times real time; the model was the limit",
         "6 files could not be used; o/errors.parquet says why",
     ]
-    report = Report(files=2, total=2, rows=5, model_seconds=1.0, waited_seconds=2.0, out=Path("o"))
-    assert embed.summary(report)[0] == "2 files embedded in o"
-    assert embed.summary(report)[1].endswith("decoding was the limit")
+    report = Report(
+        files=1, total=1, rows=1, audio_seconds=4.5, model_seconds=1.0, waited_seconds=2.0, changed=["a"], out=Path("o")
+    )
+    assert embed.summary(report)[:2] == [
+        "1 file embedded in o",
+        "1 embedding of 4.5 s of audio in 3.0 s, 1.50 times real time; decoding was the limit",
+    ]
+    assert embed.summary(report)[2].startswith("1 file changed in size and 0 gone")
 
 
 def test_progress_is_told_in_total_and_of_this_worker(monkeypatch):
@@ -132,6 +137,8 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys):
     assert "hop needs temporal_support" in capsys.readouterr().err
     assert cli.main(command(tmp_path / "nowhere", tmp_path / "out")) == cli.FAILED
     assert "no such folder" in capsys.readouterr().err
+    assert cli.main(command(source / "0.wav", tmp_path / "out")) == cli.FAILED
+    assert "0.wav: no text; expected a folder, or a text file with one path" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -233,7 +233,7 @@ def test_a_list_of_files(source, tmp_path):
         "\\xff.wav": "the name is not UTF-8: rename the file",
     }
     assert report.total == 5
-    with pytest.raises(AudioError, match=r"neither a folder nor a list of audio files"):
+    with pytest.raises(AudioError, match=r"no text; expected a folder, or a text file with one path"):
         embed_collection(source / "0.wav", tmp_path / "other", crew.Tiny())
     (source / "list.txt").write_text("\n\n")
     with pytest.raises(AudioError, match="no audio files in this list"):
