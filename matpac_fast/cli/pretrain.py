@@ -17,7 +17,7 @@ import tyro
 from ..config import PRESETS, MatpacConfig
 from ..errors import ConfigError
 from ..train.config import Precision, TrainConfig, fit_to_run
-from ..train.logs import Record, Reporter, Reporters
+from ..train.logs import Record, Reporter, Reporters, read_log
 from ..train.sampler import Short
 from ._progress import unbreakable_console
 
@@ -172,16 +172,25 @@ def main(
             done = 0 if stored is None else steps_done(out)
             print(estimate(clips, model, train, target, int(os.environ.get("WORLD_SIZE", "1")), done))
         return 0
+    complete = stored is not None and first and _is_complete(out, train.steps)
     with _Watcher(train, quiet=not first) as watcher, _Signals(watcher) as signals:
         reporter = _reporters(out, watcher, tensorboard) if first else None
-        probe = _probe(probe_data, probe_clips, target, watcher) if first and probe_data else None
+        probe = _probe(probe_data, probe_clips, target, watcher) if first and probe_data and not complete else None
         result = pretrain(clips, out, model, train, target, init, reporter, signals.caught, probe)
+    if complete:
+        watcher.say("nothing to do, the run was complete already" + (": nothing was probed" if probe_data else ""))
     watcher.say(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {train.steps}: {out}")
     if result.finished:
         watcher.say(f"next: matpac-fast embed AUDIO --encoder {out} --out embeddings/")
         return 0
     watcher.say("the same command goes on from here")
     return 128 + (signals.number or signal.SIGTERM)  # where another process was asked to stop, all of them do
+
+
+def _is_complete(run: Path, steps: int) -> bool:
+    from ..train.state import steps_done
+
+    return steps_done(run) == steps and any(record.get("event") == "finished" for record in read_log(run / "log.jsonl"))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -64,14 +64,17 @@ class Curves(Reporter):
 
 
 def draw_curves(log: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """The curves of a log as a PNG; without matplotlib.pyplot, whose state belongs to the main thread."""
+    """The curves of a log as a PNG, none where it has no numbers yet; without matplotlib.pyplot, whose state belongs to
+    the main thread."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = read_log(log)
     lines = [record for record in records if "loss" in record]
     probes = [record for record in records if record.get("event") == "probe"]
-    panels = [(title, names, lines) for title, names in _PANELS] + [(*_PROBE, probes)] * bool(probes)
+    panels = [(title, names, lines) for title, names in _PANELS] * bool(lines) + [(*_PROBE, probes)] * bool(probes)
+    if not panels:  # stopped before the first line
+        return
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -104,7 +107,9 @@ class TensorBoard(Reporter):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError(f"--tensorboard needs it ({error}): pip install 'matpac_fast[tensorboard]'") from error
+            raise ConfigError(
+                f"--tensorboard needs the package tensorboard ({error}): pip install 'matpac_fast[tensorboard]'"
+            ) from error
         self._folder, self._make = os.fspath(folder), SummaryWriter
         self._writer: SummaryWriter | None = None
 

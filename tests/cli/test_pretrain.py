@@ -68,7 +68,11 @@ def test_a_run_ends_with_an_encoder_and_goes_on_without_options(corpus, tmp_path
     assert encoder.embedding_dim == 960
     # Finished already: the run's own options are taken, nothing is trained.
     assert run(corpus, "--out", out, "--device", "cpu") == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"finished at step 4 of 4: {out}"
+    done = ["nothing to do, the run was complete already", f"finished at step 4 of 4: {out}"]
+    assert capsys.readouterr().out.splitlines()[:2] == done
+    # Nor is anything read to be probed.
+    assert run(corpus, "--out", out, "--device", "cpu", "--probe-data", tmp_path / "nowhere") == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{done[0]}: nothing was probed"
     assert run(corpus, "--out", out, "--device", "cpu", "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("about 0:00:00 for the 0 steps that are left")
 

@@ -83,6 +83,12 @@ def test_curves_show_what_is_there(tmp_path):
     assert size(tmp_path / "b.png")[1] > size(tmp_path / "a.png")[1]  # one row of panels more
 
 
+def test_no_picture_is_drawn_of_nothing(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "stopped", "step": 1}\n')
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_every_score_is_drawn_and_no_legend_covers_one(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
