@@ -255,7 +255,7 @@ def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -
     return attention.proj(torch.cat(out))
 
 
-# (argument, device, dtype) -> the encoder, in evaluation mode on the device; it may take num_heads by name.
+# (argument, device, dtype) -> the encoder, on the device; it may take num_heads by name.
 Loader: TypeAlias = "Callable[..., AudioEncoder]"
 
 
@@ -496,4 +496,4 @@ def _load_registered(
     encoder = load(argument, device, dtype, **options)
     if not isinstance(encoder, AudioEncoder):
         raise CheckpointError(f"encoder {name!r}: {where} gave a {type(encoder).__name__}, not an AudioEncoder")
-    return encoder
+    return encoder.eval()

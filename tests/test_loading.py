@@ -128,6 +128,7 @@ def test_other_packages_register_encoders(monkeypatch, tmp_path):
     encoder = load_encoder("constant:/w/weights.pt", "cpu", dtype="bfloat16")
     assert encoder.name == "constant of /w/weights.pt on cpu in torch.bfloat16"
     assert encoder.embed(noise(8), SECOND).values.tolist() == [[1.0, 1.0, 1.0]]
+    assert not encoder.training  # though load_constant does nothing for it
     with pytest.raises(ConfigError, match="is a Constant; expected a MATPAC encoder"):
         get_matpac("constant")
     with pytest.raises(CheckpointError, match="encoder 'broken': a_package_that_is_not_there:load does not load"):
