@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -79,7 +80,10 @@ class AudioEncoder(nn.Module):
 
         L is 1 with layers "last".
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward_pieces; write forward_pieces(self, pieces, pool, layers), which "
+            "every AudioEncoder needs"
+        )
 
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
         """`forward_pieces` for one batch of pieces of several shapes, one tensor a shape."""
@@ -160,7 +164,8 @@ class AudioEncoder(nn.Module):
             audio: a wave (S,), mono, float in [-1, 1] or int16; a batch of them of one length, (B, S); the path of an
                 audio file, whose channels are averaged; or a list of waves and paths, of any lengths. One sample is
                 enough: what is shorter than `min_samples` is padded with zeros at the end.
-            sample_rate: of the waves, in Hz; resampled (soxr HQ) where it is not the encoder's. Paths need none.
+            sample_rate: of the waves, in Hz; resampled (soxr HQ) where it is not the encoder's. A file says its
+                own: a path needs none and refuses another; in a list it is that of the waves alone.
             temporal_support: seconds of audio that one embedding sees; None: the whole clip in one embedding.
             hop: seconds from window to window; the temporal support by default.
             pool: "mean", one embedding a window; "none", one a frame.
@@ -182,7 +187,7 @@ class AudioEncoder(nn.Module):
             if isinstance(audio, (list, tuple)):
                 return list(extract(self, self._clips(audio, sample_rate), windowing, batch_size))
             if isinstance(audio, (str, os.PathLike)):
-                return next(extract(self, self._clips([audio], None), windowing, batch_size))
+                return next(extract(self, [self._read(audio, sample_rate)], windowing, batch_size))
             waves = self._wave(audio, sample_rate, "embed: wave")  # type: ignore[arg-type] # (S,) or (B, S)
             found = list(extract(self, waves.reshape(-1, waves.shape[-1]), windowing, batch_size))
             if waves.ndim == 1:
@@ -291,12 +296,22 @@ class AudioEncoder(nn.Module):
             wave = torch.from_numpy(rows).reshape(*wave.shape[:-1], -1)
         return wave.to(self.device)
 
+    def _read(self, path: str | os.PathLike[str], sample_rate: int | None = None) -> Tensor:
+        """The audio of a file, at the encoder's rate; `sample_rate` is what the caller thinks that the file has."""
+        from .audio.decode import AudioFile
+
+        with AudioFile(path) as file:
+            if sample_rate is not None and _check_rate(sample_rate, "embed") != file.sample_rate:
+                raise ConfigError(
+                    f"embed: sample_rate is {sample_rate}, and {os.fspath(path)} is at {file.sample_rate} Hz; leave "
+                    "it out, since a file says its own"
+                )
+            return torch.from_numpy(np.concatenate(list(file.blocks(self.sample_rate)))).to(self.device)
+
     def _clips(self, clips: Iterable[Clip], sample_rate: int | None) -> Iterator[Tensor]:
         for i, clip in enumerate(clips):
             if isinstance(clip, (str, os.PathLike)):
-                from .audio.decode import read_audio
-
-                yield torch.from_numpy(read_audio(clip, self.sample_rate)).to(self.device)
+                yield self._read(clip)
             else:
                 yield self._wave(clip, sample_rate, f"embed: clip {i}", dims=(1,))
 
@@ -309,6 +324,6 @@ class AudioEncoder(nn.Module):
 
 
 def _check_rate(sample_rate: int, what: str) -> int:
-    if not sample_rate > 0:
-        raise ConfigError(f"{what}: sample_rate is {sample_rate}; expected Hz, above 0")
+    if not isinstance(sample_rate, numbers.Real) or not sample_rate > 0:
+        raise ConfigError(f"{what}: sample_rate is {sample_rate!r}; expected Hz, above 0")
     return sample_rate

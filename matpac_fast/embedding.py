@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,16 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.start)
 
+    def __repr__(self) -> str:
+        kind = str(self.values.dtype).removeprefix("torch.")
+        said = f"Embeddings of shape {tuple(self.values.shape)}, {kind} on {self.values.device}"
+        if len(self):
+            seen = self.end - self.start
+            least, most = f"{seen.min().item():.6g}", f"{seen.max().item():.6g}"
+            said += f", from {self.start.min().item():.6g} to {self.end.max().item():.6g} s"
+            said += f", of {most if least == most else f'{least} to {most}'} s each"
+        return f"<{said}>"
+
 
 @dataclass(frozen=True)
 class Windowing:
@@ -62,10 +73,15 @@ class Windowing:
         sizes = []
         for name in ("temporal_support", "hop"):
             seconds = getattr(self, name)
-            n = 0 if seconds is None or not np.isfinite(seconds) else round(seconds * sample_rate)
-            if seconds is not None and n < 1:
+            if seconds is None:
+                sizes.append(None)
+                continue
+            if not isinstance(seconds, numbers.Real):
+                raise ConfigError(f"embed: {name} is {seconds!r}, a {type(seconds).__name__}; expected seconds, as 2.0")
+            n = round(float(seconds) * sample_rate) if np.isfinite(float(seconds)) else 0
+            if n < 1:
                 raise ConfigError(f"embed: {name} is {seconds} s; expected at least one sample, {1 / sample_rate:g} s")
-            sizes.append(None if seconds is None else n)
+            sizes.append(n)
         return sizes[0], sizes[0] if sizes[1] is None else sizes[1]
 
     def spans(self, n_samples: int, sample_rate: int) -> np.ndarray:
@@ -235,7 +251,10 @@ class _Batches:
         """The network's results, or None where more than one piece at a time does not fit into memory."""
         try:
             pieces = [torch.stack([piece for piece, _, _ in jobs]) for jobs in groups]
-            return self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
+            results = self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
+            for piece, found in zip(pieces, results, strict=True):
+                self._check(found, len(piece))
+            return results
         except RuntimeError as error:
             if sum(map(len, groups)) == 1 or not is_out_of_memory(error):
                 raise
@@ -243,6 +262,17 @@ class _Batches:
         if groups[0][0][0].is_cuda:
             torch.cuda.empty_cache()
         return None
+
+    def _check(self, found: Tensor, n: int) -> None:
+        """What a network of somebody else's may have got wrong, and what would else be embeddings of another width."""
+        network, frames = self._network, ["T"] * (self._windowing.pool == "none")
+        layers = network.n_layers if self._windowing.layers == "all" else 1
+        if tuple(found.shape) != (n, layers, *found.shape[2 : 2 + len(frames)], network.embedding_dim):
+            wanted = ", ".join(map(str, [n, layers, *frames, network.embedding_dim]))
+            raise ConfigError(
+                f"{network.name}: forward_pieces gave {tuple(found.shape)} with pool {self._windowing.pool!r}; "
+                f"expected ({wanted}): pieces, layers, {'frames, ' * len(frames)}embedding_dim"
+            )
 
 
 def _deliver(jobs: list[_Job], results: Tensor) -> None:

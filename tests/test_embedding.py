@@ -271,6 +271,9 @@ def test_many_windows_of_a_long_clip_do_not_keep_it_alive(encoder):
         (np.zeros(8), {"hop": 0.1}, ConfigError, "hop is 0.1 s without a temporal_support; give both, or neither"),
         (np.zeros(8), {"sample_rate": None}, ConfigError, "needs a sample_rate"),
         (np.zeros(8), {"sample_rate": 0}, ConfigError, "sample_rate is 0; expected Hz"),
+        (np.zeros(8), {"sample_rate": "16000"}, ConfigError, "sample_rate is '16000'; expected Hz"),
+        (np.zeros(8), {"temporal_support": "2"}, ConfigError, "temporal_support is '2', a str; expected seconds"),
+        (np.zeros(8), {"temporal_support": 1, "hop": [1]}, ConfigError, r"hop is \[1\], a list; expected seconds"),
         (np.zeros(8), {"batch_size": 0}, ConfigError, "batch_size is 0"),
         (np.zeros(1), {"sample_rate": 192_000}, AudioError, "no audio, at 16000 Hz"),
     ],
@@ -316,3 +319,37 @@ def test_other_encoders_get_windows_batches_and_streams_for_free():
         encoder.embed(wave, 8_000, pool="none")
     with pytest.raises(ConfigError, match="give temporal_support"):
         encoder.stream(8_000)
+
+
+def test_a_files_own_rate_is_not_to_be_contradicted(encoder, folder):
+    import soundfile
+
+    soundfile.write(folder / "rate.wav", noise(8_000), 44_100)
+    want = encoder.embed(folder / "rate.wav").values
+    assert torch.equal(encoder.embed(folder / "rate.wav", 44_100).values, want)
+    with pytest.raises(ConfigError, match=r"sample_rate is 16000, and .*rate\.wav is at 44100 Hz; leave it out"):
+        encoder.embed(str(folder / "rate.wav"), SECOND)
+    found = encoder.embed([folder / "rate.wav", noise(8_000)], SECOND)
+    torch.testing.assert_close(found[0].values, want, rtol=0, atol=1e-5)
+    assert found[1].end.item() == 0.5
+
+
+@pytest.mark.parametrize(("pool", "wanted"), [("mean", r"\(1, 1, 3\)"), ("none", r"\(1, 1, T, 3\)")])
+def test_an_encoder_that_gives_another_width_is_told(pool, wanted):
+    class Wide(Loudness):
+        name, embedding_dim, frame_samples = "wide", 3, 4
+
+    with pytest.raises(ConfigError, match=rf"wide: forward_pieces gave \(1, 1, 2\) .*expected {wanted}"):
+        Wide().embed(noise(8), 8_000, pool=pool)
+
+
+def test_an_encoder_without_a_network_says_what_to_write():
+    with pytest.raises(NotImplementedError, match="AudioEncoder has no forward_pieces; write forward_pieces"):
+        AudioEncoder().embed(noise(8), SECOND)
+
+
+def test_embeddings_are_shown_by_shape_and_times(encoder):
+    found = encoder.embed(noise(40_000), SECOND, 1.0)
+    assert repr(found) == "<Embeddings of shape (3, 160), float32 on cpu, from 0 to 2.5 s, of 0.5 to 1 s each>"
+    assert repr(encoder.embed(noise(40_000), SECOND)).endswith("from 0 to 2.5 s, of 2.5 s each>")
+    assert "(0, 160), float32 on cpu>" in repr(encoder.stream(SECOND, 1.0).push(noise(8)))
