@@ -157,7 +157,7 @@ def test_files_that_changed_or_vanished_since_are_said_and_their_rows_stay(sourc
     del before[shard.name]
     assert before.items() <= {path.name: path.read_bytes() for path in out.glob("shard-*")}.items()
     assert summary(report)[-2] == (
-        "1 files changed in size and 1 gone since they were embedded (0.wav, 1.wav): their old rows stay; "
+        "1 file changed in size and 1 gone since they were embedded (0.wav, 1.wav): their old rows stay; "
         "to be without them, embed into a new folder"
     )
     # What is embedded now, or tried again, is as the folder knows it.
