@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from matpac_fast._cores import n_cores
+
 KINDS = {  # name -> libsndfile's format and subtype
     "pcm16.wav": ("WAV", "PCM_16"),
     "float.wav": ("WAV", "FLOAT"),
@@ -196,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=n_cores())
     parser.add_argument("--seconds", type=float, default=20.0, help="that one file may take")
     parser.add_argument("--keep", type=Path, help="a folder for the files of the findings")
     options = parser.parse_args()

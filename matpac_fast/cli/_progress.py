@@ -53,7 +53,7 @@ def progress(title: str, unit: str) -> Iterator[Update]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, rate="", note="")
 
-        rate_so_far = _Rate()
+        rate_so_far = Rate()
 
         def update(done: int, total: int, note: str = "") -> None:
             bar.update(task, completed=done, total=total, rate=told_rate(rate_so_far(done)), note=note)
@@ -61,13 +61,13 @@ def progress(title: str, unit: str) -> Iterator[Update]:
         yield update
 
 
-class _Rate:
+class Rate:
     """What is done a second since the first call, whose count an earlier run may have done in part."""
 
     def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
+        self._first: tuple[float, float] | None = None
 
-    def __call__(self, done: int) -> float:
+    def __call__(self, done: float) -> float:
         now = time.monotonic()
         if self._first is None:
             self._first = now, done
@@ -91,7 +91,7 @@ class _Lines:
     def __init__(self, console: Any, title: str, unit: str):
         self._console, self._title, self._unit = console, title, unit
         self._last = time.monotonic()
-        self._rate = _Rate()
+        self._rate = Rate()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         rate = self._rate(done)

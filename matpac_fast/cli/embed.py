@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ..weights import DEFAULT
-from ._progress import Update, progress, told_rate
+from ._progress import Rate, Update, progress, told_rate
 from ._quiet import quiet_libraries
 from ._words import count, length
 
@@ -152,17 +151,15 @@ def summary(report: Report) -> list[str]:
 
 
 def _told(update: Update) -> Callable[[Progress], None]:
-    began: float | None = None
+    rate_so_far = Rate()
 
     def tell(progress: Progress) -> None:
-        nonlocal began
-        now = time.monotonic()
-        began = now if began is None else began
+        rate = rate_so_far(progress.own_seconds)
         note = f"{progress.files}/{progress.total_files} files"
         if progress.workers > 1:
             note += f", {progress.workers} workers, this one {progress.own_files} files"
-            if now > began and progress.own_seconds:
-                note += f" at {told_rate(progress.own_seconds / (now - began))}"
+            if rate:
+                note += f" at {told_rate(rate)}"
         update(int(progress.seconds), int(progress.total_seconds), note)
 
     return tell

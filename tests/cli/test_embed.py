@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from matpac_fast import cli
-from matpac_fast.cli import embed
+from matpac_fast.cli import _progress, embed
 from matpac_fast.config import MatpacConfig
 from matpac_fast.embed import writer
 from matpac_fast.embed.extract import Progress, Report
@@ -65,7 +65,7 @@ def test_the_summary_says_who_did_what_and_what_was_the_limit():
 def test_progress_is_told_in_total_and_of_this_worker(monkeypatch):
     told = []
     now = iter([0.0, 10.0, 12.0])
-    monkeypatch.setattr(embed.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: next(now))
     tell = embed._told(lambda done, total, note="": told.append((done, total, note)))
     tell(Progress(seconds=61.7, total_seconds=600.2, files=5, total_files=50))
     tell(Progress(61.7, 600.2, 5, 50, own_files=2, own_seconds=25.0, workers=3))
