@@ -2,9 +2,10 @@
 // csrc/cpu/log_mel_emulated.cpp on the host, where tests execute it block by block.
 //
 // A tile is 32 consecutive frames of a clip, one a lane; the warps share out the 16 rows and 13 columns of the
-// transform (fft400.h) and the mels. So no lane ever meets another, every table is read by a whole warp at one address,
-// and neighbouring lanes read neighbouring words. Between the steps lies a barrier:
-//   load     the tile's samples, each once
+// transform (fft400.h). So no lane ever meets another, every table is read by a whole warp at one address, and
+// neighbouring lanes read neighbouring words. Of the mels, whose bands are short, a warp takes four at a time and a
+// lane four frames of one. Between the steps lies a barrier:
+//   put      the tile's samples, fetched one tile ahead
 //   rows     window and 25-point DFTs, samples -> spectrum
 //   columns  16-point DFTs, spectrum -> powers, which take the memory of the samples
 //   mels     banded mel, logarithm, normalisation, one coalesced store
@@ -24,6 +25,7 @@ using namespace fft400;
 constexpr int kFrames = 32;  // a tile's: the lanes of a warp
 constexpr int kWarps = 16;   // a row each; two such blocks fit on a multiprocessor of 228 or 164 KB
 constexpr int kThreads = kWarps * 32;
+constexpr int kFetchRows = 3, kFetchTurns = 5;  // a piece of the samples: a hop of 160 makes a tile one piece
 
 // Arithmetic on one float a lane.
 struct Lane {
@@ -41,6 +43,16 @@ struct Lane {
     bits -= int32_t(uint32_t(exponent) << 23);
     memcpy(&m, &bits, sizeof(bits));
     e = float(exponent);
+  }
+  // Of a number in [sqrt(1/2), sqrt(2)). __log2f would also prepare for subnormal ones: three instructions for one.
+  static MATPAC_FFT float log2(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return log2f(x);
+#endif
   }
 };
 
@@ -60,8 +72,10 @@ struct Plan {
   LogMelArgs args;
   LogNormaliser normaliser;
   uint32_t tiles_per_clip, tiles;
-  int hop;    // of the samples in memory: at most a window, since what lies between windows is not loaded
+  int last_frames;  // of a clip's last tile
+  int hop;
   int pitch;  // odd, so that the lanes' samples lie in different banks
+  int column_pieces, pieces;
   float log_offset, mean, inverse_std;
 
   explicit Plan(const LogMelArgs& a) : args(a), normaliser(a.mean, a.std) {
@@ -69,13 +83,23 @@ struct Plan {
     if (a.batch > INT32_MAX / per_clip) throw std::invalid_argument("log_mel: the wave is too long for one launch");
     tiles_per_clip = uint32_t(per_clip);
     tiles = uint32_t(a.batch * per_clip);
-    hop = a.hop < kSize ? int(a.hop) : kSize;
+    last_frames = int(a.frames - (per_clip - 1) * kFrames);
+    if (a.hop > kSize) throw std::invalid_argument("log_mel: on CUDA the hop is a window of 400 samples at most");
+    hop = int(a.hop);
     pitch = hop | 1;
+    const auto parts = [](int n, int size) { return (n + size - 1) / size; };
+    column_pieces = parts(hop, kFetchTurns * kFrames);
+    pieces = parts(sample_rows(), kFetchRows * kWarps) * column_pieces;
     log_offset = float(a.log_offset), mean = float(a.mean), inverse_std = float(1 / a.std);
   }
+  // The first tile of a block; it takes all before the next block's.
+  MATPAC_FFT uint32_t first_tile(uint32_t block, uint32_t blocks) const {
+    return uint32_t(uint64_t(tiles) * block / blocks);
+  }
+  int sample_rows() const { return kFrames + (kSize - 1) / hop; }
   // Floats that the samples and, later, the powers take.
   int sample_floats() const {
-    const int samples = (kFrames + (kSize - 1) / hop) * pitch;
+    const int samples = sample_rows() * pitch;
     const int powers = kBins * kFrames;
     return samples > powers ? samples : powers;
   }
@@ -85,7 +109,7 @@ struct Plan {
 // Tables of a block, filled once: how a row takes a sample, two samples a load, and where a column's powers go.
 struct Tap {
   float window;
-  int32_t offset;  // of the frame's first sample
+  int32_t offset;  // from the frame's first sample, in bytes: one addition a sample
 };
 struct alignas(16) Taps {
   Tap pair[2];
@@ -114,17 +138,22 @@ inline int Plan::shared_bytes() const {
              sizeof(float) * (kRows * kRowPoints * kFrames + sample_floats()));
 }
 
-// One tile of the wave.
+// One tile of the wave. A block takes some that follow each other: the next one is found without a division.
 struct Tile {
-  int64_t clip, first;  // frame
-  int frames;
+  uint32_t clip, in_clip;
 
   MATPAC_FFT Tile(const Plan& plan, uint32_t index) {
-    const uint32_t quotient = index / plan.tiles_per_clip;
-    clip = quotient;
-    first = int64_t(index - quotient * plan.tiles_per_clip) * kFrames;
-    const int64_t left = plan.args.frames - first;
-    frames = left < kFrames ? int(left) : kFrames;
+    clip = index / plan.tiles_per_clip;
+    in_clip = index - clip * plan.tiles_per_clip;
+  }
+  MATPAC_FFT Tile next(const Plan& plan) const {
+    Tile next = *this;
+    if (++next.in_clip == plan.tiles_per_clip) next.in_clip = 0, ++next.clip;
+    return next;
+  }
+  MATPAC_FFT int64_t first() const { return int64_t(in_clip) * kFrames; }  // frame
+  MATPAC_FFT int frames(const Plan& plan) const {
+    return in_clip + 1 == plan.tiles_per_clip ? plan.last_frames : kFrames;
   }
 };
 
@@ -134,107 +163,171 @@ MATPAC_FFT void fill_tables(const Plan& plan, const Shared& shared, int thread) 
     const int b = i / kRowPoints, a = i - b * kRowPoints, n = sample_of(b, a), q = n / plan.hop;
     Tap& tap = shared.taps[b * kTaps + a / 2].pair[a % 2];
     tap.window = float(plan.args.window[n] * scale);
-    tap.offset = q * plan.pitch + (n - q * plan.hop);
+    tap.offset = int(sizeof(float)) * (q * plan.pitch + (n - q * plan.hop));
   }
   for (int i = thread; i < kColumns * 16; i += kThreads) {
     shared.places[i / 4].at[i % 4] = bin_of(i / 16, i % 16) * kFrames;
   }
 }
 
-// A warp takes a row of `hop` samples at a time, so that addresses within it differ by constants alone.
+// A thread's samples of a piece on their way: a warp takes rows of `hop` samples, so that addresses within one differ
+// by constants alone. Calls each(row, turn, sample, place) for those that the tile has: where a sample is in the tile's
+// wave and where it goes.
 template <typename In>
-MATPAC_FFT void load(const Plan& plan, const Shared& shared, const Tile& tile, int thread) {
-  constexpr int kAtOnce = 5;  // reads in flight: a hop of 160 samples is one round
-  const int lane = thread % kFrames, warp = thread / kFrames;
-  const int64_t first = tile.clip * plan.args.stride + (tile.first + warp) * plan.args.hop + lane;
-  const In* wave = static_cast<const In*>(plan.args.wave) + first;
-  float* samples = shared.samples + warp * plan.pitch + lane;
-  // From this lane's first sample of the row to the end of the tile.
-  int left = (tile.frames - 1 - warp) * plan.hop + kSize - lane;
-  for (; left > -lane; left -= kWarps * plan.hop, wave += kWarps * plan.args.hop, samples += kWarps * plan.pitch) {
-    const int in_row = plan.hop - lane;
-    const In* from = wave;
-    float* to = samples;
-    MATPAC_NO_UNROLL
-    for (int n = left < in_row ? left : in_row; n > 0; n -= kAtOnce * kFrames) {
-      In some[kAtOnce];
-      MATPAC_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (i * kFrames < n) some[i] = from[i * kFrames];
-      }
-      MATPAC_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (i * kFrames < n) to[i * kFrames] = float(some[i]);
-      }
-      from += kAtOnce * kFrames, to += kAtOnce * kFrames;
+struct Samples {
+  In at[kFetchRows][kFetchTurns];
+};
+
+template <typename Fn>
+MATPAC_FFT void each_sample(const Plan& plan, const Tile& tile, int thread, int piece, const Fn& each) {
+  const int first_row = piece / plan.column_pieces * kFetchRows * kWarps + thread / kFrames;
+  const int column = piece % plan.column_pieces * kFetchTurns * kFrames + thread % kFrames;
+  const int span = (tile.frames(plan) - 1) * plan.hop + kSize;
+  MATPAC_UNROLL
+  for (int i = 0; i < kFetchRows; ++i) {
+    const int row = first_row + i * kWarps, in_tile = span - row * plan.hop;
+    const int left = (in_tile < plan.hop ? in_tile : plan.hop) - column;
+    if (left <= 0) continue;
+    const int sample = row * plan.hop + column, place = row * plan.pitch + column;
+    MATPAC_UNROLL
+    for (int j = 0; j < kFetchTurns; ++j) {
+      if (j * kFrames < left) each(i, j, sample + j * kFrames, place + j * kFrames);
     }
   }
 }
 
-MATPAC_FFT void rows(const Plan& plan, const Shared& shared, int thread) {
-  const int lane = thread % kFrames;
-  const float* samples = shared.samples + lane * plan.pitch;
-  for (int b = thread / kFrames; b < kRows; b += kWarps) {
-    const Taps* taps = shared.taps + b * kTaps;
-    float* out = shared.spectrum + b * kRowPoints * kFrames + lane;
-    row<Lane>(
-        [=](int a) {
-          const Taps two = taps[a / 2];
-          return samples[two.pair[a % 2].offset] * two.pair[a % 2].window;
-        },
-        [=](int i, float value) { out[i * kFrames] = value; });
+template <typename In>
+MATPAC_FFT void fetch(const Plan& plan, const Tile& tile, int thread, int piece, Samples<In>& samples) {
+  const In* wave = static_cast<const In*>(plan.args.wave) + tile.clip * plan.args.stride + tile.first() * plan.args.hop;
+  each_sample(plan, tile, thread, piece, [&](int i, int j, int sample, int) { samples.at[i][j] = wave[sample]; });
+}
+
+template <typename In>
+MATPAC_FFT void put(const Plan& plan, const Shared& shared, const Tile& tile, int thread, int piece,
+                    const Samples<In>& samples) {
+  each_sample(plan, tile, thread, piece,
+              [&](int i, int j, int, int place) { shared.samples[place] = float(samples.at[i][j]); });
+}
+
+// All of a tile's samples, the first piece of which has been fetched.
+template <typename In>
+MATPAC_FFT void put_all(const Plan& plan, const Shared& shared, const Tile& tile, int thread, Samples<In>& samples) {
+  put(plan, shared, tile, thread, 0, samples);
+  MATPAC_NO_UNROLL
+  for (int piece = 1; piece < plan.pieces; ++piece) {
+    fetch(plan, tile, thread, piece, samples);
+    put(plan, shared, tile, thread, piece, samples);
   }
+}
+
+// A warp has a row, or a column, or none.
+static_assert(kWarps == kRows && kWarps >= kColumns);
+
+MATPAC_FFT void rows(const Plan& plan, const Shared& shared, int thread) {
+  const int lane = thread % kFrames, b = thread / kFrames;
+  const char* samples = reinterpret_cast<const char*>(shared.samples + lane * plan.pitch);
+  const Taps* taps = shared.taps + b * kTaps;
+  float* out = shared.spectrum + b * kRowPoints * kFrames + lane;
+  row<Lane>(
+      [=](int a) {
+        const Taps two = taps[a / 2];
+        const Tap& tap = two.pair[a % 2];
+        return *reinterpret_cast<const float*>(samples + tap.offset) * tap.window;
+      },
+      [=](int i, float value) { out[i * kFrames] = value; });
 }
 
 MATPAC_FFT void columns(const Shared& shared, int thread) {
-  const float* spectrum = shared.spectrum + thread % kFrames;
-  float* powers = shared.samples + thread % kFrames;
-  for (int c = thread / kFrames; c < kColumns; c += kWarps) {
-    const auto entry = [=](int b, int i) { return spectrum[(b * kRowPoints + i) * kFrames]; };
-    const Places* places = shared.places + c * 4;
-    const auto put = [=](int j, float value) { powers[places[j / 4].at[j % 4]] = value; };
-    if (c == 0) {
-      column_real<Lane>([=](int b) { return entry(b, 0); }, put);
-    } else {
-      column<Lane>([=](int b) { return entry(b, 2 * c - 1); }, [=](int b) { return entry(b, 2 * c); }, put);
-    }
+  const int lane = thread % kFrames, c = thread / kFrames;
+  if (c >= kColumns) return;
+  const float* spectrum = shared.spectrum + lane;
+  float* powers = shared.samples + lane;
+  const auto entry = [=](int b, int i) { return spectrum[(b * kRowPoints + i) * kFrames]; };
+  const Places* places = shared.places + c * 4;
+  const auto put = [=](int j, float value) { powers[places[j / 4].at[j % 4]] = value; };
+  if (c == 0) {
+    column_real<Lane>([=](int b) { return entry(b, 0); }, put);
+  } else {
+    column<Lane>([=](int b) { return entry(b, 2 * c - 1); }, [=](int b) { return entry(b, 2 * c); }, put);
   }
 }
 
-// Bins of a mel and its weights come in fours: the weights of all lanes are the same, and one load brings four.
+// Bins of a mel and its weights come in fours, as many for the four mels of a warp: one load brings four weights, one a
+// bin's powers of four frames.
+constexpr int kFour = 4;
 struct alignas(16) Band {
   int32_t first, fours, weights, unused;
 };
-struct alignas(16) Weights {
-  float at[4];
+struct alignas(16) Four {
+  float at[kFour];
 };
+
+// kWide values a store.
+template <int kWide, typename Out>
+MATPAC_FFT void store(Out* to, const float* from, int left) {
+  struct alignas(sizeof(Out) * kWide) Wide {
+    Out at[kWide];
+  };
+  MATPAC_UNROLL
+  for (int i = 0; i < kFour; i += kWide) {
+    if (i >= left) break;
+    Wide wide;
+    MATPAC_UNROLL
+    for (int j = 0; j < kWide; ++j) wide.at[j] = Out(from[i + j]);
+    *reinterpret_cast<Wide*>(to + i) = wide;
+  }
+}
 
 template <typename Out>
 MATPAC_FFT void mels(const Plan& plan, const Shared& shared, const Tile& tile, int thread) {
   const LogMelArgs& args = plan.args;
-  const int lane = thread % kFrames, warp = thread / kFrames;
-  if (lane >= tile.frames) return;
-  const float* powers = shared.samples + lane;
-  const Weights* all_weights = static_cast<const Weights*>(args.weights);
+  const int lane = thread % kFrames, frame = lane % (kFrames / kFour) * kFour, left = tile.frames(plan) - frame;
+  if (left <= 0) return;
+  const float* powers = shared.samples + frame;
+  const Four* all_weights = static_cast<const Four*>(args.weights);
   const Band* bands = reinterpret_cast<const Band*>(args.bands);
-  Out* out = static_cast<Out*>(args.out) + (tile.clip * args.n_mels + warp) * args.frames + tile.first + lane;
-  const int64_t step = kWarps * args.frames;
+  const int first = thread / kFrames * kFour + lane / (kFrames / kFour);
+  Out* out = static_cast<Out*>(args.out) + (tile.clip * args.n_mels + first) * args.frames + tile.first() + frame;
   MATPAC_NO_UNROLL
-  for (int m = warp; m < args.n_mels; m += kWarps, out += step) {
+  for (int m = first; m < args.n_mels; m += kWarps * kFour, out += kWarps * kFour * args.frames) {
     const Band band = bands[m];
     const float* power = powers + band.first * kFrames;
-    const Weights* weights = all_weights + band.weights;
-    float mel = plan.log_offset;
+    const Four* weights = all_weights + band.weights;
+    float mel[kFour];
+    MATPAC_UNROLL
+    for (int i = 0; i < kFour; ++i) mel[i] = plan.log_offset;
     MATPAC_NO_UNROLL
-    for (int left = band.fours; left > 0; --left, power += 4 * kFrames, ++weights) {
-      const Weights w = *weights;
+    for (int fours = band.fours; fours > 0; --fours, power += kFour * kFrames, ++weights) {
+      const Four w = *weights;
       MATPAC_UNROLL
-      for (int j = 0; j < 4; ++j) mel = Lane::fma(power[j * kFrames], w.at[j], mel);
+      for (int j = 0; j < kFour; ++j) {
+        const Four p = *reinterpret_cast<const Four*>(power + j * kFrames);
+        MATPAC_UNROLL
+        for (int i = 0; i < kFour; ++i) mel[i] = Lane::fma(p.at[i], w.at[j], mel[i]);
+      }
     }
-    float y = plan.normaliser.of<Lane>(mel);
+    float y[kFour];
+    bool normal = true;
+    MATPAC_UNROLL
+    for (int i = 0; i < kFour; ++i) {
+      y[i] = plan.normaliser.by_log2<Lane>(mel[i]);
+      normal &= mel[i] >= 0x1p-126f && mel[i] <= 0x1.fffffep127f;
+    }
     // Zero, subnormal, infinite or NaN: not for the formula of the normaliser.
-    if (!(mel >= 0x1p-126f && mel <= 0x1.fffffep127f)) y = (logf(mel) - plan.mean) * plan.inverse_std;
-    *out = Out(y);
+    if (!normal) {
+      MATPAC_UNROLL
+      for (int i = 0; i < kFour; ++i) {
+        if (!(mel[i] >= 0x1p-126f && mel[i] <= 0x1.fffffep127f)) y[i] = (logf(mel[i]) - plan.mean) * plan.inverse_std;
+      }
+    }
+    // A row of the result begins where its number of frames puts it.
+    if (args.frames % 4 == 0) {
+      store<4>(out, y, left);
+    } else if (args.frames % 2 == 0) {
+      store<2>(out, y, left);
+    } else {
+      store<1>(out, y, left);
+    }
   }
 }
 

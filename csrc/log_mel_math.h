@@ -38,7 +38,24 @@ struct LogNormaliser {
     V p = N::set(poly[kDegree - 1]);
     MATPAC_UNROLL
     for (int i = kDegree - 2; i >= 0; --i) p = N::fma(p, f, N::set(poly[i]));
-    const V small = N::fma(p, f, N::fma(e, N::set(slope_rest), N::set(bias_rest)));
+    return sum<N>(e, N::fma(p, f, rest<N>(e)));
+  }
+
+  // The same where the machine has the logarithm of m: N::log2 is off by 2^-22 at most.
+  template <typename N, typename V = typename N::Value>
+  MATPAC_FFT V by_log2(V x) const {
+    V e, m;
+    N::split(x, e, m);
+    return sum<N>(e, N::fma(N::log2(m), N::set(slope), rest<N>(e)));
+  }
+
+ private:
+  template <typename N, typename V>
+  MATPAC_FFT V rest(V e) const {
+    return N::fma(e, N::set(slope_rest), N::set(bias_rest));
+  }
+  template <typename N, typename V>
+  MATPAC_FFT V sum(V e, V small) const {
     return N::fma(e, N::set(slope), N::set(bias)) + small;
   }
 };

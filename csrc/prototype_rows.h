@@ -84,6 +84,7 @@ struct PassState : State<T> {
 template <typename T>
 struct RowState : PassState<T> {
   T student[kPerThread], teacher[kPerThread], column[kPerThread];
+  T next_student[kPerThread], next_teacher[kPerThread];
 };
 
 template <typename T>
@@ -117,15 +118,25 @@ MATPAC_HD void store(To* row, int64_t first, int64_t k, bool aligned, const T* f
   }
 }
 
-// kVector logits of the student and of the teacher, less the centre; -inf past the row.
+// kVector logits of the student and of the teacher; -inf past the row.
 template <typename T>
-MATPAC_HD void load_logits(const Rows<T>& a, int64_t row, int64_t first, T* student, T* teacher) {
+MATPAC_HD void load_raw(const Rows<T>& a, int64_t row, int64_t first, T* student, T* teacher) {
   const T lowest = -INFINITY;
-  T center[kVector];
   load(a.student + row * a.k, first, a.k, a.aligned, lowest, student);
   load(a.teacher + row * a.k, first, a.k, a.aligned, lowest, teacher);
+}
+
+template <typename T>
+MATPAC_HD void subtract_center(const Rows<T>& a, int64_t first, T* teacher) {
+  T center[kVector];
   load(a.center, first, a.k, a.aligned, T(0), center);
   for (int i = 0; i < kVector; ++i) teacher[i] -= center[i];
+}
+
+template <typename T>
+MATPAC_HD void load_logits(const Rows<T>& a, int64_t row, int64_t first, T* student, T* teacher) {
+  load_raw(a, row, first, student, teacher);
+  subtract_center(a, first, teacher);
 }
 
 // kVector values of `delta`, or fewer at the end of a row.
@@ -157,19 +168,31 @@ MATPAC_HD void finish_row(const Rows<T>& a, int64_t row, T max_s, T max_t, const
 }
 
 // Forward for k <= kPerThread * Block::threads: one read of the logits, which then stay in registers. A block takes
-// every count()-th row and keeps its sum of the teacher's probabilities in registers too.
+// every count()-th row and keeps its sum of the teacher's probabilities in registers too. The next row's logits are on
+// their way while this one's are reduced.
 template <typename T, class Block>
 MATPAC_HD void forward_in_registers(Block& block, const Rows<T>& a) {
   using Me = RowState<T>;
   const T scale_s = T(a.scales[0]), scale_t = T(a.scales[1]);
+  const auto fetch = [&](Me& me, int64_t row) {
+    for (int v = 0; v < kVectors; ++v)
+      load_raw(a, row, column_of(v, Block::threads, me.id), me.next_student + v * kVector,
+               me.next_teacher + v * kVector);
+  };
   block.each([&](Me& me) {
     for (int i = 0; i < kPerThread; ++i) me.column[i] = T(0);
+    if (block.index() < a.rows) fetch(me, block.index());
   });
   for (int64_t row = block.index(); row < a.rows; row += block.count()) {
     block.each([&](Me& me) {
       T top_s = -INFINITY, top_t = -INFINITY;
+      for (int i = 0; i < kPerThread; ++i) {
+        me.student[i] = me.next_student[i];
+        me.teacher[i] = me.next_teacher[i];
+      }
+      if (row + block.count() < a.rows) fetch(me, row + block.count());
       for (int v = 0; v < kVectors; ++v)
-        load_logits(a, row, column_of(v, Block::threads, me.id), me.student + v * kVector, me.teacher + v * kVector);
+        subtract_center(a, column_of(v, Block::threads, me.id), me.teacher + v * kVector);
       for (int i = 0; i < kPerThread; ++i) {
         top_s = Max::of(me.student[i], top_s);
         top_t = Max::of(me.teacher[i], top_t);

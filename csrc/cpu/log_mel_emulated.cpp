@@ -21,12 +21,21 @@ void emulate(const Plan& plan, int blocks, bool backwards) {
     const auto address = (reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16;
     const Shared shared(reinterpret_cast<void*>(address));
     each([&](int thread) { fill_tables(plan, shared, thread); });
-    for (uint32_t i = block; i < plan.tiles; i += uint32_t(blocks)) {
-      const Tile tile(plan, i);
-      each([&](int thread) { load<In>(plan, shared, tile, thread); });
+    std::vector<Samples<In>> samples(kThreads);  // registers
+    const uint32_t begin = plan.first_tile(block, uint32_t(blocks));
+    const uint32_t end = plan.first_tile(block + 1, uint32_t(blocks));
+    Tile tile(plan, begin);
+    const auto fetch_first = [&](const Tile& from) {
+      each([&](int thread) { fetch(plan, from, thread, 0, samples[size_t(thread)]); });
+    };
+    if (begin < end) fetch_first(tile);
+    for (uint32_t i = begin; i < end; ++i) {
+      each([&](int thread) { put_all(plan, shared, tile, thread, samples[size_t(thread)]); });
       each([&](int thread) { rows(plan, shared, thread); });
       each([&](int thread) { columns(shared, thread); });
+      if (i + 1 < end) fetch_first(tile.next(plan));
       each([&](int thread) { mels<Out>(plan, shared, tile, thread); });
+      tile = tile.next(plan);
     }
   }
 }

@@ -8,22 +8,34 @@ namespace {
 
 using namespace log_mel_block;
 
+// The thread's number, read anew for every stage: kept through all of them it, or what comes of it, would spill.
+__device__ __forceinline__ int thread() {
+  int id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id;
+}
+
 // As many blocks as fit on the device, each taking tile after tile: the tables are filled once a block.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(kThreads, 2) log_mel_kernel(const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Shared shared(memory);
-  const int thread = int(threadIdx.x);
-  fill_tables(plan, shared, thread);
-  for (uint32_t i = blockIdx.x; i < plan.tiles; i += gridDim.x) {
-    const Tile tile(plan, i);
-    load<In>(plan, shared, tile, thread);
+  fill_tables(plan, shared, thread());
+  const uint32_t begin = plan.first_tile(blockIdx.x, gridDim.x);
+  Tile tile(plan, begin);
+  Samples<In> samples;
+  fetch(plan, tile, thread(), 0, samples);
+  for (uint32_t left = plan.first_tile(blockIdx.x + 1, gridDim.x) - begin; left > 0; --left) {
+    put_all(plan, shared, tile, thread(), samples);
     __syncthreads();
-    rows(plan, shared, thread);
+    rows(plan, shared, thread());
     __syncthreads();
-    columns(shared, thread);
+    columns(shared, thread());
+    // The next tile's samples come while this one's mels are summed.
+    if (left > 1) fetch(plan, tile.next(plan), thread(), 0, samples);
     __syncthreads();
-    mels<Out>(plan, shared, tile, thread);
+    mels<Out>(plan, shared, tile, thread());
+    tile = tile.next(plan);
     __syncthreads();
   }
 }

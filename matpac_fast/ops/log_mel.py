@@ -79,16 +79,19 @@ def _plan(
     window (400,) float64; bands (n_mels, 3) int32: a mel's first bin, how many, where its weights begin; weights: all
     mels', one after the other; inverse_sums (n_mels,): 1 / the sum of a mel's weights.
 
-    With `fours`, as the CUDA kernel wants it, a mel has a multiple of four bins, some of weight 0, and bands are
-    (n_mels, 4): its first bin, how many fours, where their weights begin, in fours, and 0.
+    With `fours`, as the CUDA kernel wants it, four mels at a time have as many bins, a multiple of four, some of weight
+    0, and bands are (n_mels, 4): its first bin, how many fours, where their weights begin, in fours, and 0.
     """
     window = reference.mel_window(config) * config.gain
     bank = reference.mel_bank(config)
-    bands, weights, start = [], [], 0
+    spans = []
     for row in bank:
         bins = row.nonzero()[:, 0].tolist()
-        first, count = (bins[0], bins[-1] - bins[0] + 1) if bins else (0, 0)
+        spans.append((bins[0], bins[-1] - bins[0] + 1) if bins else (0, 0))
+    bands, weights, start = [], [], 0
+    for m, (row, (first, count)) in enumerate(zip(bank, spans, strict=True)):
         if fours:
+            count = max(count for _, count in spans[m - m % 4 :][:4])
             count += -count % 4
             first = min(first, len(row) - count)
         bands.append((first, count // 4, start // 4, 0) if fours else (first, count, start))
