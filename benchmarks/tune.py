@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-import _patch_rows
 import _timing
 
 from matpac_fast import ops
@@ -57,37 +56,60 @@ def patch_embed_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
     arguments = patches(batch)
 
     def forward(options: Options | None) -> tuple[Tensor, ...]:
-        with mock.patch.dict(masked_patch_embed._FWD, {} if options is None else {BF16: options}):
+        with mock.patch.dict(masked_patch_embed._FWD, {} if options is None else {2: options}):
             return masked_patch_embed.masked_patch_embed(*arguments, BF16)
 
-    def rows(options: Options | None) -> tuple[Tensor, ...]:
-        return forward(None) if options is None else _patch_rows.masked_patch_embed(*arguments, BF16, options)
-
     def backward(options: Options | None) -> tuple[Tensor, ...]:
-        more = dict(options or {"SPLIT_ROWS": masked_patch_embed.SPLIT_ROWS})
-        split = more.pop("SPLIT_ROWS")
+        more = dict(options or {"PROGRAMS": masked_patch_embed.BWD_PROGRAMS})
         with (
-            mock.patch.object(masked_patch_embed, "SPLIT_ROWS", split),
-            mock.patch.dict(masked_patch_embed._BWD, {BF16: more} if more else {}),
+            mock.patch.object(masked_patch_embed, "BWD_PROGRAMS", more.pop("PROGRAMS")),
+            mock.patch.dict(masked_patch_embed._BWD, {2: more} if more else {}),
         ):
             spec, ids = arguments[0], arguments[5]
             return (masked_patch_embed.masked_patch_embed_backward(grad, spec, ids, 57, 16, BF16),)
 
     grad = randn(batch, 58, 768)
-    blocks = grid(BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(32, 64), num_warps=(4, 8), num_stages=(2, 3))
-    yield "masked_patch_embed_fwd", forward, [o for o in blocks if (o["BLOCK_N"] == 256) == (o["num_warps"] == 8)]
-    yield "masked_patch_embed_fwd, patches gathered once", rows, _patch_rows.CANDIDATES
+    # Whole patches gathered once; the last ones gather a part of them anew for every block of columns.
+    yield (
+        "masked_patch_embed_fwd",
+        forward,
+        [
+            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+            for m, n, k, warps, stages in (
+                (128, 64, 256, 16, 1),
+                (128, 32, 256, 16, 2),
+                (128, 64, 256, 8, 1),
+                (128, 64, 256, 8, 2),
+                (64, 64, 256, 8, 1),
+                (64, 64, 256, 8, 2),
+                (64, 64, 256, 4, 1),
+                (64, 64, 256, 4, 2),
+                (64, 32, 256, 8, 2),
+                (64, 128, 256, 8, 1),
+                (64, 128, 32, 4, 3),
+                (128, 128, 32, 8, 3),
+            )
+        ],
+    )
     yield (
         "masked_patch_embed_bwd",
         backward,
-        grid(
-            BLOCK_R=(32, 64),
-            BLOCK_N=(128,),
-            BLOCK_K=(64, 128),
-            num_warps=(4, 8),
-            num_stages=(2,),
-            SPLIT_ROWS=(512, 1024),
-        ),
+        [
+            {"BLOCK_R": r, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, "PROGRAMS": programs}
+            for r, n, k, warps, stages, programs in (
+                (32, 128, 128, 8, 1, 132),
+                (32, 128, 128, 8, 1, 528),
+                (32, 128, 128, 8, 2, 264),
+                (64, 128, 128, 8, 1, 132),
+                (64, 128, 128, 8, 1, 264),
+                (32, 64, 256, 8, 1, 132),
+                (32, 64, 256, 8, 1, 264),
+                (64, 64, 128, 4, 1, 264),
+                (64, 64, 128, 8, 1, 264),
+                (64, 64, 64, 4, 1, 528),
+                (32, 128, 64, 8, 2, 264),
+            )
+        ],
     )
 
 

@@ -16,6 +16,7 @@ SHAPES = {
     "model": (1, 5, 38, 16, 96, 57),
     "odd everything": (3, 3, 7, 5, 13, 6),
     "one patch": (2, 1, 1, 4, 3, 1),
+    "patches in parts": (1, 2, 1, 18, 8, 1),
     "nothing visible": (2, 2, 3, 4, 8, 0),
     "all visible": (2, 2, 3, 4, 8, 6),
     "empty batch": (0, 2, 3, 4, 8, 2),
@@ -51,8 +52,9 @@ def test_autocast_is_no_worse_than_the_official_chain(dtype):
 
 
 def test_several_launches_and_splits_are_one(monkeypatch):
-    problem = PatchProblem(5, 3, 5, 4, 8, 6)
-    monkeypatch.setattr(kernels, "SPLIT_ROWS", 32)
+    problem = PatchProblem(5, 3, 5, 4, 72, 6)
+    monkeypatch.setattr(kernels, "FWD_PROGRAMS", 1)  # all columns, two blocks of them
+    monkeypatch.setattr(kernels, "BWD_PROGRAMS", 2)
     monkeypatch.setattr(kernels, "MAX_OFFSET", 2 * 3 * 5 * 16)
     problem.check(embed)
 
