@@ -13,9 +13,10 @@ from ..ops.attention import is_fused
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether to read the weights of `module` is to call it: a `kind` and none of its subclasses, as LoRA, FSDP and
-    parametrizations make them, neither hooked, compiled nor wrapped, with its weights here and whole."""
+    parametrizations make them, neither hooked, compiled nor wrapped, with its own forward pass, as off-loading and
+    checkpointing replace it, and with its weights here and whole."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
+    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None or "forward" in module.__dict__:
         return False
     return not any(hasattr(weight, "to_local") for weight in module.parameters(recurse=False))  # FSDP's
 
