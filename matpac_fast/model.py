@@ -61,8 +61,14 @@ class Matpac(nn.Module):
     def __init__(self, config: MatpacConfig = MatpacConfig()):
         super().__init__()
         self.config = c = config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(c.seed)
+        made_on = torch.get_default_device()
+        gpus = [made_on] if made_on.type == "cuda" else []
+        with torch.random.fork_rng(gpus):
+            # Not torch.manual_seed, which seeds every GPU, and they would stay so.
+            torch.default_generator.manual_seed(c.seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(c.seed)
             self.frontend = Frontend(c.width, c.patch_size, c.freq, c.time)
             self.student = Transformer(c.width, c.depth, c.num_heads, c.mlp_ratio)
             self.predictor = Predictor(
@@ -188,12 +194,12 @@ class Matpac(nn.Module):
         """Move the teachers and the centre once, after `forward` of optimiser step `step` and before the optimiser.
 
         The averages skip step 0, as official; the centre does not. Where `skip`, a bool scalar on the model's device,
-        is true the step counts for nothing: teachers and centre stay as they are. `schedule` gives the decays in place
-        of those of `step`.
+        is true the step counts for nothing: teachers and centre stay as they are. The centre also stays where no
+        forward pass in training mode came before. `schedule` gives the decays in place of those of `step`.
         """
         c = self.config
         schedule = schedule or self.schedule(step)
-        mean = self.center_sum / self.center_count
+        mean, stays = self.center_sum / self.center_count, self.center_count == 0
         self.center_sum.zero_()
         self.center_count.zero_()
         for teacher, student, decay in (
@@ -203,7 +209,7 @@ class Matpac(nn.Module):
             if isinstance(decay, Tensor) or decay < 1:
                 ema_update(teacher, student, decay, skip)
         center = c.center_momentum * self.center + (1 - c.center_momentum) * mean
-        self.center.copy_(center if skip is None else torch.where(skip, self.center, center))
+        self.center.copy_(torch.where(stays if skip is None else stays | skip, self.center, center))
 
     def schedule(self, step: int) -> Schedule:
         """The temperatures and decays of optimiser step `step`, from 0."""

@@ -16,7 +16,7 @@ from matpac_fast import model as model_module
 from matpac_fast.config import PRESETS, MatpacConfig
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
-from matpac_fast.nn.vit import shorten_positions
+from matpac_fast.nn.vit import is_plain, shorten_positions
 
 # What no checkpoint holds, from the golden files' own description.
 GOLDEN_OPTIONS = dict(num_heads=2, predictor_heads=4, max_steps=1000, teacher_temp_warmup=100)
@@ -258,6 +258,26 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert not torch.equal(a["student.blocks.0.attn.qkv.weight"], c["student.blocks.0.attn.qkv.weight"])
 
 
+def test_a_model_that_is_made_seeds_no_gpu(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # which torch.manual_seed calls
+    Matpac(MatpacConfig(seed=2, **TINY))
+    assert seeded == []
+
+
+@pytest.mark.parametrize("linear", ["qkv", "proj"])
+def test_a_forward_pass_that_its_user_has_put_in_place_is_called(linear):
+    """As checkpointing, off-loading and many an adapter do it: on the instance, without a class of their own."""
+    model, calls = Matpac(MatpacConfig(**TINY)), []
+    block = model.predictor.blocks[-1]  # whose queries are taken apart from its keys
+    layer = getattr(block.attn, linear)
+    honest = layer.forward
+    layer.forward = lambda x: calls.append(linear) or honest(x)
+    model(torch.randn(2, 80, 64))
+    assert calls == [linear]
+    assert not is_plain(layer, torch.nn.Linear)
+
+
 def test_teachers_start_as_official_or_as_copies():
     official = Matpac(MatpacConfig(**TINY))
     a, b = official.student.blocks[0].attn.qkv.weight, official.teacher.blocks[0].attn.qkv.weight
@@ -281,6 +301,18 @@ def test_accumulated_batches_move_the_centre_once():
     for model in (whole, parts):
         model.update_teachers(1)
     torch.testing.assert_close(whole.center, parts.center, rtol=1e-5, atol=1e-9)
+
+
+def test_without_a_training_pass_the_centre_stays():
+    model = Matpac(MatpacConfig(**TINY))
+    spec = torch.randn(2, 80, 64)
+    model(spec, step=1)
+    model.update_teachers(1)
+    center = model.center.clone()
+    assert center.abs().sum() > 0
+    model.eval()(spec, step=2)
+    model.update_teachers(2)
+    assert torch.equal(model.center, center)
 
 
 def test_annealing_ends_as_official_unless_asked_otherwise():
