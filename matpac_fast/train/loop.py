@@ -262,7 +262,10 @@ class _Run:
 
     def fits(self, batch: Batch, n: int) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
-        return self.try_step(batch, n, statistics=False) is not None
+        try:
+            return self.try_step(batch, n, statistics=False) is not None
+        except RuntimeError:  # more libraries want memory than the one that said so first, each in words of its own
+            return False
 
     def try_step(self, batch: Batch, n: int, statistics: bool) -> Step | None:
         """Train on a batch in `n` pieces; None where a piece does not fit into memory."""

@@ -113,6 +113,15 @@ def test_pieces_of_any_size_are_tried(
         pretrain(corpus, tmp_path / "run", model_config, config)
 
 
+def test_whatever_stops_a_smaller_piece_it_is_not_proposed(tmp_path, corpus, model_config, train_config, monkeypatch):
+    def small_memory(self, spec, *args, **kwargs):
+        raise RuntimeError("can't allocate memory" if len(spec) > 2 else "could not create a primitive")  # oneDNN's
+
+    monkeypatch.setattr(Matpac, "forward", small_memory)
+    with pytest.raises(TrainingError, match="4 crops at a time do not fit into the memory of cpu, nor do fewer"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+
+
 def test_other_errors_are_not_taken_for_memory(tmp_path, corpus, model_config, train_config, monkeypatch):
     def wrong(self, *args, **kwargs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
