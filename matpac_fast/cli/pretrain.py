@@ -156,7 +156,9 @@ def main(
     if ema is not None:  # as they were given, so after `fit_to_run`; the head's teacher is never slower, as there
         head = min(MatpacConfig.head_ema_start, ema[0])
         decays = {"ema_start": ema[0], "ema_end": ema[1], "head_ema_start": head}
-    if stored is None:
+    if not first:  # rank 0's count, which alone may see the run that they are meant for
+        train, model = TrainConfig(), MatpacConfig()
+    elif stored is None:
         defaults = {"batch_size": 256 * int(os.environ.get("WORLD_SIZE", "1")) if target.type == "cuda" else 32}
         train = TrainConfig(**{**defaults, **given_train})
         model = fit_to_run(MatpacConfig(**given_model), train).replace(**decays)

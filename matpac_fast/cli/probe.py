@@ -13,6 +13,7 @@ from ..study.cache import Aggregate
 from ..study.linear import ProbeConfig
 from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
+from ..train.intact import intact_named
 from ..train.loop import pick_device
 from ..weights import DEFAULT
 from .study import _numbers, _stages, check_resamples, left_out
@@ -93,7 +94,8 @@ def main(
     )
     if cache is not None:
         check_folder(cache, "--cache")
-    with tempfile.TemporaryDirectory() as folder, _stages() as hear:
+    intact = intact_named(encoder, "to probe it, --encoder {folder}")
+    with tempfile.TemporaryDirectory() as folder, _stages() as hear, intact:
         cells = run_study(config, cache or Path(folder), hear)
     for row in tabulate(cells, 0.0, resamples=resamples).results if cells else []:
         where = f", {row['subset']}" if row["subset"] else ""

@@ -310,6 +310,10 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
         state, _ = checkpoint.load(path)
     if checkpoint.is_official(state):
         state = checkpoint.from_official_names(state)
+    if not any(name.startswith("predictor.") for name in state):
+        raise CheckpointError(
+            f"{path}: an encoder alone; expected a training checkpoint, which holds teacher, predictor and heads too"
+        )
     own = model.state_dict()
     state |= {name: own[name] for name in ("frontend.pos_embed", "predictor.pos_embed")}
     checkpoint.load_into(model, state, str(path))

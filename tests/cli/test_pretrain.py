@@ -23,7 +23,7 @@ from matpac_fast.cli import pretrain as pretrain_command
 from matpac_fast.config import MatpacConfig
 from matpac_fast.encoder import load_encoder
 from matpac_fast.model import Matpac
-from matpac_fast.train import TrainConfig, read_log
+from matpac_fast.train import Result, TrainConfig, read_log
 from matpac_fast.train.config import resolve_precision
 
 # The smallest run there is: 320 ms crops of the tiny preset.
@@ -242,6 +242,23 @@ def test_a_run_from_other_weights_is_as_large_as_they_are(corpus, tmp_path):
     assert run(corpus, "--out", tmp_path / "c", "--init", tmp_path / "official.pt", *short, "--dry-run") == 0
 
 
+def test_probing_a_damaged_run_names_the_newest_intact_checkpoint(corpus, tmp_path, capsys):
+    out, model = tmp_path / "run", Matpac(MatpacConfig.preset("nano"))
+    for name in ("step-00000001", "step-00000002"):
+        (out / "checkpoints" / name).mkdir(parents=True)
+        for part in ("model", "optimizer"):
+            model.save(out / "checkpoints" / name / f"{part}.safetensors")
+        (out / "checkpoints" / name / "state.json").write_text("{}")
+    (out / "latest").write_text("step-00000002\n")
+    (out / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
+    for label in ("a", "b"):
+        shutil.copytree(Path(corpus).parent / "audio", tmp_path / "labelled" / label)
+    capsys.readouterr()
+    assert cli.main(["probe", "--encoder", str(out), "--task", f"folder:{tmp_path / 'labelled'}"]) != 0
+    said = capsys.readouterr().err
+    assert said.endswith(f"step-00000001 is intact: to probe it, --encoder {out}/checkpoints/step-00000001\n")
+
+
 def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert run(corpus, "--out", tmp_path / "run", "--steps", 2, *SMALL) == 0
@@ -292,6 +309,17 @@ def test_a_process_that_fails_says_which_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert run(tmp_path / "nowhere", "--out", tmp_path / "run") == cli.FAILED
     assert capsys.readouterr().err.startswith(f"matpac-fast pretrain (rank 1): {tmp_path}/nowhere: no corpus")
+
+
+def test_a_process_that_does_not_see_the_run_leaves_the_options_to_rank_0(corpus, tmp_path, monkeypatch):
+    """On a second node, whose disk holds no run: what goes with the run's own options is not held against defaults."""
+    trained = []
+    monkeypatch.setattr(
+        "matpac_fast.train.loop.pretrain", lambda *args: trained.append(args) or Result(args[1], 3, True)
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert run(corpus, "--out", tmp_path / "run", "--grad-accumulation", 3, "--keep-every", 3) == 0
+    assert len(trained) == 1
 
 
 def test_the_ctrl_c_that_torchrun_passes_on_is_no_second_one(capsys):

@@ -21,6 +21,7 @@ from stops import after
 from matpac_fast import checkpoint, ops
 from matpac_fast.audio.corpus import Corpus
 from matpac_fast.audio.prepare import prepare
+from matpac_fast.encoder import load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.train import loop, state
@@ -392,6 +393,9 @@ def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_co
     with pytest.raises(CheckpointError, match="does not fit this model"):
         pretrain(corpus, tmp_path / "d", model_config.replace(depth=2), train_config, init=tmp_path / "a")
     assert pretrain(corpus, tmp_path / "d", model_config, train_config).finished  # nothing was begun there
+    load_encoder(tmp_path / "a").save(tmp_path / "encoder")
+    with pytest.raises(CheckpointError, match="encoder: an encoder alone; expected a training checkpoint"):
+        pretrain(corpus, tmp_path / "e", model_config, train_config, init=tmp_path / "encoder")
 
 
 def test_a_shard_that_cannot_be_read_is_named_once_and_the_run_goes_on(tmp_path, corpus, model_config, train_config):
