@@ -156,6 +156,27 @@ def norm_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
 
 
 def attention_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
+    together, apart = 0, 1 << 30  # the queries of a head in one program, and each block of them in its own
+    for tokens, heads, width in ((58, 12, 64), (134, 12, 64), (191, 16, 32)):
+        qkv = randn(batch, tokens, 3, heads, width, dtype=BF16)
+
+        def forward(o: Options | None, qkv=qkv) -> tuple[Tensor, ...]:
+            more = dict(o or {"FWD_HEADS": attention.FWD_HEADS})
+            with (
+                mock.patch.object(attention, "FWD_HEADS", more.pop("FWD_HEADS")),
+                mock.patch.dict(attention._FWD, more),
+            ):
+                return (attention.forward(qkv, True)[0],)
+
+        yield (
+            f"attention_fwd {tokens} x {width}",
+            forward,
+            [
+                *grid(FWD_HEADS=(together, apart), num_warps=(4, 8)),
+                *grid(FWD_HEADS=(together,), maxnreg=(96, 128)),
+                *grid(FWD_HEADS=(apart,), maxnreg=(64, 72, 96)),
+            ],
+        )
     for tokens, heads, width in ((58, 12, 64), (191, 16, 32)):
         qkv = randn(batch, tokens, 3, heads, width, dtype=BF16)
         out, sums = attention.forward(qkv, True)

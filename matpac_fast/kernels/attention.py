@@ -89,10 +89,10 @@ def _store_rows(x, stride, n, start, value, MASKED: tl.constexpr, SIZE: tl.const
 def attention_fwd_kernel(
     qkv, out, lse, n, scale2,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr, NEED_LSE: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and block of queries; n is in ((BLOCKS - 1) * 64, BLOCKS * 64]."""
-    head = tl.program_id(0) // BLOCKS
-    start = tl.program_id(0) % BLOCKS * BLOCK
+    """A program per head, or per head and block of queries; n is in ((BLOCKS - 1) * 64, BLOCKS * 64]."""
+    head = tl.program_id(0)
     sample = (head // HEADS).to(tl.int64) * n
     qkv += sample * (3 * HEADS * D) + head % HEADS * D
     out += sample * (HEADS * D) + head % HEADS * D
@@ -100,30 +100,37 @@ def attention_fwd_kernel(
     k0, k1, k2, k3 = _load_blocks(qkv + HEADS * D, 3 * HEADS * D, n, BLOCKS, TAIL, D)
     v0, v1, v2, v3 = _load_blocks(qkv + 2 * HEADS * D, 3 * HEADS * D, n, BLOCKS, TAIL, D)
 
-    row = start + tl.arange(0, BLOCK)  # [M]
-    source = qkv + row[:, None] * (3 * HEADS * D) + tl.arange(0, D)[None, :]
-    tile = tl.load(source, mask=(row < n)[:, None], other=0.0)  # [M, D]
-    for j in tl.static_range(BLOCKS):
-        k, v = _pick(k0, k1, k2, k3, j), _pick(v0, v1, v2, v3, j)
-        s = _dot(tile, tl.trans(k))  # [M, keys]
-        if j == BLOCKS - 1:
-            s = tl.where((tl.arange(0, TAIL) + j * BLOCK < n)[None, :], s, float("-inf"))
-        # In base 2, and scaled only here; the first block starts the sums, so that no -inf meets another.
-        if j == 0:
-            top = tl.max(s, axis=1) * scale2  # [M]
-            p = tl.exp2(s * scale2 - top[:, None])
-            total = tl.sum(p, axis=1)
-            acc = _dot(p.to(v.dtype), v)  # [M, D]
-        else:
-            new = tl.maximum(top, tl.max(s, axis=1) * scale2)
-            shrink = tl.exp2(top - new)
-            p = tl.exp2(s * scale2 - new[:, None])
-            total = total * shrink + tl.sum(p, axis=1)
-            acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
-            top = new
-    _store_rows(out, HEADS * D, n, start, acc / total[:, None], True, BLOCK, D)
-    if NEED_LSE:
-        tl.store(lse + row, top + tl.log2(total), mask=row < n)
+    # Rows count from the program's first: a loop from 0 takes fewer registers.
+    first = tl.program_id(1) * BLOCK
+    qkv += first * (3 * HEADS * D)
+    out += first * (HEADS * D)
+    lse += first
+    rest = n - first
+    for start in range(0, QUERIES * BLOCK, BLOCK):
+        row = start + tl.arange(0, BLOCK)  # [M]
+        source = qkv + row[:, None] * (3 * HEADS * D) + tl.arange(0, D)[None, :]
+        tile = tl.load(source, mask=(row < rest)[:, None], other=0.0)  # [M, D]
+        for j in tl.static_range(BLOCKS):
+            k, v = _pick(k0, k1, k2, k3, j), _pick(v0, v1, v2, v3, j)
+            s = _dot(tile, tl.trans(k))  # [M, keys]
+            if j == BLOCKS - 1:
+                s = tl.where((tl.arange(0, TAIL) + j * BLOCK < n)[None, :], s, float("-inf"))
+            # In base 2, and scaled only here; the first block starts the sums, so that no -inf meets another.
+            if j == 0:
+                top = tl.max(s, axis=1) * scale2  # [M]
+                p = tl.exp2(s * scale2 - top[:, None])
+                total = tl.sum(p, axis=1)
+                acc = _dot(p.to(v.dtype), v)  # [M, D]
+            else:
+                new = tl.maximum(top, tl.max(s, axis=1) * scale2)
+                shrink = tl.exp2(top - new)
+                p = tl.exp2(s * scale2 - new[:, None])
+                total = total * shrink + tl.sum(p, axis=1)
+                acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
+                top = new
+        _store_rows(out, HEADS * D, rest, start, acc * (1.0 / total)[:, None], True, BLOCK, D)
+        if NEED_LSE:
+            tl.store(lse + row, top + tl.log2(total), mask=row < rest)
 
 
 @triton.jit
@@ -202,6 +209,10 @@ def attention_bwd_kernel(
         _store_rows(dqkv, 3 * ROW, n, i * BLOCK, dq * scale, i == BLOCKS - 1, dq.shape[0], D)
 
 
+# From so many heads on a program takes all queries of one and reads its keys and values once; so many, four to each of
+# the 132 multiprocessors of Hopper, fill it.
+FWD_HEADS = 4 * 132
+_FWD = {"num_warps": 4, "num_stages": 1}
 # Keys of a step of the backward pass and warps, by head size and blocks of 64 tokens: none spills up to 192 tokens
 # on Hopper and data-centre Blackwell, which multiply out of shared memory. Elsewhere operands take registers as well.
 _BWD = {
@@ -233,10 +244,12 @@ def forward(qkv: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty((batch, n, heads, d))
     lse = qkv.new_empty((batch, heads, n) if need_lse else (0,), dtype=torch.float32)
     if batch:
-        grid = (batch * heads * blocks["BLOCKS"],)
+        queries = blocks["BLOCKS"] if batch * heads >= FWD_HEADS else 1
+        grid = (batch * heads, blocks["BLOCKS"] // queries)
         scale2 = d**-0.5 * math.log2(math.e)
         attention_fwd_kernel[grid](
-            qkv, out, lse, n, scale2, HEADS=heads, D=d, NEED_LSE=need_lse, num_warps=4, num_stages=1, **blocks
+            qkv, out, lse, n, scale2,
+            HEADS=heads, D=d, NEED_LSE=need_lse, QUERIES=queries, **blocks, **_FWD,
         )  # fmt: skip
     return out, lse
 
@@ -264,7 +277,7 @@ def _aot() -> list[Launch]:
     launches = []
     for n, d, heads in ((58, 64, 12), (134, 64, 12), (191, 32, 16)):
         blocks = _blocks(n)
-        constexprs = {**blocks, "HEADS": heads, "D": d, "NEED_LSE": n != 134}
+        constexprs = {**blocks, "HEADS": heads, "D": d, "NEED_LSE": n != 134, "QUERIES": blocks["BLOCKS"]}
         # What the teacher launches stands for all of its kind, and holds the most.
         capabilities = CAPABILITIES if n == 134 else (90,)
         fwd = attention_fwd_kernel

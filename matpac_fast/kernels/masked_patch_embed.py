@@ -138,8 +138,8 @@ def masked_patch_embed_bwd_kernel(
     )
 
 
-# By the bytes of an operand. Every block of rows reads the whole matrix from the L2 cache: of 128 rows at ViT-B a quarter
-# less is read in all than of 64, which fit the 99 KiB of shared memory that other architectures have.
+# By the bytes of an operand. Every block of rows reads the whole matrix from the L2 cache: 128 rows read a quarter less
+# in all than 64, which fit the 99 KiB of shared memory that other architectures have.
 _FWD: dict[int, dict[str, int]] = {
     4: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
     2: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 256, "num_warps": 16, "num_stages": 2},

@@ -66,6 +66,14 @@ def test_output_and_gradient(shape, dtype):
         assert (part - part64).abs().max() <= 2 * eps * part64.abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("shape", [(64, 1, 2, 32), (134, 2, 1, 64)], ids=str)
+def test_all_queries_of_a_head_in_one_program(shape, monkeypatch):
+    qkv, _ = problem(*shape, torch.bfloat16)
+    apart = kernels.forward(qkv, need_lse=True)
+    monkeypatch.setattr(kernels, "FWD_HEADS", 1)
+    assert all(torch.equal(a, b) for a, b in zip(kernels.forward(qkv, need_lse=True), apart, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(70, 1, 1, 32), (58, 1, 1, 64)], ids=str)
 @pytest.mark.parametrize("sign", [-1, 1])
