@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,7 +88,7 @@ def main(
     with intact_named(encoder, "to embed with it, --encoder {folder}"):
         loaded = load_encoder(encoder, _device(device), num_heads, dtype=precision)
     try:
-        with quiet_libraries(), progress("embedding", "s of audio") as update:
+        with quiet_libraries(), _bars() as (listing, told):
             report = embed_collection(
                 source,
                 out,
@@ -100,7 +101,8 @@ def main(
                 batch_size,
                 workers,
                 files_per_shard,
-                _told(update),
+                told,
+                listing=listing,
                 shard_seconds=shard_seconds,
                 dtype=dtype,
                 format=format,
@@ -148,6 +150,23 @@ def summary(report: Report) -> list[str]:
     if report.failed:
         lines.append(f"{count(report.failed, 'file')} could not be used; {report.out / 'errors.parquet'} says why")
     return lines
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[tuple[Update, Callable[[Progress], None]]]:
+    """A progress bar while files are looked at, and one after it while they are embedded."""
+    with contextlib.ExitStack() as stack:
+        listing = stack.enter_context(progress("listing", "files"))
+        told: Callable[[Progress], None] | None = None
+
+        def tell(progressed: Progress) -> None:
+            nonlocal told
+            if told is None:
+                stack.close()
+                told = _told(stack.enter_context(progress("embedding", "s of audio")))
+            told(progressed)
+
+        yield listing, tell
 
 
 def _told(update: Update) -> Callable[[Progress], None]:

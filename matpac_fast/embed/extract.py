@@ -28,10 +28,12 @@ from ..errors import ConfigError
 from .lease import SECONDS, Leases
 from .manifest import (
     LEASES,
+    SETTINGS,
     Entry,
     Manifest,
     check_folder,
     check_source,
+    check_there,
     extend,
     keep_settings,
     look_over,
@@ -39,6 +41,7 @@ from .manifest import (
     retried,
     root,
     stored_names,
+    taken_back,
     write_manifest,
 )
 from .shard import Audio, Job, ShardEmbedder, Work
@@ -102,6 +105,7 @@ def embed_collection(
     files_per_shard: int = 256,
     progress: Callable[[Progress], None] = lambda progress: None,
     *,
+    listing: Callable[[int, int, str], None] = lambda done, total, note: None,
     shard_seconds: float = 3600.0,
     dtype: str = "float32",
     format: str = "parquet",
@@ -124,6 +128,7 @@ def embed_collection(
         workers: decoding threads; by default one a core.
         files_per_shard, shard_seconds: files, and seconds of audio, in one shard, at most.
         progress: told how far the collection is.
+        listing: told before that how many files have been looked at, of how many, and what is waited for.
         dtype: of the embeddings in the files, "float32" or "float16".
         format: "parquet", "npz" or "npy"; see `matpac_fast.embed.writer`.
         max_errors: stop once more files than this have failed, leaving the shards that are not finished.
@@ -165,25 +170,27 @@ def embed_collection(
     }
     sizes = (files_per_shard, shard_seconds)
     check_folder(out)
-    manifest = None
-    if not out.exists():  # a folder without audio is named before anything is made
-        manifest, _ = extend(None, source, *sizes, workers)
-    with Leases(out / LEASES, lease_seconds) as leases:
-        with leases.waited_for("manifest"):
+
+    def looked(done: int, total: int) -> None:
+        listing(done, total, "")
+
+    with taken_back(out), Leases(out / LEASES, lease_seconds) as leases:
+        with leases.waited_for("manifest", lambda: listing(0, 0, "another worker looks at them")):
             known = read_manifest(out)
-            if known is not None:
+            if known is not None or (out / SETTINGS).exists():  # said before files are looked at, which may take long
                 keep_settings(out, settings, any_decoder)
-                check_source(out, source, known)
+            if known is not None:
+                check_there(source)
+                check_source(out, source, known, workers, looked)
             changed = known is None
             if leases.others(WORKER) and known is not None:
                 manifest = known  # who joins others takes their list
             else:  # who comes to an idle folder looks for new files, and clears away what the dead left half-written
                 for beside in out.glob(".*.tmp"):
                     beside.unlink(missing_ok=True)
-                if manifest is None or known is not None:
-                    manifest, changed = extend(known, source, *sizes, workers)
+                manifest, changed = extend(known, source, *sizes, workers, looked)
                 if known is not None:
-                    report.changed, report.gone, renewed = look_over(known, source, out, format, workers)
+                    report.changed, report.gone, renewed = look_over(known, source, out, format, workers, looked)
                     changed |= renewed
             if known is None:
                 keep_settings(out, settings, any_decoder)
@@ -293,13 +300,14 @@ class _Worker:
     def _embed(self, shard: int, audio: Iterator[Audio]) -> None:
         rows = self._embedder.embed(self._manifest.shards[shard], audio, self._out)
         with closing(rows):
+            if self._failed:
+                check_there(self._source)
             self._write(lambda: rows.write(self._out, shard, self._kind, self._settings))
         self._claimed.popleft()
         self._missing.pop(shard)
         self._leases.release(_name(shard))
         self._report.failed_here += len(self._failed)
         self._failed, self._in_hand = [], [0, 0.0]
-        self._look()
 
     def _write(self, write: Callable[[], object]) -> None:
         """Call `write`, and once more where the file that it was writing has vanished.

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,12 @@ class Leases:
             handle = self._create(path)
         except FileExistsError:
             return False
-        with os.fdopen(handle, "wb") as file:
-            file.write(self._content())
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._content())
+        except OSError:  # a full disk, say: an empty lease would keep all others waiting
+            path.unlink(missing_ok=True)
+            raise
         with self._lock:
             self._held[name] = path
             if keep:
@@ -90,11 +94,12 @@ class Leases:
         return True
 
     @contextlib.contextmanager
-    def waited_for(self, name: str) -> Iterator[bool]:
-        """Hold the lease of `name`, waiting for it as long as it takes; yields whether it had to."""
+    def waited_for(self, name: str, tell: Callable[[], None] = lambda: None) -> Iterator[bool]:
+        """Hold the lease of `name`, waiting for it as long as it takes, and telling so; yields whether it had to."""
         waited = False
         while not self.claim(name):
             waited = True
+            tell()
             time.sleep(min(0.2, self.seconds / 20))
         try:
             yield waited
@@ -140,7 +145,7 @@ class Leases:
     def _create(self, path: Path) -> int:
         while True:
             try:
-                return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileNotFoundError:  # the last of the others took the folder away
                 self._folder.mkdir(parents=True, exist_ok=True)
 

@@ -7,13 +7,15 @@ manifest.parquet    of every file its path, relative to the source, its seconds 
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from ..audio.ahead import in_order
 from ..audio.decode import AudioFile, find_audio, folder_reason
@@ -21,8 +23,12 @@ from ..errors import AudioError, ConfigError
 from ..files import atomic, write_text
 from .writer import Failure, read_errors, shard_path
 
+SETTINGS = "settings.json"
 LEASES = "leases"  # the folder of those who are at work
 _COLUMNS = ("path", "seconds", "bytes", "shard", "reason")
+_TELL_EVERY = 100  # files
+T = TypeVar("T")
+Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +72,21 @@ def check_folder(out: Path) -> None:
         return
     except NotADirectoryError:
         raise ConfigError(f"{out}: a file, where a folder for the embeddings was expected") from None
-    ours = entries & {"manifest.parquet", "settings.json", LEASES} or any(out.glob("shard-*"))
+    ours = entries & {"manifest.parquet", SETTINGS, LEASES} or any(out.glob("shard-*"))
     if entries and not ours:
         raise ConfigError(f"{out} is not empty and holds no embeddings; give a new folder to --out")
+
+
+@contextlib.contextmanager
+def taken_back(out: Path) -> Iterator[None]:
+    """`out`, if it is new, goes again where nothing came into it, as from a source without audio."""
+    new = not out.exists()
+    try:
+        yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # something is in it
+                out.rmdir()
 
 
 def read_manifest(out: Path) -> Manifest | None:
@@ -109,7 +127,7 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 
 
 def extend(
-    known: Manifest | None, source: Path, files_per_shard: int, shard_seconds: float, workers: int
+    known: Manifest | None, source: Path, files_per_shard: int, shard_seconds: float, workers: int, tell: Tell
 ) -> tuple[Manifest, bool]:
     """The manifest with what is new in `source`, and whether that changed it.
 
@@ -139,12 +157,14 @@ def extend(
     if not listed and not new and not unusable:
         raise AudioError(f"{source}: no audio files in this {'list' if source.is_file() else 'folder or below'}")
     jobs = ((1, partial(_entry, root(source), name)) for name in new)
-    entries = sorted(in_order(jobs, workers), key=lambda entry: (-entry.seconds, entry.path))
+    entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))
     shards = before.shards + _cut(entries, files_per_shard, shard_seconds)
     return Manifest(shards, unusable), bool(new) or unusable != before.unusable or known is None
 
 
-def look_over(known: Manifest, source: Path, out: Path, kind: str, workers: int) -> tuple[list[str], list[str], bool]:
+def look_over(
+    known: Manifest, source: Path, out: Path, kind: str, workers: int, tell: Tell
+) -> tuple[list[str], list[str], bool]:
     """Files with embeddings that have another size in bytes now; those that are gone; and whether `known` changed.
 
     Sizes are all that is looked at, since a list has no times. `known` changes, in its shards, with files that are
@@ -154,7 +174,7 @@ def look_over(known: Manifest, source: Path, out: Path, kind: str, workers: int)
     done = [shard_path(out, i, kind).exists() for i in range(len(known.shards))]
     places = [(i, j) for i, shard in enumerate(known.shards) for j, e in enumerate(shard) if homes[e.path] == i]
     jobs = ((1, partial(_size, root(source) / known.shards[i][j].path)) for i, j in places)
-    for (i, j), size in zip(places, in_order(jobs, workers), strict=True):
+    for (i, j), size in zip(places, _counted(in_order(jobs, workers), len(places), tell), strict=True):
         entry = known.shards[i][j]
         if (size or 0) == entry.bytes:  # or it could not be read then, and cannot now
             continue
@@ -173,10 +193,31 @@ def root(source: Path) -> Path:
     return source.parent if source.is_file() else source
 
 
+def check_there(source: Path) -> None:
+    """Raise AudioError where `source` is gone or empty: without its disk every file would seem unusable."""
+    try:
+        if source.is_file():
+            return
+        with os.scandir(source) as entries:
+            if next(entries, None) is not None:
+                return
+        reason = "an empty folder"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    raise AudioError(f"{source}: {reason}, where audio was; is its disk mounted? Then run the same again")
+
+
+def _counted(found: Iterable[T], total: int, tell: Tell) -> Iterator[T]:
+    for done, item in enumerate(found, 1):
+        if done % _TELL_EVERY == 0:
+            tell(done, total)
+        yield item
+
+
 def _listed(source: Path) -> list[str]:
     """The paths in a list, one a line, each once; empty lines are passed over."""
     try:
-        lines = source.read_bytes().split(b"\n")
+        lines = source.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise AudioError(f"{source}: cannot be read: {error.strerror}") from None
     if any(b"\0" in line for line in lines):
@@ -237,7 +278,7 @@ def _is_utf8(name: str) -> bool:
 
 def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = False) -> None:
     """Write the settings of a new folder; raise ConfigError where those of an old one differ, saying what to do."""
-    path = out / "settings.json"
+    path = out / SETTINGS
     if not path.exists():
         if (out / "manifest.parquet").exists() or any(out.glob("shard-*")):
             raise ConfigError(f"{out} holds embeddings without settings.json, so they cannot be gone on with")
@@ -247,10 +288,14 @@ def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = Fa
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: damaged: {error}") from None
+    if not isinstance(stored, dict) or not stored.keys() >= {"encoder", "source"}:
+        raise ConfigError(f"{path}: of something else than embeddings; give a new folder to --out")
     without = ["decoder", "source"]
     if stored.get("encoder") == settings["encoder"]:  # which is the id: its file may have been renamed since
         without.append("encoder_name")
     different = _differences(stored, settings, without)
+    if "encoder_name" not in without and stored.get("encoder_name") == settings["encoder_name"]:
+        different.append(f"both are {settings['encoder_name']!r}: its weights, its options or --precision changed")
     if different:
         raise ConfigError(f"{out} holds other embeddings: {'; '.join(different)}; give a new folder to --out")
     decoders = _differences(stored.get("decoder") or {}, settings["decoder"])
@@ -264,11 +309,11 @@ def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = Fa
 
 def stored_names(out: Path) -> dict[str, str]:
     """Source and encoder as the first call named them, which may have moved since."""
-    stored = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    stored = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     return {name: stored[name] for name in ("source", "encoder_name")}
 
 
-def check_source(out: Path, source: Path, manifest: Manifest) -> None:
+def check_source(out: Path, source: Path, manifest: Manifest, workers: int, tell: Tell) -> None:
     """Raise ConfigError where `source` is another folder than that of the manifest, and not the same one moved.
 
     It is the same where each file listed is there and as long, in bytes.
@@ -277,11 +322,14 @@ def check_source(out: Path, source: Path, manifest: Manifest) -> None:
     if stored == str(source.resolve()):
         return
     entries = {entry.path: entry for shard in manifest.shards for entry in shard}
-    others = [name for name, entry in entries.items() if (_size(root(source) / name) or 0) != entry.bytes]
+    jobs = ((1, partial(_size, root(source) / name)) for name in entries)
+    sizes = _counted(in_order(jobs, workers), len(entries), tell)
+    others = [name for (name, entry), size in zip(entries.items(), sizes, strict=True) if (size or 0) != entry.bytes]
     if others:
         raise ConfigError(
             f"{out} holds embeddings of {stored}, and {len(others)} of its {len(entries)} files are not the same in "
-            f"{source} (such as {others[0]}): give the folder that holds these files, or a new folder to --out"
+            f"{source} (such as {others[0]}): give the folder that holds these files, or a new folder to --out; where "
+            f"it is that one, moved and changed since, write it into {out / SETTINGS} as the source"
         )
 
 

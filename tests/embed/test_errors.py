@@ -19,6 +19,7 @@ from matpac_fast.audio import container, decode
 from matpac_fast.cli.embed import summary
 from matpac_fast.embed import extract, shard
 from matpac_fast.embed.extract import Report, embed_collection
+from matpac_fast.embed.lease import Leases
 from matpac_fast.errors import AudioError, ConfigError
 from tests.embed import crew
 
@@ -192,6 +193,13 @@ def test_a_folder_of_other_things_is_refused_and_nothing_is_written(source, tmp_
         embed_collection(source, source / "0.wav", crew.Tiny())
     assert sorted(os.listdir(source)) == ["0.wav", "1.wav", "2.wav", "3.wav"]
     assert os.listdir(tmp_path) == ["source"]
+    other = tmp_path / "other"
+    other.mkdir()
+    for text in ('{"made": {}, "encoders": ["a"]}', "[1]"):
+        (other / "settings.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"settings.json: of something else than embeddings; give a new folder"):
+            embed_collection(source, other, crew.Tiny())
+    assert os.listdir(other) == ["settings.json"]
     (tmp_path / "out" / ".cache").mkdir(parents=True)
     assert embed_collection(source, tmp_path / "out", crew.Tiny()).files == 4
 
@@ -224,7 +232,7 @@ def test_a_list_of_files(source, tmp_path):
     os.rename(source / "3.wav", source / "sub" / "3.wav")
     elsewhere = tmp_path / "elsewhere.wav"
     soundfile.write(elsewhere, crew.noise(800), RATE)
-    names = [b"0.wav", b"./sub/3.wav\r", b"", os.fsencode(elsewhere), b"0.wav", b"none.wav", b"\xff.wav"]
+    names = [b"\xef\xbb\xbf0.wav", b"./sub/3.wav\r", b"", os.fsencode(elsewhere), b"0.wav", b"none.wav", b"\xff.wav"]
     (source / "list.txt").write_bytes(b"\n".join(names))
     report = embed_collection(source / "list.txt", tmp_path / "out", crew.Tiny())
     assert embedded(tmp_path / "out") == {"0.wav", "sub/3.wav", str(elsewhere)}
@@ -275,6 +283,41 @@ def test_a_source_that_moved_goes_on_and_another_one_is_refused(source, tmp_path
     with pytest.raises(ConfigError, match=r"1 of its 4 files are not the same in .*moved \(such as 2.wav\): give the"):
         embed_collection(moved, out, crew.Tiny(), files_per_shard=2)
     assert crew.result(out) == before
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps({**settings, "source": str(moved)}))
+    assert embed_collection(moved, out, crew.Tiny(), files_per_shard=2).changed == ["2.wav"]
+
+
+@pytest.mark.parametrize("there", ["empty", "missing"])
+@pytest.mark.parametrize("when", ["before", "joining", "meanwhile"])
+def test_a_source_whose_disk_is_away_is_said_and_no_file_is_called_unusable(source, tmp_path, monkeypatch, there, when):
+    out, away = tmp_path / "out", tmp_path / "away"
+    options = dict(files_per_shard=2, workers=1)
+    embed_collection(source, out, crew.Tiny(), **options)
+    whole = crew.result(out)
+    (out / "shard-00001.parquet").unlink()
+
+    def go_away():
+        os.rename(source, away)
+        if there == "empty":
+            source.mkdir()
+
+    if when == "meanwhile":
+        jobs = extract.ShardEmbedder.jobs
+        monkeypatch.setattr(extract.ShardEmbedder, "jobs", lambda *of: [*jobs(*of), go_away()][:-1])
+    else:
+        go_away()
+    with Leases(out / "leases") as other:
+        if when == "joining":
+            other.claim("worker-other")
+        with pytest.raises(AudioError, match=r"source: .*, where audio was; is its disk mounted\? Then run the same"):
+            embed_collection(source, out, crew.Tiny(), **options)
+    assert not (out / "shard-00001.parquet").exists()
+    monkeypatch.undo()
+    shutil.rmtree(source, ignore_errors=True)
+    os.rename(away, source)
+    embed_collection(source, out, crew.Tiny(), **options)
+    assert crew.result(out) == whole
 
 
 def test_an_encoder_by_another_name_goes_on_and_another_encoder_is_refused_by_both_names(source, tmp_path):
@@ -288,6 +331,11 @@ def test_an_encoder_by_another_name_goes_on_and_another_encoder_is_refused_by_bo
     assert crew.result(out) == before
     renamed.settings = {"kind": "another"}
     with pytest.raises(ConfigError, match=r"encoder is .* there and .* here; encoder_name is 'tiny' there and 'small'"):
+        embed_collection(source, out, renamed, files_per_shard=2)
+    renamed.name = "tiny"
+    with pytest.raises(
+        ConfigError, match=r"here; both are 'tiny': its weights, its options or --precision changed; give"
+    ):
         embed_collection(source, out, renamed, files_per_shard=2)
 
 

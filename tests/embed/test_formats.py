@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from matpac_fast.embed.extract import embed_collection
+from matpac_fast.embed.writer import FORMATS, shard_path
 from matpac_fast.errors import ConfigError
 from tests.embed import crew
 
@@ -88,6 +90,20 @@ def test_a_lost_shard_is_made_again_alike(source, tmp_path, kind, lost):
     (tmp_path / lost).unlink()
     embed_collection(source, tmp_path, crew.Tiny(), 0.1, **options)
     assert crew.result(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [0, 300])
+def test_a_shard_that_was_cut_short_is_named_with_what_to_do(source, tmp_path, kind, size):
+    out = tmp_path / "out"
+    embed_collection(source, out, crew.Tiny(), 0.1, format=kind)
+    before, shard = crew.result(out), shard_path(out, 0, kind)
+    os.truncate(shard, size)
+    with pytest.raises(ConfigError, match=r"shard-00000.*: damaged \(.*\): remove it and run the same again"):
+        embed_collection(source, out, crew.Tiny(), 0.1, format=kind)
+    shard.unlink()
+    embed_collection(source, out, crew.Tiny(), 0.1, format=kind)
+    assert crew.result(out) == before
 
 
 def test_the_types_in_the_files_are_the_ones_asked_for(source, tmp_path):

@@ -153,6 +153,18 @@ def test_one_that_is_half_written_is_nobody_s_yet(leases, tmp_path):
     assert not leases.claim("a")
 
 
+def test_one_that_cannot_be_written_is_not_left_for_others_to_wait_for(leases, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Leases, "_content", full)
+    with pytest.raises(OSError, match="No space left"):
+        leases.claim("a")
+    monkeypatch.undo()
+    with Leases(tmp_path) as other:
+        assert other.claim("a")
+
+
 def test_the_owner_keeps_it_alive(tmp_path):
     with Leases(tmp_path, 0.3) as mine:
         mine.claim("a")

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from matpac_fast.embed import writer
+from matpac_fast.embed import extract, manifest, writer
 from matpac_fast.embed.extract import embed_collection
+from matpac_fast.embed.lease import Leases
 from tests.embed import crew
 
 RATE = 8_000
@@ -138,6 +139,43 @@ def test_what_is_cleared_away_while_it_is_written_is_written_again(collection, t
     assert (report.files, report.failed) == (68, 4)
     assert len(cleared) == 34 + (ending == ".parquet")  # errors.parquet too
     assert crew.result(out) == crew.result(tmp_path / "undisturbed")
+
+
+def test_one_worker_looks_at_the_files_and_the_others_wait_and_both_say_so(collection, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_TELL_EVERY", 10)
+    told: list[tuple[int, int, str]] = []
+    out, looked = tmp_path / "out", threading.Event()
+
+    def waiting(*what):
+        told.append(what)
+        looked.set()
+
+    with Leases(out / "leases") as other:
+        assert other.claim("manifest")
+        options = dict(files_per_shard=64, listing=waiting)
+        thread = threading.Thread(target=embed_collection, args=(collection, out, crew.Tiny(), 0.1), kwargs=options)
+        thread.start()
+        assert looked.wait(30)
+        other.release("manifest")
+        thread.join(60)
+    waits = [what for what in told if what[2]]
+    assert set(waits) == {(0, 0, "another worker looks at them")}
+    assert told[len(waits) :] == [(n, 68, "") for n in range(10, 68, 10)]
+    told.clear()
+    embed_collection(collection, out, crew.Tiny(), 0.1, listing=waiting)  # to see which have changed
+    assert told == [(n, 68, "") for n in range(10, 68, 10)]
+
+
+def test_looks_at_the_others_do_not_grow_with_the_shards(collection, tmp_path, monkeypatch):
+    look, looks = extract._Worker._look, []
+    monkeypatch.setattr(extract._Worker, "_look", lambda self: looks.append(look(self)))
+    monkeypatch.setattr(extract, "_LOOK_SECONDS", 600.0)
+    counts = []
+    for n in (1, 64):
+        embed_collection(collection, tmp_path / str(n), crew.Tiny(), 0.1, files_per_shard=n)
+        counts.append(len(looks))
+        looks.clear()
+    assert counts[0] == counts[1]
 
 
 def test_leases_on_shards_that_were_added_since_are_left_alone(collection, tmp_path):
