@@ -56,7 +56,11 @@ def make_sampler(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig
     mel = LogMelConfig()
     if corpus.sample_rate != mel.sample_rate:
         raise ConfigError(f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz: prepare it again")
-    crops = [mel.n_samples(n) for n in config.crop_frames or (model_config.n_frames,)]
+    patch, longest = model_config.patch_size, model_config.n_frames
+    frames = config.crop_frames or (longest,)
+    if odd := [n for n in frames if type(n) is not int or n % patch or not 0 < n <= longest]:
+        raise ConfigError(f"crop_frames holds {odd[0]}; expected multiples of {patch}, of at most n_frames, {longest}")
+    crops = [mel.n_samples(n) for n in frames]
     if config.batch_size % (ranks.world * config.grad_accumulation):
         raise ConfigError(
             f"batch_size is {config.batch_size}, which {ranks.world} processes times a grad_accumulation of "

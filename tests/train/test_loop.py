@@ -194,6 +194,16 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, corpus, model_config, t
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("frames", [24, 48, 16.0])
+def test_crops_that_the_model_cannot_take_are_refused_before_the_run_begins(
+    tmp_path, corpus, model_config, train_config, frames
+):
+    config = dataclasses.replace(train_config, crop_frames=(32, frames))
+    with pytest.raises(ConfigError, match=f"crop_frames holds {frames}; expected multiples of 16, of at most"):
+        pretrain(corpus, tmp_path / "run", model_config, config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_left_where_no_clip_is_long_enough(tmp_path, memory_corpus, model_config, train_config):
     with pytest.raises(ConfigError, match="the longest of 2 has 40"):
         pretrain(memory_corpus([30, 40]), tmp_path / "run", model_config, train_config)
