@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -74,6 +75,31 @@ def test_progress_is_told_in_total_and_of_this_worker(monkeypatch):
         (61, 600, "5/50 files"),
         (61, 600, "5/50 files, 3 workers, this one 2 files at 2.5/s"),
         (61, 600, "5/50 files, 3 workers, this one 2 files at 4.0 s each"),
+    ]
+
+
+def test_the_bar_of_listing_ends_where_that_of_embedding_begins(monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def bar(title, unit):
+        told.append(f"{title} begins")
+        yield lambda done, total, note="": told.append((done, total, unit))
+        told.append(f"{title} ends")
+
+    monkeypatch.setattr(embed, "progress", bar)
+    with embed._bars() as (listing, tell):
+        listing(3, 9, "")
+        tell(Progress(1.0, 2.0))
+        tell(Progress(2.0, 2.0))
+    assert told == [
+        "listing begins",
+        (3, 9, "files"),
+        "listing ends",
+        "embedding begins",
+        (1, 2, "s of audio"),
+        (2, 2, "s of audio"),
+        "embedding ends",
     ]
 
 
