@@ -110,7 +110,17 @@ class Draws:
         values = torch.stack([value for _, value in by_fold], 1)  # (1 + B, F)
         plain = values.nanmean(1)
         share = self.folds[:, [f for f, _ in by_fold]] * ~values.isnan()
-        return plain, (values.nan_to_num() * share).sum(1) / torch.where(share.sum(1) > 0, share.sum(1), torch.nan)
+        folds = (values.nan_to_num() * share).sum(1) / torch.where(share.sum(1) > 0, share.sum(1), torch.nan)
+        return (_centred(plain), _centred(folds)) if metric == "mAP" else (plain, folds)
+
+
+def _centred(values: Tensor) -> Tensor:
+    """(1 + B,) with the resamples moved so that their mean is the score.
+
+    A resample repeats clips, and a positive clip beside its own copy ranks better than one beside another: average
+    precision comes out higher, of many rare classes so much that the score would lie outside its own interval.
+    """
+    return torch.cat([values[:1], values[1:] - (values[1:].nanmean() - values[0])])
 
 
 def interval(values: Tensor) -> tuple[float, float]:

@@ -71,6 +71,20 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 180 <= covered <= 199  # 95 % of 200, give or take three standard deviations
 
 
+def test_of_many_rare_classes_the_score_lies_in_its_interval():
+    random, found = np.random.default_rng(0), []
+    for trial in range(40):
+        targets = torch.from_numpy((random.random((2, 200, 20)) < 0.05).astype(np.float64))  # of two folds
+        scores = torch.from_numpy(random.normal(size=(2, 200, 20))) + 0.7 * targets
+        draws = Draws.of([np.arange(200), np.arange(200)], 1, resamples=100, seed=trial)
+        for values in draws.score("mAP", [*scores[:, None]], [*targets]):
+            found.append((values[0].item(), *interval(values)))
+    score, low, high = np.array(found).T
+    assert ((low < score) & (score < high)).all()
+    covered = (low <= score.mean()) & (score.mean() <= high)  # what such a sample scores on average
+    assert covered[::2].mean() > 0.85
+
+
 def test_clips_of_a_group_are_drawn_together():
     groups = np.repeat(np.arange(10), 6)
     draws = Draws.of([groups], 1, resamples=50)
