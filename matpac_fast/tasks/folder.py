@@ -46,6 +46,8 @@ def _listed(layout: Layout, seed: int) -> Task:
     rows = layout.rows("clips.csv", ["path", "label"])
     if not rows:
         raise DatasetError(f"{layout.folder / 'clips.csv'} lists no clips")
+    for row in rows:  # "piano; drums" has the drums of "drums"
+        row["label"] = ";".join(label.strip() for label in row["label"].split(";"))
     return _task(layout, rows, seed)
 
 

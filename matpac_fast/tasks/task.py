@@ -88,7 +88,18 @@ class Task:
             )
             if len(lacking):
                 missing = self.classes[int(lacking[0])]
-                raise DatasetError(f"{self.name}: fold {number} tests the class {missing!r}, which it has not trained")
+                raise DatasetError(
+                    f"{self.name}: fold {number} tests the class {missing!r}, which it has not trained; expected each "
+                    "class among the training clips of every fold: give it more clips (three or more where folds are "
+                    "drawn), or leave it out"
+                )
+        if self.kind == "multi":  # what no mean average precision can be told of
+            for what, parts in (
+                ("test", [fold.test for fold in self.folds]),
+                ("validation", [fold.valid for fold in self.folds]),
+            ):
+                if all(part is not None and not np.nansum(self.targets[part]) for part in parts):
+                    raise DatasetError(f"{self.name}: no {what} clip is of any class; expected some that are")
 
     @property
     def metric(self) -> str:

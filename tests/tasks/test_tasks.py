@@ -232,6 +232,38 @@ def test_a_listed_folder(tmp_path):
     assert load_task(f"folder:{tmp_path}").folds[0].valid.tolist() == [0]
 
 
+def test_labels_are_the_same_with_and_without_spaces(tmp_path):
+    miniature.folder(tmp_path, clips=6)
+    labels = {"cat": "cat;pet", "dog": " dog ; pet", "owl": "pet; ?cat"}
+    rows = [dict(path=f"{name}/{i}.wav", label=label) for name, label in labels.items() for i in range(6)]
+    miniature.table(tmp_path / "clips.csv", rows)
+    task = load_task(f"folder:{tmp_path}")
+    assert task.classes == ("cat", "dog", "pet")
+    assert np.array_equal(task.targets[::6], [[1, 0, 1], [0, 1, 1], [np.nan, 0, 1]], equal_nan=True)
+
+
+def test_a_class_of_too_few_clips_is_told_with_what_helps(tmp_path):
+    miniature.folder(tmp_path, clips=6)
+    for i in range(1, 6):
+        (tmp_path / "owl" / f"{i}.wav").unlink()
+    with pytest.raises(DatasetError, match="'owl', which it has not trained; expected .* give it more clips"):
+        load_task(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(("split", "word"), [("test", "test"), ("valid", "validation")])
+def test_clips_of_no_class_have_no_mean_average_precision(tmp_path, split, word):
+    miniature.folder(tmp_path, clips=6)
+    splits = ["train", "train", "valid", "valid", "test", "test"]
+    rows = [
+        dict(path=f"{name}/{i}.wav", label="" if part == split else f"{name};pet", split=part)
+        for name in ("cat", "dog")
+        for i, part in enumerate(splits)
+    ]
+    miniature.table(tmp_path / "clips.csv", rows)
+    with pytest.raises(DatasetError, match=f"no {word} clip is of any class"):
+        load_task(f"folder:{tmp_path}")
+
+
 def test_a_length_that_the_header_does_not_state_is_counted(tmp_path):
     """A FLAC that was written to a pipe has 0 in the place of its 36 bits of samples."""
     miniature.folder(tmp_path)
