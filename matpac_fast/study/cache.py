@@ -6,13 +6,15 @@ ROOT/<encoder's name>-<key>/part-*.parquet     audio (SHA-256 of the file), embe
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from ..embedding import Windowing
 from ..errors import AudioError, ConfigError
 from ..files import atomic, sha256, write_text
 from ..tasks.task import Fold
+from .cost import dtype_name
 from .linear import Rows
 
 Aggregate = Literal["mean", "score", "one", "attend"]
@@ -51,7 +54,7 @@ class View:
         return {
             "encoder": encoder_id,
             "encoder_class": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
-            "dtype": str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch."),
+            "dtype": dtype_name(encoder),
             "temporal_support": self.temporal_support,
             "hop": self.hop,
             "remainder": self.remainder,
@@ -59,7 +62,28 @@ class View:
             "matpac_fast": __version__,
             "torch": torch.__version__,
             "decoder": decoder_versions(),
+            **_code(encoder),
         }
+
+
+def _code(encoder: AudioEncoder) -> dict[str, str]:
+    """SHA-256 of the source of an encoder's classes, without those whose package's version is told already.
+
+    An encoder that is being written changes under one name, with the weights and settings that it had.
+    """
+    kinds = {kind for module in encoder.modules() for kind in type(module).__mro__}
+    sources = sorted(filter(None, map(_source, kinds)))
+    return {"code": hashlib.sha256("\0".join(sources).encode()).hexdigest()} if sources else {}
+
+
+@functools.cache
+def _source(kind: type) -> str | None:
+    if kind.__module__.partition(".")[0] in {"torch", "matpac_fast", *sys.stdlib_module_names}:
+        return None
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed in at a prompt, or compiled
+        return None
 
 
 class Cache:
@@ -159,7 +183,7 @@ def _names(part: Any) -> set[str]:
 
 def hash_audio(paths: Sequence[Path], workers: int) -> list[str]:
     """SHA-256 of each file's bytes."""
-    return list(in_order(((0, partial(sha256, path)) for path in paths), workers))
+    return list(in_order(((0, functools.partial(sha256, path)) for path in paths), workers))
 
 
 def fill(
@@ -194,7 +218,9 @@ def fill(
     clips = [name for name in first if name in wanted]
     parts = [clips[i : i + _CLIPS] for i in range(0, len(clips), _CLIPS)]
     rate = caches[0].encoder.sample_rate if caches else 0
-    jobs = ((os.stat(first[name]).st_size, partial(_decode, first[name], rate)) for part in parts for name in part)
+    jobs = (
+        (os.stat(first[name]).st_size, functools.partial(_decode, first[name], rate)) for part in parts for name in part
+    )
     waves: Iterator[np.ndarray | AudioError] = in_order(jobs, workers)
     for part in parts:
         heard: dict[str, np.ndarray] = {}

@@ -136,7 +136,7 @@ def measure_here(encoder: AudioEncoder, name: str, ts: float, batch: int) -> Cos
         temporal_support=ts,
         batch=batch,
         device=device_name(device),
-        dtype=str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch."),
+        dtype=dtype_name(encoder),
         threads=torch.get_num_threads(),
         parameters=sum(p.numel() for p in encoder.parameters()),
         macs=macs,
@@ -167,6 +167,11 @@ def count_macs(encoder: AudioEncoder, waves: torch.Tensor) -> int:
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder.embed_windows(waves, batch_size=len(waves))
     return counter.get_total_flops() // 2
+
+
+def dtype_name(encoder: AudioEncoder) -> str:
+    """What it computes in, whatever was asked for: some have float32 alone."""
+    return str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

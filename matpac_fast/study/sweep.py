@@ -31,7 +31,7 @@ from ..errors import AudioError, ConfigError
 from ..files import atomic
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
-from .cost import Cost, device_name, measure
+from .cost import Cost, device_name, dtype_name, measure
 from .linear import ProbeConfig, Probed, probe
 from .results import Cell, add_cost, read_costs
 
@@ -222,12 +222,11 @@ def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple
     total = len(config.encoders) * len(config.temporal_supports) * len(config.batch_sizes)
     found: dict[tuple[str, float, int], Cost] = {}
     for name in config.encoders:
-        identity = load_encoder(name, "cpu", dtype=config.dtype).id
+        encoder = load_encoder(name, "cpu", dtype=config.dtype)
+        identity, dtype = encoder.id, dtype_name(encoder)
         for ts in config.temporal_supports:
             for batch in config.batch_sizes:
-                wanted = dict(
-                    encoder_id=identity, temporal_support=ts, batch=batch, dtype=config.dtype, threads=threads
-                )
+                wanted = dict(encoder_id=identity, temporal_support=ts, batch=batch, dtype=dtype, threads=threads)
                 wanted |= dict(device=device_name(device), torch=torch.__version__, matpac_fast=__version__)
                 known = read_costs(path)  # again each time: another study may write there too
                 same = [cost for cost in known if all(getattr(cost, key) == value for key, value in wanted.items())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 
 import pyarrow.parquet as pq
@@ -60,6 +61,26 @@ def test_what_is_there_is_not_embedded_again_under_whatever_name(tmp_path, encod
     monkeypatch.setattr(type(encoder), "embed_many", lambda *_, **__: pytest.fail("embedded again"))
     fill([Cache(tmp_path / "e", encoder, view) for view in views], hash_audio(moved, 2), moved, 1, told.append)
     assert sum(told) == 14
+
+
+def test_an_encoder_whose_code_changes_is_another(tmp_path, encoder, monkeypatch):
+    text = """
+import matpac_fast as mf
+
+class Peak(mf.AudioEncoder):
+    embedding_dim, settings = 1, {"kind": "peak"}
+
+    def forward_pieces(self, pieces, pool, layers):
+        return pieces.amax(1)[:, None, None]
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for name, source in (("one", text), ("same", text), ("other", text.replace("amax", "amin"))):
+        (tmp_path / f"peak_{name}.py").write_text(source)
+        module = importlib.import_module(f"peak_{name}")
+        keys.append({**Cache(tmp_path, module.Peak(), View(0.3)).settings, "encoder_class": ""})
+    assert keys[0] == keys[1] != keys[2]
+    assert "code" not in Cache(tmp_path, encoder, View(0.3)).settings  # its version tells
 
 
 def test_a_clip_that_nobody_has_embedded_is_an_error(tmp_path, encoder, some):

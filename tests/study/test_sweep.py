@@ -255,6 +255,15 @@ def test_costs_that_are_known_are_not_measured_again(encoder_file, tmp_path, mon
     assert all(more[key] == cost for key, cost in found.items())
 
 
+def test_costs_of_an_encoder_that_has_float32_alone_are_known_again(tmp_path, monkeypatch):
+    study = StudyConfig(("logmel-stats",), (), (0.2,), batch_sizes=(1,), dtype="bfloat16")
+    monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
+    monkeypatch.setattr(sweep, "measure", lambda name, ts, batch, *_: measure_here(load_encoder(name), name, ts, batch))
+    first = sweep.cost_sweep(study, tmp_path, lambda *_: None)
+    monkeypatch.setattr(sweep, "measure", lambda *_: pytest.fail("measured again"))
+    assert sweep.cost_sweep(study, tmp_path, lambda *_: None) == first
+
+
 def test_studies_in_one_folder_keep_each_others_costs(encoder_file, tmp_path, monkeypatch):
     other = dataclasses.replace(made_cost(0.5), encoder_id="another study's")
 
