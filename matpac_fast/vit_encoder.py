@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .audio_encoder import AudioEncoder
 from .config import MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.frontend import Frontend
-from .nn.vit import Attention, Block, Transformer
+from .nn.vit import Attention, Block, Transformer, is_plain
 from .reference import LogMelConfig
 
 SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
@@ -118,7 +118,10 @@ class Encoder(AudioEncoder):
         return self.forward_groups([pieces], pool, layers)[0]
 
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        weights = self.student.norm.weight.dtype  # float32, unless the user has called half() or double()
+        dtype = weights if weights.itemsize == 2 else self.dtype
+        groups = [pieces.to(weights) for pieces in groups]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             if self._compiles:  # a graph for each shape, not for each company that shapes may have
                 self._compiled = self._compiled or torch.compile(self._forward)
                 return [self._compiled([pieces], pool, layers)[0] for pieces in groups]
@@ -131,9 +134,8 @@ class Encoder(AudioEncoder):
         sizes = [n * length for n, length in shapes]
         x = torch.cat([t.flatten(0, 1) for t in tokens])  # (N, D)
         found: list[list[Tensor]] = [[] for _ in groups]
-        for i, block in enumerate(cast("list[Block]", list(self.student.blocks))):
-            x = x + _attention(block.attn, block.norm1(x), shapes)
-            x = x + block.mlp(block.norm2(x))
+        for i, block in enumerate(self.student.blocks):
+            x = _through(block, x, shapes)
             if layers == "all" or i == self.depth - 1:
                 # Each layer is pooled as it is made: the frames of all are never held together.
                 out = self.student.norm(x) if i == self.depth - 1 else x
@@ -234,8 +236,18 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
+def _through(block: nn.Module, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    """A block's output (N, D) for sequences of several lengths one after the other, shapes (sequences, tokens). A block
+    that its user has hooked, wrapped or replaced is called, sequences of one length at a time."""
+    if isinstance(block, Block) and is_plain(block, Block) and is_plain(block.attn, Attention):
+        x = x + _attention(block.attn, block.norm1(x), shapes)
+        return x + block.mlp(block.norm2(x))
+    parts = x.split([n * length for n, length in shapes])
+    return torch.cat([block(part.unflatten(0, shape)).flatten(0, 1) for part, shape in zip(parts, shapes, strict=True)])
+
+
 def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-    """`Attention.forward` for sequences of several lengths one after the other, shapes (sequences, tokens): (N, D)."""
+    """`Attention.forward` for such sequences: (N, D)."""
     out = []
     for part, (n, length) in zip(attention.qkv(x).split([n * length for n, length in shapes]), shapes, strict=True):
         qkv = part.reshape(n, length, 3, attention.num_heads, -1)

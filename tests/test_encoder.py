@@ -124,6 +124,28 @@ def test_inputs_of_every_kind_agree(encoder):
     assert torch.equal(encoder.embed((wave / 32768).double().numpy(), SECOND).values, want)
 
 
+def test_hooked_and_wrapped_blocks_are_called(encoder):
+    waves = [noise(40_000), noise(23_456)]
+    plain = encoder.embed(waves, 16_000, layers="all")
+    seen = []
+    blocks = encoder.student.blocks
+    hook = blocks[0].register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
+    blocks[1].forward = lambda x, first_query=0, forward=blocks[1].forward: forward(x, first_query)
+    blocks[-1] = torch.nn.Sequential(blocks[-1])
+    for got, want in zip(encoder.embed(waves, 16_000, layers="all"), plain, strict=True):
+        np.testing.assert_allclose(got.values, want.values, rtol=1e-4, atol=1e-5)
+    assert {len(shape) for shape in seen} == {3}  # (B, N, D)
+    hook.remove()
+
+
+@pytest.mark.parametrize("cast", [lambda e: e.half(), lambda e: e.to(torch.bfloat16), lambda e: e.double()])
+def test_casts_of_the_weights_compute(encoder, cast):
+    wave = noise(40_000)
+    want = encoder.embed(wave, 16_000).values
+    got = cast(encoder).embed(wave, 16_000).values
+    assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
+
+
 def test_other_sample_rates_are_resampled(encoder):
     def tone(rate: int) -> np.ndarray:
         return np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)
