@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     parametrizations make them, neither hooked, compiled nor wrapped, with its own forward pass, as off-loading and
     checkpointing replace it, and with its weights here and whole."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None or "forward" in module.__dict__:
+    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
+        return False
+    # In a graph, torch 2.6 finds nothing in the dictionary.
+    if "forward" in module.__dict__ or not isinstance(module.forward, types.MethodType):
         return False
     return not any(hasattr(weight, "to_local") for weight in module.parameters(recurse=False))  # FSDP's
 
