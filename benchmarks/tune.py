@@ -47,6 +47,11 @@ def grid(**options: tuple[int, ...]) -> list[Options]:
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 
+def listed(names: str, *rows: tuple[int, ...]) -> list[Options]:
+    """These alone."""
+    return [dict(zip(names.split(), row, strict=True)) for row in rows]
+
+
 def patches(batch: int) -> tuple[Any, ...]:
     ids = ops.mask_shuffle(0, 0, torch.arange(batch, device=DEVICE), 190)
     parameters = (randn(768, 1, 16, 16) / 16, randn(768), randn(1, 191, 768), randn(1, 1, 768))
@@ -74,43 +79,39 @@ def patch_embed_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
     yield (
         "masked_patch_embed_fwd",
         forward,
-        [
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-            for m, n, k, warps, stages in (
-                (128, 64, 256, 16, 1),
-                (128, 32, 256, 16, 2),
-                (128, 64, 256, 8, 1),
-                (128, 64, 256, 8, 2),
-                (64, 64, 256, 8, 1),
-                (64, 64, 256, 8, 2),
-                (64, 64, 256, 4, 1),
-                (64, 64, 256, 4, 2),
-                (64, 32, 256, 8, 2),
-                (64, 128, 256, 8, 1),
-                (64, 128, 32, 4, 3),
-                (128, 128, 32, 8, 3),
-            )
-        ],
+        listed(
+            "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages",
+            (128, 64, 256, 16, 1),
+            (128, 32, 256, 16, 2),
+            (128, 64, 256, 8, 1),
+            (128, 64, 256, 8, 2),
+            (64, 64, 256, 8, 1),
+            (64, 64, 256, 8, 2),
+            (64, 64, 256, 4, 1),
+            (64, 64, 256, 4, 2),
+            (64, 32, 256, 8, 2),
+            (64, 128, 256, 8, 1),
+            (64, 128, 32, 4, 3),
+            (128, 128, 32, 8, 3),
+        ),
     )
     yield (
         "masked_patch_embed_bwd",
         backward,
-        [
-            {"BLOCK_R": r, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, "PROGRAMS": programs}
-            for r, n, k, warps, stages, programs in (
-                (32, 128, 128, 8, 1, 132),
-                (32, 128, 128, 8, 1, 528),
-                (32, 128, 128, 8, 2, 264),
-                (64, 128, 128, 8, 1, 132),
-                (64, 128, 128, 8, 1, 264),
-                (32, 64, 256, 8, 1, 132),
-                (32, 64, 256, 8, 1, 264),
-                (64, 64, 128, 4, 1, 264),
-                (64, 64, 128, 8, 1, 264),
-                (64, 64, 64, 4, 1, 528),
-                (32, 128, 64, 8, 2, 264),
-            )
-        ],
+        listed(
+            "BLOCK_R BLOCK_N BLOCK_K num_warps num_stages PROGRAMS",
+            (32, 128, 128, 8, 1, 132),
+            (32, 128, 128, 8, 1, 528),
+            (32, 128, 128, 8, 2, 264),
+            (64, 128, 128, 8, 1, 132),
+            (64, 128, 128, 8, 1, 264),
+            (32, 64, 256, 8, 1, 132),
+            (32, 64, 256, 8, 1, 264),
+            (64, 64, 128, 4, 1, 264),
+            (64, 64, 128, 8, 1, 264),
+            (64, 64, 64, 4, 1, 528),
+            (32, 128, 64, 8, 2, 264),
+        ),
     )
 
 
@@ -223,7 +224,7 @@ def linear_gelu_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
         @torch.no_grad()
         def call(o: Options | None, x=x, weight=weight, bias=bias, compiled=compiled) -> tuple[Tensor, ...]:
             if o is None:
-                return (bias_gelu.forward(F.linear(x, weight), bias, None),)
+                return (bias_gelu.forward(F.linear(x, weight), bias),)
             return (compiled(x, weight, bias),)
 
         yield f"linear and GELU {len(x)} x {width}", call, [{"max_autotune": 1}]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,19 @@ def capability_of(tensor: Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def is_data_centre(capability: int) -> bool:
+    """Hopper, or Blackwell of its kind: products come out of shared memory, of which a block has 227 KiB."""
+    return 90 <= capability < 120
+
+
+def by_options(options_of: Callable[[int], Mapping[str, Any]]) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
+    """What a kernel is launched with, each with the architectures that launch it so."""
+    found: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+    for capability in CAPABILITIES:
+        found.setdefault(tuple(options_of(capability).items()), []).append(capability)
+    return [(dict(options), tuple(capabilities)) for options, capabilities in found.items()]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import CAPABILITIES, Launch, capability_of
+from ._aot import CAPABILITIES, Launch, capability_of, is_data_centre
 
 # Triton's interpreter would multiply the bits of bfloat16 as integers; float32 holds its products exactly.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -227,7 +227,7 @@ _BWD = {
 
 def _bwd_options(d: int, blocks: int, capability: int) -> dict[str, int]:
     options = _BWD[d, blocks]
-    return options if capability == 0 or 90 <= capability < 120 else {**options, "KEYS": 16}
+    return options if capability == 0 or is_data_centre(capability) else {**options, "KEYS": 16}
 
 
 def _blocks(n: int) -> dict[str, int]:

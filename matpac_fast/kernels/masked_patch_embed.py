@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import CAPABILITIES, Launch, capability_of
+from ._aot import CAPABILITIES, Launch, by_options, capability_of, is_data_centre
 
 # Near float32 on tensor cores, by three products of TF32; only float32 operands heed it.
 PRECISION = tl.constexpr("tf32x3")
@@ -155,8 +155,8 @@ FWD_PROGRAMS, BWD_PROGRAMS = 132, 264
 
 
 def _fwd_options(itemsize: int, area: int, capability: int) -> dict[str, int]:
-    hopper = capability == 0 or 90 <= capability < 120  # or data-centre Blackwell, or interpreted
-    options = _FWD[itemsize] if itemsize == 4 or hopper else _SMALL
+    large = capability == 0 or is_data_centre(capability)  # 0: interpreted
+    options = _FWD[itemsize] if itemsize == 4 or large else _SMALL
     block = 1 << max(4, (area - 1).bit_length())
     return {**options, "BLOCK_K": block if block <= options["BLOCK_K"] else min(options["BLOCK_K"], 32)}
 
@@ -226,11 +226,9 @@ def _aot() -> list[Launch]:
     sizes = ("n_rows", "batch", "n_visible", "width", "stride_b", "stride_f")
     launches = []
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        by_options: dict[tuple[tuple[str, int], ...], list[int]] = {}
-        for capability in CAPABILITIES:
-            by_options.setdefault(tuple(_fwd_options(dtype.itemsize, 256, capability).items()), []).append(capability)
-        launched = [(masked_patch_embed_fwd_kernel, dict(options), where) for options, where in by_options.items()]
-        launched.append((masked_patch_embed_bwd_kernel, _BWD[dtype.itemsize], list(CAPABILITIES)))
+        forward = by_options(lambda capability, size=dtype.itemsize: _fwd_options(size, 256, capability))
+        launched = [(masked_patch_embed_fwd_kernel, options, where) for options, where in forward]
+        launched.append((masked_patch_embed_bwd_kernel, _BWD[dtype.itemsize], CAPABILITIES))
         for kernel, options, capabilities in launched:
             constexprs = {**options, "N": 190, "GRID_TIME": 38, "PATCH": 16, "COMPUTE": _TL_DTYPE[dtype]}
             launches.append(
@@ -242,7 +240,7 @@ def _aot() -> list[Launch]:
                     num_stages=constexprs.pop("num_stages"),
                     constexprs=constexprs,
                     divisible=("width", "stride_b", "stride_f"),
-                    capabilities=tuple(capabilities),
+                    capabilities=capabilities,
                 )
             )
     return launches

@@ -6,6 +6,7 @@ teacher's probabilities and the difference of the two softmaxes compute their ti
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import CAPABILITIES, Launch, capability_of
+from ._aot import Launch, by_options, capability_of, is_data_centre
 
 # Near float32 on tensor cores, by three products of TF32; only float32 operands heed it.
 PRECISION = "tf32x3"
@@ -30,7 +31,7 @@ def _options(itemsize: int, capability: int) -> dict[str, Any]:
         tiles = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_D": 16}
     else:
         # Hopper and data-centre Blackwell multiply out of shared memory; elsewhere the operands take registers as well.
-        tiles = {"BLOCK_M": 128, "BLOCK_K": 128 if 90 <= capability < 120 else 64, "BLOCK_D": 64}
+        tiles = {"BLOCK_M": 128, "BLOCK_K": 128 if is_data_centre(capability) else 64, "BLOCK_D": 64}
     return {**tiles, "PRECISION": PRECISION, "num_warps": 8, "num_stages": 3}
 
 
@@ -215,11 +216,9 @@ def _aot() -> list[Launch]:
         signature |= dict.fromkeys(("center", "loss", "stats", "sums"), "*fp32")
         signature |= dict.fromkeys(("n", "k", "d", "split_rows"), "i32")
         signature["scales"] = "*fp64"
-        by_options: dict[tuple[tuple[str, Any], ...], list[int]] = {}
-        for capability in CAPABILITIES:
-            by_options.setdefault(tuple(_options(itemsize, capability).items()), []).append(capability)
+        launched = by_options(functools.partial(_options, itemsize))
         for kernel in (prototype_loss_fwd_kernel, prototype_loss_columns_kernel, prototype_loss_delta_kernel):
-            for options, capabilities in by_options.items():
+            for options, capabilities in launched:
                 constexprs = dict(options)
                 launches.append(
                     Launch(
@@ -230,7 +229,7 @@ def _aot() -> list[Launch]:
                         num_stages=constexprs.pop("num_stages"),
                         constexprs=constexprs,
                         divisible=("k", "d", "split_rows"),
-                        capabilities=tuple(capabilities),
+                        capabilities=capabilities,
                     )
                 )
     return launches
