@@ -19,6 +19,7 @@ from .config import PRESETS, MatpacConfig
 from .download import resolve
 from .embedding import Embeddings
 from .errors import CheckpointError, ConfigError
+from .intact import intact_named
 from .model import Matpac
 from .reference import LogMelConfig
 from .vit_encoder import SIZES, Encoder, encoder_of, sizes_of
@@ -196,7 +197,8 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"no encoder {path!r}: neither a file nor one of {', '.join(list_encoders())}; give the path or "
             f"the https:// address of a released file, see {_RELEASES}"
         )
-    return checkpoint.load(checkpoint.find_weights(path))
+    with intact_named(path, "to load it, give {folder}"):
+        return checkpoint.load(checkpoint.find_weights(path))
 
 
 def _interpret(

@@ -83,10 +83,8 @@ def main(
     """
     from ..embed.extract import embed_collection
     from ..encoder import load_encoder
-    from ..train.intact import intact_named
 
-    with intact_named(encoder, "to embed with it, --encoder {folder}"):
-        loaded = load_encoder(encoder, _device(device), num_heads, dtype=precision)
+    loaded = load_encoder(encoder, _device(device), num_heads, dtype=precision)
     try:
         with quiet_libraries(), _bars() as (listing, told):
             report = embed_collection(

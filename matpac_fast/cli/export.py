@@ -31,10 +31,8 @@ def main(
         raise ConfigError("nothing to export: give --onnx FILE, --torch FILE or both")
     from ..encoder import Encoder, load_encoder
     from ..export import export_onnx, export_torch, takes
-    from ..train.intact import intact_named
 
-    with intact_named(encoder, "to export it, --encoder {folder}"):
-        loaded = load_encoder(encoder, "cpu", num_heads)
+    loaded = load_encoder(encoder, "cpu", num_heads)
     if not isinstance(loaded, Encoder):
         raise ConfigError(f"{encoder} is a {type(loaded).__name__}; only MATPAC and M2D encoders can be exported")
     # torch's exporters remark on packages that they could do without, and on torch's own deprecations.

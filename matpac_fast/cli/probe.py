@@ -13,7 +13,6 @@ from ..study.cache import Aggregate
 from ..study.linear import ProbeConfig
 from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
-from ..train.intact import intact_named
 from ..train.loop import pick_device
 from ..weights import DEFAULT
 from .study import _numbers, _stages, check_resamples, left_out
@@ -94,8 +93,7 @@ def main(
     )
     if cache is not None:
         check_folder(cache, "--cache")
-    intact = intact_named(encoder, "to probe it, --encoder {folder}")
-    with tempfile.TemporaryDirectory() as folder, _stages() as hear, intact:
+    with tempfile.TemporaryDirectory() as folder, _stages() as hear:
         cells = run_study(config, cache or Path(folder), hear)
     for row in tabulate(cells, 0.0, resamples=resamples).results if cells else []:
         where = f", {row['subset']}" if row["subset"] else ""

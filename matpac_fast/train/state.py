@@ -31,10 +31,10 @@ from .. import checkpoint, distcp
 from ..config import PRESETS, MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
+from ..intact import intact_named, read_latest
 from ..model import Matpac
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, cut_like, is_sharded
-from .intact import intact_named, read_latest
 from .step import trained_parameters
 
 _PART = ".part"

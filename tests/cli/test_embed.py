@@ -201,6 +201,6 @@ def test_a_damaged_checkpoint_is_said_with_one_that_is_whole(source, tmp_path, c
     assert cli.main(command(source, tmp_path / "out", "--encoder", str(run))) == cli.FAILED
     said = capsys.readouterr().err
     assert "step-00000002/model.safetensors: damaged safetensors file" in said
-    assert said.endswith(f"step-00000001 is intact: to embed with it, --encoder {run}/checkpoints/step-00000001\n")
+    assert said.endswith(f"step-00000001 is intact: to load it, give {run}/checkpoints/step-00000001\n")
     whole = run / "checkpoints" / "step-00000001"
     assert cli.main(command(source, tmp_path / "out", "--encoder", str(whole))) == 0

@@ -242,23 +242,6 @@ def test_a_run_from_other_weights_is_as_large_as_they_are(corpus, tmp_path):
     assert run(corpus, "--out", tmp_path / "c", "--init", tmp_path / "official.pt", *short, "--dry-run") == 0
 
 
-def test_probing_a_damaged_run_names_the_newest_intact_checkpoint(corpus, tmp_path, capsys):
-    out, model = tmp_path / "run", Matpac(MatpacConfig.preset("nano"))
-    for name in ("step-00000001", "step-00000002"):
-        (out / "checkpoints" / name).mkdir(parents=True)
-        for part in ("model", "optimizer"):
-            model.save(out / "checkpoints" / name / f"{part}.safetensors")
-        (out / "checkpoints" / name / "state.json").write_text("{}")
-    (out / "latest").write_text("step-00000002\n")
-    (out / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
-    for label in ("a", "b"):
-        shutil.copytree(Path(corpus).parent / "audio", tmp_path / "labelled" / label)
-    capsys.readouterr()
-    assert cli.main(["probe", "--encoder", str(out), "--task", f"folder:{tmp_path / 'labelled'}"]) != 0
-    said = capsys.readouterr().err
-    assert said.endswith(f"step-00000001 is intact: to probe it, --encoder {out}/checkpoints/step-00000001\n")
-
-
 def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert run(corpus, "--out", tmp_path / "run", "--steps", 2, *SMALL) == 0

@@ -9,8 +9,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import checkpoint, distcp
-from ..errors import CheckpointError
+from . import checkpoint, distcp
+from .errors import CheckpointError
 
 
 def _is_whole(folder: Path) -> bool:
