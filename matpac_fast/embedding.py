@@ -112,8 +112,8 @@ class Network(Protocol):
 
 def extract(network: Network, clips: Iterable[Tensor], windowing: Windowing, batch_size: int) -> Iterator[Embeddings]:
     """Embed clips (S,), each checked, resampled and on the device, in order; windows of all share batches."""
-    if batch_size < 1:
-        raise ConfigError(f"embed: batch_size is {batch_size}; expected at least 1")
+    if batch_size < 1 or batch_size % 1:
+        raise ConfigError(f"embed: batch_size is {batch_size!r}; expected a whole number, at least 1")
     batches = _Batches(network, windowing, batch_size)
     waiting: deque[_Clip] = deque()
     for wave in clips:

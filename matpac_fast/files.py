@@ -30,10 +30,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    mode = stat.S_IMODE(os.fstat(handle).st_mode)
-    os.close(handle)
     try:
+        handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         yield beside
         os.chmod(beside, mode)  # safetensors leaves a file that its owner alone can read
         with open(beside, "rb+") as file:
@@ -41,9 +41,11 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(beside, path)
         sync_folder(path.parent)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        with contextlib.suppress(OSError):  # the error that is told is the first one
+            beside.unlink()
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, beside, os.fspath(beside)):
             error.filename = os.fspath(path)  # a write that fails, as on a full disk, does not say where
+            error.filename2 = None  # of a rename
         raise
 
 

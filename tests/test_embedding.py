@@ -275,6 +275,7 @@ def test_many_windows_of_a_long_clip_do_not_keep_it_alive(encoder):
         (np.zeros(8), {"temporal_support": "2"}, ConfigError, "temporal_support is '2', a str; expected seconds"),
         (np.zeros(8), {"temporal_support": 1, "hop": [1]}, ConfigError, r"hop is \[1\], a list; expected seconds"),
         (np.zeros(8), {"batch_size": 0}, ConfigError, "batch_size is 0"),
+        (np.zeros(8), {"batch_size": 2.5}, ConfigError, "batch_size is 2.5"),
         (np.zeros(1), {"sample_rate": 192_000}, AudioError, "no audio, at 16000 Hz"),
     ],
 )

@@ -37,3 +37,15 @@ def test_an_error_leaves_what_was_there_and_nothing_beside_it(tmp_path):
         fails()
     assert caught.value.filename == str(tmp_path / "a")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_an_error_names_the_file_and_not_what_is_written_beside_it(tmp_path):
+    path = tmp_path / ("x" * 250)  # a name that is as long as it may be, and too long with a suffix
+    with pytest.raises(OSError, match="too long") as caught, atomic(path):
+        pass
+    assert caught.value.filename == str(path)
+    with pytest.raises(OSError, match="directory") as caught, atomic(tmp_path / "sub") as beside:
+        (tmp_path / "sub").mkdir()
+        beside.write_text("x")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "sub"), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["sub"]

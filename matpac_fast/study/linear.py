@@ -162,9 +162,13 @@ class FoldProbes:
         dealt = deal_groups(groups[learn], strata, parts, seed)
         for part in range(parts):
             held = dealt == part
-            if not self.multi:  # a class of one group stays with the training clips
+            if self.multi:  # without a class that both sides have there is nothing to score
+                trained, validated = (np.nansum(targets[learn[side]], 0) > 0 for side in (~held, held))
+                usable = bool((trained & validated).any())
+            else:  # a class of one group stays with the training clips
                 held &= np.isin(targets[learn], targets[learn[~held]])
-            if held.any():
+                usable = bool(held.any())
+            if usable:
                 return np.sort(learn[held])
         raise ConfigError(
             "probe: no class has training clips in two groups; expected that of one at least, so that some can be held "

@@ -150,12 +150,14 @@ def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_se
         assert np.isin(valid, fold.train).all()
 
 
-def hold_out(groups: str) -> list[np.ndarray]:
-    """What each of four seeds holds out; `groups` of the training clips, a letter each, the capitals being class 1."""
+def hold_out(groups: str, multi: bool = False) -> list[np.ndarray]:
+    """What each of four seeds holds out; `groups` of the training clips, a letter each, the capitals being class 1;
+    with `multi` the others are of no class."""
     names = np.array(list(groups))
     n, targets = len(names), np.array([int(name.isupper()) for name in groups])
     values = torch.randn(n + 1, 4, dtype=torch.float64)
     targets, names = np.append(targets, 0), np.append(names, "test")
+    targets = np.stack([0 * targets, targets], 1).astype(np.float32) if multi else targets
     config, fold = dataclasses.replace(QUICK, seeds=4), Fold(np.arange(n), np.array([n]))
     from matpac_fast.study.linear import FoldProbes
 
@@ -167,6 +169,13 @@ def hold_out(groups: str) -> list[np.ndarray]:
 def test_where_no_class_has_two_groups_nothing_can_be_held_out():
     with pytest.raises(ConfigError, match="no class has training clips in two groups; .*the split valid"):
         hold_out("aaaaBBBB")
+
+
+def test_what_is_held_out_of_several_labels_has_one_that_is_trained():
+    for valid in hold_out("abcdefghijkLmnopqrstuV", multi=True):
+        assert len({11, 21} & set(valid.tolist())) == 1
+    with pytest.raises(ConfigError, match="no class has training clips in two groups"):
+        hold_out("abcdefghijkLLLLmnopqr", multi=True)
 
 
 def test_a_class_of_one_large_group_leaves_another_to_be_held_out():
