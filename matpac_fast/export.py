@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -116,7 +114,7 @@ def export_torch(encoder: Encoder, path: str | os.PathLike[str]) -> float:
     """Write a .pt2 for torch.export.load, all of it or none; returns the largest error of `check`."""
     packed = io.BytesIO()  # torch aborts the process where a write fails
     torch.export.save(to_program(encoder), packed, extra_files={"matpac_fast.json": json.dumps(_about(encoder))})
-    with _writing(path) as beside:
+    with atomic(path) as beside:
         beside.write_bytes(packed.getbuffer())
         with open(beside, "rb") as file:  # what was written is checked, not what is in memory
             return check(encoder, torch.export.load(cast(Any, file)).module())
@@ -145,7 +143,7 @@ def export_onnx(encoder: Encoder, path: str | os.PathLike[str]) -> float:
     _name_dimensions(model.graph)
     onnx.helper.set_model_props(model, {"matpac_fast": json.dumps(_about(encoder))})
     model.doc_string = takes(encoder)
-    with _writing(path) as beside:
+    with atomic(path) as beside:
         beside.write_bytes(model.SerializeToString())
         session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
         return check(encoder, lambda waves: torch.from_numpy(session.run(None, {"waves": waves.cpu().numpy()})[0]))
@@ -187,17 +185,6 @@ def takes(encoder: Encoder) -> str:
         f"takes waves (batch, samples), float32 mono at {encoder.sample_rate} Hz, of {least} or more; "
         "pad a shorter one with zeros at its end"
     )
-
-
-@contextlib.contextmanager
-def _writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`atomic`, with errors that name the file that was asked for and not the one beside it."""
-    try:
-        with atomic(path) as beside:
-            yield beside
-    except OSError as error:
-        error.filename = os.fspath(path)
-        raise
 
 
 def _about(encoder: Encoder) -> dict[str, Any]:

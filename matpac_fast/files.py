@@ -43,9 +43,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):  # the error that is told is the first one
             beside.unlink()
-        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, beside, os.fspath(beside)):
-            error.filename = os.fspath(path)  # a write that fails, as on a full disk, does not say where
-            error.filename2 = None  # of a rename
+        told = (None, beside, os.fspath(beside))  # a write that fails, as on a full disk, does not say where
+        if isinstance(error, OSError) and error.errno is not None and error.filename in told:
+            error.filename = os.fspath(path)
+            del error.filename2  # of a rename
         raise
 
 

@@ -131,8 +131,7 @@ def test_a_place_that_cannot_be_written_is_named_as_it_was_given(encoder, tmp_pa
     for path, says in ((tmp_path / "e.pt2", "directory"), (long, "name too long")):
         with pytest.raises(OSError, match=says) as caught:
             export.export_torch(encoder, path)
-        assert str(path) in (caught.value.filename, caught.value.filename2)
-        assert ".tmp" not in str(caught.value.filename)
+        assert caught.value.filename == str(path)
 
 
 def test_what_cannot_be_exported_says_so(encoder, tmp_path, monkeypatch, capsys):

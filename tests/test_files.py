@@ -44,8 +44,8 @@ def test_an_error_names_the_file_and_not_what_is_written_beside_it(tmp_path):
     with pytest.raises(OSError, match="too long") as caught, atomic(path):
         pass
     assert caught.value.filename == str(path)
+    (tmp_path / "sub").mkdir()
     with pytest.raises(OSError, match="directory") as caught, atomic(tmp_path / "sub") as beside:
-        (tmp_path / "sub").mkdir()
         beside.write_text("x")
     assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "sub"), None)
     assert [path.name for path in tmp_path.iterdir()] == ["sub"]

@@ -78,6 +78,4 @@ def _line(error: Exception) -> str:
     """What is wrong, in one line; of the system's errors the file first, without its number."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
-    # Of two names the second is the one that was asked for; the first is that of a file in the making.
-    name = error.filename if error.filename2 is None else error.filename2
-    return error.strerror if name is None else f"{os.fsdecode(name)}: {error.strerror}"
+    return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
