@@ -50,7 +50,6 @@ def test_an_unknown_command_is_named(capsys):
     [
         (CorpusError("corpus/ holds no index; run matpac-fast prepare"), 2, "corpus/ holds no index"),
         (OSError(28, "No space left on device", "out.parquet"), 2, "demo: out.parquet: No space left on device"),
-        (IsADirectoryError(21, "Is a directory", ".a.tmp", None, "a.onnx"), 2, "demo: a.onnx: Is a directory"),
         (OSError("no device"), 2, "demo: no device"),
         (ConfigError("demo: hop is 0"), 2, "matpac-fast demo: hop is 0"),
         (KeyboardInterrupt(), 130, "interrupted"),
