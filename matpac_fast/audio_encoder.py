@@ -44,6 +44,8 @@ class AudioEncoder(nn.Module):
         n_layers: L of `layers="all"`.
         min_samples: the shortest window; shorter ones are padded with zeros at the end.
         frame_samples: from one frame embedding to the next; None where there are none, only whole windows.
+        frame_middle: samples from where a frame embedding starts to the middle of what it sees; None: half of
+            `frame_samples`.
         native_window: (size, hop) in samples of the pieces that a longer window is cut into, where a piece of the
             window is the same as a window of its own; else None.
         native_seconds: the longest stretch of audio that the network sees at once; None where it is any.
@@ -57,6 +59,7 @@ class AudioEncoder(nn.Module):
     n_layers: int = 1
     min_samples: int = 1
     frame_samples: int | None = None
+    frame_middle: float | None = None
     native_window: tuple[int, int] | None = None
     native_seconds: float | None = None
     beyond: str = "seen whole"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,13 +45,13 @@ def load_model(model_file_path: str | os.PathLike[str] = "") -> HearModel:
     return HearModel(load_encoder(model_file_path or DEFAULT))
 
 
-def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
-    """One embedding a sound: audio (N, S) at `model.sample_rate`, in [-1, 1] -> (N, E) float32."""
+def get_scene_embeddings(audio: Tensor | np.ndarray, model: HearModel) -> Tensor:
+    """One embedding a sound: audio (N, S) at `model.sample_rate`, float in [-1, 1] or int16 -> (N, E) float32."""
     return model.encoder.embed(_checked(audio), model.sample_rate).values[:, 0]
 
 
-def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, T, E) float32, and (N, T) float32 the milliseconds at the middle of what each one stands for."""
+def get_timestamp_embeddings(audio: Tensor | np.ndarray, model: HearModel) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, T, E) float32, and (N, T) float32 the milliseconds at the middle of what each one sees."""
     audio, encoder = _checked(audio), model.encoder
     frame, passes = encoder.frame_samples, model.passes
     if frame is None:
@@ -65,11 +66,13 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, T
         values[:, i :: len(shifts)] = encoder.embed(audio[:, shift:], model.sample_rate, pool="none").values
     number = torch.arange(n_frames)
     begin = number // len(shifts) * frame + torch.tensor(shifts)[number % len(shifts)]
-    times = ((begin.double() + frame / 2) * 1000 / encoder.sample_rate).float().to(encoder.device)
+    middle = frame / 2 if encoder.frame_middle is None else encoder.frame_middle
+    times = ((begin.double() + middle) * 1000 / encoder.sample_rate).float().to(encoder.device)
     return values, times.expand(len(audio), -1).contiguous()
 
 
-def _checked(audio: Tensor) -> Tensor:
-    if audio.ndim != 2:
-        raise AudioError(f"HEAR: audio is {tuple(audio.shape)}; expected (sounds, samples)")
-    return audio.float()
+def _checked(audio: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    if not isinstance(audio, (Tensor, np.ndarray)) or audio.ndim != 2:
+        came = tuple(audio.shape) if isinstance(audio, (Tensor, np.ndarray)) else f"a {type(audio).__name__}"
+        raise AudioError(f"HEAR: audio is {came}; expected (sounds, samples)")
+    return audio

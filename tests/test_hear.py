@@ -8,6 +8,7 @@ import torch
 from matpac_fast import hear
 from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, CheckpointError, ConfigError
+from matpac_fast.zoo.crepe import Crepe
 
 SECOND = 16_000
 
@@ -112,9 +113,24 @@ def test_twenty_minutes_go_through_in_small_batches(model, monkeypatch):
     assert max(batches) <= 16
 
 
+def test_sixteen_bits_and_arrays_are_the_same_sounds(model):
+    audio = (noise(2, 8_000) * 20).short()  # as quiet as some recordings end
+    want = hear.get_scene_embeddings(audio / 32_768, model)
+    for sounds in (audio, audio.numpy(), (audio / 32_768).double().numpy()):
+        assert torch.equal(hear.get_scene_embeddings(sounds, model), want)
+        assert hear.get_timestamp_embeddings(sounds, model)[0].shape == (2, 12, model.timestamp_embedding_size)
+
+
+def test_frames_that_are_centred_are_told_at_their_middle():
+    times = hear.get_timestamp_embeddings(noise(1, 4_000), hear.HearModel(Crepe("tiny").eval()))[1]
+    assert times[0].tolist() == [0.0, 50.0, 100.0, 150.0, 200.0, 250.0]
+
+
 def test_what_is_no_hear_call_says_so(model):
     with pytest.raises(CheckpointError, match="no encoder 'nowhere'"):
         hear.load_model("nowhere")
     for function in (hear.get_scene_embeddings, hear.get_timestamp_embeddings):
         with pytest.raises(AudioError, match=r"audio is \(800,\); expected \(sounds, samples\)"):
             function(torch.zeros(800), model)
+        with pytest.raises(AudioError, match=r"audio is a list; expected \(sounds, samples\)"):
+            function([0.0] * 800, model)

@@ -35,7 +35,7 @@ class Crepe(Network):
     """
 
     sample_rate = 16_000
-    frame_samples = _HOP
+    frame_samples, frame_middle = _HOP, 0.0
     beyond = "every frame on its own; the mean of all"
 
     def __init__(self, size: str = "full"):

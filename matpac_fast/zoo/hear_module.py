@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
+import logging
+import numbers
 import os
+import sys
+import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +27,7 @@ from ..audio_encoder import AudioEncoder
 from ..errors import CheckpointError, ConfigError
 from ..files import sha256
 
+_log = logging.getLogger("matpac_fast")
 _FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
 _ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
 _PROBE_SECONDS = 2.0
@@ -28,9 +36,9 @@ _PROBE_SECONDS = 2.0
 class HearEncoder(AudioEncoder):
     """A model of a HEAR module; what the API does not tell is found by asking it.
 
-    The shortest window is the smallest power of two, in samples, for which the module gives finite numbers. There are
-    frame embeddings where scene and timestamp embeddings have one size and the timestamps of two seconds of silence
-    come at one distance; a frame is told to start `frame_samples` after the one before, the first at 0.
+    The shortest window is the fewest samples for which the module gives finite numbers. There are frame embeddings
+    where scene and timestamp embeddings have one size and the timestamps of two seconds of noise come at one distance;
+    a frame is told to start `frame_samples` after the one before, the first at 0.
 
     Args:
         module: the name of one with the functions of the API.
@@ -38,46 +46,61 @@ class HearEncoder(AudioEncoder):
         settings: what beside the model's weights decides the embeddings.
 
     Raises:
-        CheckpointError: a model without the attributes of the API, or which embeds no silence of up to two seconds.
+        CheckpointError: a model without the attributes of the API, or which embeds nothing of up to two seconds.
     """
 
     beyond = "embedded whole, as the module does"
 
     def __init__(self, module: str, model: Any, settings: dict[str, Any]):
         super().__init__()
-        if missing := [name for name in _ATTRIBUTES if not isinstance(getattr(model, name, None), int)]:
+        sizes = {name: getattr(model, name, None) for name in _ATTRIBUTES}
+        if missing := [name for name, size in sizes.items() if not isinstance(size, numbers.Integral)]:
             raise CheckpointError(f"hear:{module}: the model has no whole number {', '.join(missing)}")
         self.settings = settings
         self.model = model  # a torch module's weights become this one's
         self._module = module  # by name: modules can be neither pickled nor copied
         self._counted: dict[int, int] = {}  # samples -> timestamps
-        self.sample_rate, self.embedding_dim = model.sample_rate, model.scene_embedding_size
+        self.sample_rate, self.embedding_dim = int(model.sample_rate), int(model.scene_embedding_size)
         # Without weights that torch knows, this is what tells the device.
         self.register_buffer("anchor", torch.empty(0), persistent=False)
 
     def probe(self) -> HearEncoder:
         """Find the shortest window and the frames, on the device where the model is."""
-        longest, n, problem = round(_PROBE_SECONDS * self.sample_rate), 1, ""
-        while True:
-            n = min(n, longest)
-            try:
-                self.min_samples = n
-                if torch.isfinite(self._scene(torch.zeros(1, n, device=self.device))).all():
-                    break
-                problem = "NaN or infinite numbers"
-            except Exception as error:  # another package's code may fail in any way on what is too short for it
-                problem = f"{type(error).__name__}: {error}"
-            if n == longest:
+        longest = round(_PROBE_SECONDS * self.sample_rate)
+        # Not of silence, which some modules divide by its peak.
+        noise = torch.randn(1, longest, generator=torch.Generator().manual_seed(0)).to(self.device) / 10
+        fails, works = 0, 1
+        while problem := self._problem(noise[:, :works]):
+            if works == longest:
                 raise CheckpointError(
-                    f"hear:{self._module}: gives no embedding of {_PROBE_SECONDS:g} s of silence: {problem}"
+                    f"hear:{self._module}: gives no embedding of {_PROBE_SECONDS:g} s of noise: {problem}"
                 )
-            n *= 2
+            fails, works = works, min(2 * works, longest)
+        while works - fails > 1:
+            middle = (fails + works) // 2
+            fails, works = (middle, works) if self._problem(noise[:, :middle]) else (fails, middle)
+        self.min_samples = works
         if self.model.timestamp_embedding_size == self.embedding_dim:
-            _, times = self._timestamps(torch.zeros(1, longest, device=self.device))
-            steps = times[0].double().diff() * self.sample_rate / 1000
+            try:
+                _, times = self._timestamps(noise)
+            except Exception as error:  # scenes are embedded all the same
+                _log.info("hear:%s: no frame embeddings: %s: %s", self._module, type(error).__name__, error)
+                return self
+            steps = times.diff() * self.sample_rate / 1000
             if len(steps) and (steps - steps[0]).abs().max() < 1 and round(steps[0].item()) > 0:
                 self.frame_samples = round(steps[0].item())
+                self.frame_middle = times[0].item() * self.sample_rate / 1000
         return self
+
+    def _problem(self, wave: Tensor) -> str:
+        """Why there is no scene embedding of `wave`, "" where there is one."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                finite = torch.isfinite(self._scene(wave)).all()
+        except Exception as error:  # another package's code may fail in any way on what is too short for it
+            return f"{type(error).__name__}: {error}"
+        return "" if finite else "NaN or infinite numbers"
 
     def rows(self, n_samples: int) -> list[int]:
         """The API does not tell, so silence of that length is asked, once."""
@@ -104,14 +127,22 @@ class HearEncoder(AudioEncoder):
         return self._checked(found, (len(waves), self.embedding_dim), "get_scene_embeddings")
 
     def _timestamps(self, waves: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (N, T, E), and (T,) float64 the milliseconds of the first wave's."""
         found, times = self._ask("get_timestamp_embeddings", waves)
+        times = np.asarray(times.detach().cpu() if isinstance(times, Tensor) else times, np.float64)
         shape = (len(waves), times.shape[-1], self.embedding_dim)
-        return self._checked(found, shape, "get_timestamp_embeddings"), times.reshape(len(waves), -1)
+        return self._checked(found, shape, "get_timestamp_embeddings"), torch.from_numpy(np.atleast_2d(times)[0])
 
     def _ask(self, function: str, waves: Tensor) -> Any:
-        return getattr(importlib.import_module(self._module), function)(waves, self.model)
+        audio: Any = waves
+        tensorflow: Any = sys.modules.get("tensorflow")
+        if isinstance(self.model, getattr(tensorflow, "Module", ())):  # these take its own tensors, as in heareval
+            audio = tensorflow.convert_to_tensor(waves.cpu().numpy())
+        return getattr(importlib.import_module(self._module), function)(audio, self.model)
 
     def _checked(self, found: Any, shape: tuple[int, ...], what: str) -> Tensor:
+        if not isinstance(found, Tensor) and hasattr(found, "__array__"):  # numpy's, TensorFlow's
+            found = torch.from_numpy(np.array(found))
         if not isinstance(found, Tensor) or tuple(found.shape) != shape:
             came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise CheckpointError(f"hear:{self._module}: {what} gave {came}; expected a tensor {shape}")
@@ -139,7 +170,7 @@ def load(argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncode
     if missing := [function for function in _FUNCTIONS if not callable(getattr(module, function, None))]:
         raise CheckpointError(f"hear:{name}: the module has no {', '.join(missing)}, so it does not speak the HEAR API")
     try:
-        model = module.load_model(weights) if weights else module.load_model()
+        model = module.load_model(weights) if weights or _asks_for_one(module.load_model) else module.load_model()
     except Exception as error:
         raise CheckpointError(f"hear:{argument}: load_model failed: {type(error).__name__}: {error}") from error
     if isinstance(model, nn.Module):
@@ -148,6 +179,15 @@ def load(argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncode
     encoder.name = f"hear:{argument}"
     with torch.no_grad():
         return encoder.probe()  # type: ignore[operator] # Module.to and eval are typed as Module's
+
+
+def _asks_for_one(load_model: Callable[..., Any]) -> bool:
+    """Whether the file's path has no default, as the API has it; many modules with one model leave it unread."""
+    try:
+        inspect.signature(load_model).bind()
+    except TypeError:
+        return True
+    return False
 
 
 def _settings(name: str, module: ModuleType, weights: str) -> dict[str, Any]:

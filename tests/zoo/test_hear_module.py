@@ -7,12 +7,13 @@ import gc
 import pickle
 import sys
 import textwrap
+import types
 import weakref
 
 import pytest
 import torch
 
-from matpac_fast import load_encoder
+from matpac_fast import hear, load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from tests.zoo.official import noise
 
@@ -74,7 +75,7 @@ def frames(model: torch.nn.Module, wave: torch.Tensor) -> torch.Tensor:
 def test_windows_and_frames_are_the_modules(module):
     encoder = load_encoder(f"hear:{module('fake_hear')}", "cpu")
     assert encoder.name == "hear:fake_hear"
-    assert (encoder.sample_rate, encoder.embedding_dim, encoder.min_samples) == (8_000, 6, 512)
+    assert (encoder.sample_rate, encoder.embedding_dim, encoder.min_samples) == (8_000, 6, 400)
     assert encoder.frame_samples == 400
     assert not any(p.requires_grad for p in encoder.parameters())
     wave = noise(20_000)
@@ -89,6 +90,87 @@ def test_windows_and_frames_are_the_modules(module):
     singles = [encoder.embed(clip, 8_000).values for clip in clips]
     for got, want in zip(encoder.embed(clips, 8_000, batch_size=4), singles, strict=True):
         torch.testing.assert_close(got.values, want, rtol=0, atol=1e-6)
+
+
+def test_the_shortest_window_is_found_to_the_sample(module):
+    encoder = load_encoder(f"hear:{module('fake_hear')}", "cpu")
+    wave = noise(1_200)
+    want = frames(encoder.model, wave)
+    found = encoder.embed(wave, 8_000, temporal_support=0.05)
+    torch.testing.assert_close(found.values, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        """
+        import numpy as np
+        Model.sample_rate, Model.scene_embedding_size = np.int64(8_000), np.int32(6)
+        torch_scene, torch_frames = get_scene_embeddings, get_timestamp_embeddings
+        def get_scene_embeddings(audio, model):
+            return torch_scene(audio, model).numpy()
+        def get_timestamp_embeddings(audio, model):
+            return tuple(found.numpy() for found in torch_frames(audio, model))
+        """,
+        """
+        model_of = load_model
+        def load_model(model_file_path):
+            return model_of(model_file_path)
+        """,
+        """
+        scene_of = get_scene_embeddings
+        def get_scene_embeddings(audio, model):  # does not mind how loud it is
+            peak = audio.abs().amax(1, keepdim=True)
+            return scene_of(audio / peak * peak, model)
+        """,
+        """
+        import tensorflow
+        class Tensor:
+            def __init__(self, values):
+                self.values = values
+            def __array__(self, dtype=None, copy=None):
+                return self.values
+        class TensorflowModel:
+            def __init__(self, model):
+                self.model = model
+                self.sample_rate, self.scene_embedding_size, self.timestamp_embedding_size = 8_000, 6, 6
+        tensorflow.Module, tensorflow.convert_to_tensor = TensorflowModel, Tensor
+        torch_model, torch_frames = load_model, get_timestamp_embeddings
+        def load_model(path=""):
+            return TensorflowModel(torch_model(path))
+        def get_timestamp_embeddings(audio, model):
+            with torch.no_grad():
+                found = torch_frames(torch.from_numpy(audio.values), model.model)
+            return tuple(Tensor(part.numpy()) for part in found)
+        def get_scene_embeddings(audio, model):
+            return Tensor(get_timestamp_embeddings(audio, model)[0].values.mean(1))
+        """,
+    ],
+    ids=["numpy", "path without default", "divides by the peak", "TensorFlow"],
+)
+def test_modules_of_other_habits(module, monkeypatch, more):
+    monkeypatch.setitem(sys.modules, "tensorflow", types.ModuleType("tensorflow"))
+    wave = noise(20_000)
+    want = load_encoder(f"hear:{module('plain_hear')}", "cpu")
+    encoder = load_encoder(f"hear:{module('fake_hear', more)}", "cpu")
+    assert (encoder.embedding_dim, encoder.min_samples, encoder.frame_samples) == (6, 400, 400)
+    for pool in ("mean", "none"):
+        expected = want.embed(wave, 8_000, pool=pool).values
+        torch.testing.assert_close(encoder.embed(wave, 8_000, pool=pool).values, expected, rtol=0, atol=1e-6)
+
+
+def test_scenes_do_without_timestamps_that_fail(module):
+    once_only = """
+        frames_of = get_timestamp_embeddings
+        def get_scene_embeddings(audio, model):
+            model.hop = None
+            return model(audio).mean(1)
+        def get_timestamp_embeddings(audio, model):
+            return frames_of(audio, model)[0], model.hop * 2
+    """
+    encoder = load_encoder(f"hear:{module('fake_hear', once_only)}", "cpu")
+    assert encoder.embed(noise(8_000), 8_000).values.shape == (1, 6)
+    assert encoder.frame_samples is None
 
 
 def test_weights_are_handed_over_and_decide_the_id(module, tmp_path):
@@ -169,8 +251,8 @@ def test_frames_must_depend_on_the_length_alone(module):
     [
         ("del get_scene_embeddings", "has no get_scene_embeddings, so it does not speak the HEAR API"),
         ("Model.sample_rate = '8k'", "the model has no whole number sample_rate"),
-        ("Model.scene_embedding_size = 7", "2 s of silence: CheckpointError: .* gave .*; expected a tensor"),
-        ("def get_scene_embeddings(a, m): return m(a).mean(1) / 0", "2 s of silence: NaN or infinite numbers"),
+        ("Model.scene_embedding_size = 7", "2 s of noise: CheckpointError: .* gave .*; expected a tensor"),
+        ("def get_scene_embeddings(a, m): return m(a).mean(1) / 0", "2 s of noise: NaN or infinite numbers"),
         ("raise RuntimeError('no licence')", r"cannot be imported \(no licence\)"),
         ("def load_model(): raise OSError('no weights')", "load_model failed: OSError: no weights"),
     ],
@@ -196,3 +278,5 @@ def test_this_package_speaks_it_too():
     wave = noise(20_000)
     torch.testing.assert_close(ours.embed(wave, 16_000).values, tiny.embed(wave, 16_000).values, rtol=0, atol=1e-5)
     assert ours.frame_samples == tiny.frame_samples // 4
+    again = hear.get_timestamp_embeddings(wave[None], hear.HearModel(ours))[1]
+    torch.testing.assert_close(again, hear.get_timestamp_embeddings(wave[None], hear.HearModel(tiny))[1])
