@@ -323,11 +323,29 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.is_dir() or distcp.is_one(path):
         return path
-    latest = path / "latest"
-    if latest.is_file():
-        path = path / "checkpoints" / latest.read_text(encoding="utf-8").strip()
+    latest = read_latest(path)
+    if latest:
+        path = path / "checkpoints" / latest
     if distcp.is_one(path / PARTS):
         return path / PARTS
-    if latest.is_file() or (path / "model.safetensors").is_file():
+    if latest or (path / "model.safetensors").is_file():
         return path / "model.safetensors"
     raise CheckpointError(f"{path}: a folder without a checkpoint; expected a run of `matpac-fast pretrain`")
+
+
+def read_latest(run: Path) -> str:
+    """The name of a run's newest checkpoint, "" where there is none.
+
+    It stands in the file `latest`. Where that is lost, as from a copy of the run, it is the last of the checkpoints
+    that are there: none gets its name before all of it is on the disk.
+
+    Raises:
+        CheckpointError: `latest` is there and cannot be read.
+    """
+    try:
+        name = (run / "latest").read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        name = ""
+    except OSError as error:
+        raise CheckpointError(f"{run / 'latest'}: cannot be read: {error.strerror}") from None
+    return name or max((p.name for p in run.glob("checkpoints/step-*") if p.name[5:].isdigit()), default="")

@@ -40,7 +40,7 @@ def intact_named(source: str | os.PathLike[str], way: str) -> Iterator[None]:
         yield
     except CheckpointError as error:
         run = Path(source)
-        latest = run / "checkpoints" / read_latest(run)
+        latest = run / "checkpoints" / checkpoint.read_latest(run)
         if latest == run / "checkpoints" or _is_whole(latest):
             raise
         for folder in sorted(run.glob("checkpoints/step-*"), reverse=True):
@@ -49,11 +49,3 @@ def intact_named(source: str | os.PathLike[str], way: str) -> Iterator[None]:
                 told = way.format(name=folder.name, **quoted)
                 raise CheckpointError(f"{error}. {folder.name} is intact: {told}") from None
         raise CheckpointError(f"{error}. No other checkpoint of {run} is intact") from None
-
-
-def read_latest(run: Path) -> str:
-    """The name of the newest checkpoint, "" where there is none."""
-    try:
-        return (run / "latest").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

@@ -31,7 +31,7 @@ from .. import checkpoint, distcp
 from ..config import PRESETS, MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
-from ..intact import intact_named, read_latest
+from ..intact import intact_named
 from ..model import Matpac
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, cut_like, is_sharded
@@ -124,7 +124,7 @@ class RunFolder:
 
     def latest(self) -> Path | None:
         """Folder of the newest checkpoint, or None where there is none yet."""
-        name = read_latest(self.path)
+        name = checkpoint.read_latest(self.path)
         return self._checkpoints / name if name else None
 
     def save(self, snapshot: Snapshot, keep_last: int, keep_every: int | None = None) -> None:

@@ -57,6 +57,20 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, corpus, model_config, train
         assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
 
 
+def test_a_run_whose_latest_is_lost_goes_on(tmp_path, corpus, model_config, train_config):
+    """As in a copy of a run that lacks the file; one that is there and cannot be read begins no other run either."""
+    run = tmp_path / "run"
+    pretrain(corpus, run, model_config, train_config, stop=after(8))
+    (run / "latest").unlink()
+    assert Matpac.load(run).config == model_config
+    pretrain(corpus, run, model_config, train_config, stop=after(1))
+    assert [r["step"] for r in read_log(run / "log.jsonl") if r.get("event") == "resume"] == [8]
+    (run / "latest").unlink()
+    (run / "latest").mkdir()
+    with pytest.raises(CheckpointError, match="latest: cannot be read: Is a directory"):
+        pretrain(corpus, run, model_config, train_config)
+
+
 def test_what_follows_the_last_step_is_done_after_a_kill_too(tmp_path, corpus, model_config, train_config):
     def killed(state, config):
         if len(calls) == 1:  # the second one, after the last step
