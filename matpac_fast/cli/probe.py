@@ -95,7 +95,8 @@ def main(
         check_folder(cache, "--cache")
     with tempfile.TemporaryDirectory() as folder, _stages() as hear:
         cells = run_study(config, cache or Path(folder), hear)
-    for row in tabulate(cells, 0.0, resamples=resamples).results if cells else []:
+        results = tabulate(cells, 0.0, resamples=resamples, progress=hear).results if cells else []
+    for row in results:
         where = f", {row['subset']}" if row["subset"] else ""
         print(
             f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f}), "

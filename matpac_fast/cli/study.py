@@ -133,7 +133,7 @@ def main(
             if not cells:  # a torchrun process that is not the first
                 return 0
             found = list({id(cost): cost for cell in cells for cost in cell.costs}.values())
-            tables = tabulate(cells, margin, cheapest_by, resamples)
+            tables = tabulate(cells, margin, cheapest_by, resamples, hear)
     made = _made(config)
     lines = _sentences(tables, margin)
     lines += _unsteady(found, out / "cost.parquet")
@@ -169,7 +169,8 @@ def _checked(config: StudyConfig, out: Path, hear: Progress) -> list[Cell]:
 @contextlib.contextmanager
 def _stages() -> Iterator[Progress]:
     """A progress bar for each stage, one after the other."""
-    units = {"measuring cost": "points", "embedding": "clips", "probing": "probes"}
+    units = {"hashing": "files", "measuring cost": "points", "embedding": "clips"}
+    units |= {"probing": "probes", "scoring": "probes"}
     with contextlib.ExitStack() as stack:
         now, update = "", None
 

@@ -122,9 +122,14 @@ class Cache:
         place = {name: i for i, name in enumerate(sorted(lacking))}
         for part in self._parts():
             with pq.ParquetFile(part) as file:
-                if not place.keys().isdisjoint(names := _names(file)):  # other tasks' clips are in parts of their own
-                    lacking -= names
-                    tables.append(file.read())
+                names = _names(file)
+                if fresh := lacking & names:  # other tasks' clips are in parts of their own
+                    lacking -= fresh
+                    table = file.read()
+                    twice = (names - fresh) & place.keys()  # by two processes that did not see each other's
+                    if twice:
+                        table = table.filter(pc.is_in(table["audio"], pa.array(sorted(fresh))))  # type: ignore
+                    tables.append(table)
         if lacking:
             raise ConfigError(
                 f"{self.folder}: {len(lacking)} of {len(place)} clips, such as that of SHA-256 {min(lacking)}, have no "
@@ -181,9 +186,13 @@ def _names(part: Any) -> set[str]:
     return set(part.read(["audio"])["audio"].unique().to_pylist())
 
 
-def hash_audio(paths: Sequence[Path], workers: int) -> list[str]:
-    """SHA-256 of each file's bytes."""
-    return list(in_order(((0, functools.partial(sha256, path)) for path in paths), workers))
+def hash_audio(paths: Sequence[Path], workers: int, done: Callable[[int], None] = lambda done: None) -> list[str]:
+    """SHA-256 of each file's bytes; `done` is told how many there are so far."""
+    found: list[str] = []
+    for name in in_order(((0, functools.partial(sha256, path)) for path in paths), workers):
+        found.append(name)
+        done(len(found))
+    return found
 
 
 def fill(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -28,23 +29,33 @@ def mean_average_precision(scores: Tensor, targets: Tensor, weights: Tensor) -> 
     a positive clip do not count. NaN where none has.
     """
     total, classes = weights.new_zeros(len(weights)), weights.new_zeros(len(weights))
+    by_clip = weights.T.contiguous()  # (N, B)
+    if torch.equal(weights, weights.round()) and weights.sum(1).max() < 2**24:
+        by_clip = by_clip.float()  # adds such numbers as exactly, and faster
     for k in range(scores.shape[1]):
-        known = ~targets[:, k].isnan()
-        order = scores[known, k].argsort(descending=True, stable=True)
-        s, y = scores[known, k][order], targets[known, k][order].to(weights.dtype)
-        if not (y > 0).any():
+        known = (~targets[:, k].isnan()).nonzero()[:, 0]
+        order = known[scores[known, k].argsort(descending=True, stable=True)]
+        s, positive = scores[order, k], targets[order, k] > 0
+        if not positive.any():
             continue
-        w = weights[:, known][:, order]
-        last = torch.cat([s[1:] != s[:-1], s.new_ones(1, dtype=torch.bool)])  # of each run of equal scores
-        hits = (w * y).cumsum(1)[:, last]
-        seen = w.cumsum(1)[:, last]
-        gained = torch.diff(hits, dim=1, prepend=hits.new_zeros(len(hits), 1))
-        positives = hits[:, -1]
-        ap = (gained * hits / seen.clamp(min=1e-30)).sum(1) / positives.clamp(min=1e-30)
-        counts = positives > 0
+        threshold = torch.cat([s.new_zeros(1), s[1:] != s[:-1]]).cumsum(0)  # of each clip, by number
+        used = threshold[positive].unique()  # where there is recall to gain; P of them
+        ends = torch.searchsorted(threshold, used, right=True)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        seen = _sums(by_clip, order[: ends[-1]], starts).to(weights.dtype).cumsum(0)  # (P, B)
+        first = torch.searchsorted(threshold[positive], used)
+        gained = _sums(by_clip, order[positive], first).to(weights.dtype)
+        hits = gained.cumsum(0)
+        ap = (gained * hits / seen.clamp(min=1e-30)).sum(0) / hits[-1].clamp(min=1e-30)
+        counts = hits[-1] > 0
         total += torch.where(counts, ap, 0.0)
         classes += counts
     return total / torch.where(classes > 0, classes, torch.nan)
+
+
+def _sums(table: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """(P, B) sums of the rows of `table` (N, B) from each start, in `rows`, to the next."""
+    return F.embedding_bag(rows, table, starts, mode="sum")
 
 
 METRICS = {"accuracy": accuracy, "mAP": mean_average_precision}

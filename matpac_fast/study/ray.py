@@ -19,7 +19,7 @@ import torch
 
 from ..errors import ConfigError
 from .results import Cell
-from .sweep import Loaded, Progress, StudyConfig, embed_share, load_tasks
+from .sweep import Loaded, Progress, StudyConfig, check_folder, embed_share, load_tasks
 from .sweep import run_study as run_here
 
 _PARTS = 4  # of the clips, for each task that runs at a time: the last ones are short
@@ -53,7 +53,8 @@ def run_study(
     if concurrency < 1:
         raise ConfigError(f"concurrency is {concurrency}; expected at least 1")
     out = Path(out).resolve()
-    loaded = load_tasks(config)  # a data set that is not whole is an error before anything is computed
+    check_folder(out, "out")
+    loaded = load_tasks(config, progress)  # a data set that is not whole is an error before anything is computed
     theirs = dataclasses.replace(config, workers=max(1, int(num_cpus)), device="cuda" if num_gpus else "cpu")
     remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_embed)
     handed = [ray.put(given) for given in (theirs, loaded)]

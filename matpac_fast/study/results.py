@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,14 @@ from .cache import View
 from .cost import Cost
 from .linear import Probed
 from .metrics import RESAMPLES, Draws, interval
+
+# Hears of (stage, parts done, parts in all).
+Progress = Callable[[str, int, int], None]
+
+
+def ignored(stage: str, done: int, total: int) -> None:
+    pass
+
 
 CHEAPEST_BY = {"memory": "peak_mib", "time": "ms_per_audio_second", "macs": "macs_per_audio_second"}
 
@@ -62,7 +70,13 @@ class Tables:
     choices: list[dict[str, Any]]
 
 
-def tabulate(cells: Sequence[Cell], margin: float, cheapest_by: str = "memory", resamples: int = RESAMPLES) -> Tables:
+def tabulate(
+    cells: Sequence[Cell],
+    margin: float,
+    cheapest_by: str = "memory",
+    resamples: int = RESAMPLES,
+    progress: Progress = ignored,
+) -> Tables:
     """Score, compare and choose.
 
     The best temporal support is the one of the best validation score, and the cheapest is the one of least cost whose
@@ -72,13 +86,18 @@ def tabulate(cells: Sequence[Cell], margin: float, cheapest_by: str = "memory", 
     for every cell of a task, so differences are paired.
     """
     tables = Tables([], [], [])
+    done = 0
     for task in {cell.task.name: cell.task for cell in cells}.values():
         draws = Draws.of([task.groups[fold.test] for fold in task.folds], cells[0].probed.valid.shape[1], resamples)
         targets = [torch.from_numpy(task.targets[fold.test]) for fold in task.folds]
         of_task = [cell for cell in cells if cell.task.name == task.name]
         for name in dict.fromkeys(cell.encoder for cell in of_task):
             mine = sorted((c for c in of_task if c.encoder == name), key=lambda c: c.view.temporal_support)
-            scored = [draws.score(task.metric, cell.probed.scores, targets) for cell in mine]
+            scored = []
+            for cell in mine:
+                scored.append(draws.score(task.metric, cell.probed.scores, targets))
+                done += 1
+                progress("scoring", done, len(cells))
             rows = [_row(cell, "", score) for cell, score in zip(mine, scored, strict=True)]
             whole = [i for i, cell in enumerate(mine) if cell.sees_all]
             choosable = [i for i in range(len(mine)) if i not in whole[1:]]

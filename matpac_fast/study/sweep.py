@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,15 +33,12 @@ from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, dtype_name, measure
 from .linear import ProbeConfig, Probed, probe
-from .results import Cell, add_cost, read_costs
+from .results import Cell, Progress, add_cost, ignored, read_costs
 
 _PROBES = 2  # raised where stored probes may be wrong: those of 1 may lack clips, or be untrained
 _OURS = {"probes", "cost.parquet", "results.parquet", "problems.txt"}  # and embeddings/, the first to be there
 _SHORTEST = 1e-3  # seconds that a window or a hop has at least
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
-
-# Hears of (stage, parts done, parts in all).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -104,13 +101,7 @@ def check_folder(out: Path, option: str = "--out") -> None:
 Loaded = tuple[list[Task], dict[str, list[str]]]  # the tasks, and of each, by its name, the SHA-256 of its clips
 
 
-def _ignored(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def run_study(
-    config: StudyConfig, out: Path, progress: Progress = _ignored, loaded: Loaded | None = None
-) -> list[Cell]:
+def run_study(config: StudyConfig, out: Path, progress: Progress = ignored, loaded: Loaded | None = None) -> list[Cell]:
     """Cost, embed and probe everything that is missing in `out`, and return the cells, task by task.
 
     Under torchrun every process embeds its share, and the first one does the rest once the others are through: costs,
@@ -126,7 +117,7 @@ def run_study(
     device = torch.device(config.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    tasks, audio = load_tasks(config) if loaded is None else loaded
+    tasks, audio = load_tasks(config, progress) if loaded is None else loaded
     if world > 1:
         embed_share(config, out, (tasks, audio), device, (rank, world), progress)
         _wait_for_all(rank, world)
@@ -142,12 +133,14 @@ def run_study(
     return _probe_all(config, out, tasks, audio, costs, device, progress)
 
 
-def load_tasks(config: StudyConfig) -> Loaded:
+def load_tasks(config: StudyConfig, progress: Progress = ignored) -> Loaded:
     """The tasks, each of its files checked, and the hashes of all clips."""
     tasks = [load_task(spec, config.partial, config.seed) for spec in config.tasks]
     if len({task.name for task in tasks}) < len(tasks):
         raise ConfigError(f"study: two tasks are called {[task.name for task in tasks]}; rename one's folder")
-    return tasks, {task.name: hash_audio(task.paths, config.workers) for task in tasks}
+    paths = [path for task in tasks for path in task.paths]
+    names = iter(hash_audio(paths, config.workers, lambda done: progress("hashing", done, len(paths))))
+    return tasks, {task.name: list(itertools.islice(names, len(task.paths))) for task in tasks}
 
 
 def embed_share(
@@ -156,7 +149,7 @@ def embed_share(
     loaded: Loaded,
     device: torch.device,
     share: tuple[int, int],
-    progress: Progress = _ignored,
+    progress: Progress = ignored,
 ) -> dict[str, str]:
     """Embed what is missing, by every encoder; with `share` (rank, of how many) only that part of the clips.
 
@@ -221,6 +214,7 @@ def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple
     threads, device = torch.get_num_threads(), torch.device(config.device)
     total = len(config.encoders) * len(config.temporal_supports) * len(config.batch_sizes)
     found: dict[tuple[str, float, int], Cost] = {}
+    progress("measuring cost", 0, total)
     for name in config.encoders:
         encoder = load_encoder(name, "cpu", dtype=config.dtype)
         identity, dtype = encoder.id, dtype_name(encoder)
@@ -233,7 +227,7 @@ def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple
                 if not same:
                     same = [measure(name, ts, batch, config.device, config.dtype, threads)]
                     add_cost(path, same[0])
-                found[name, ts, batch] = same[0]
+                found[name, ts, batch] = dataclasses.replace(same[0], encoder=name)  # it may have had another then
                 progress("measuring cost", len(found), total)
     return found
 
@@ -283,6 +277,7 @@ def _probe_all(
     cells: dict[str, list[Cell]] = {task.name: [] for task in tasks}
     copies = {task.name: shared_audio(audio[task.name], task.folds) for task in tasks}
     done, total = 0, len(tasks) * len(config.encoders) * len(config.temporal_supports)
+    progress("probing", done, total)
     for name in config.encoders:
         encoder = load_encoder(name, "cpu", dtype=config.dtype)
         caches = _caches(config, out, encoder)

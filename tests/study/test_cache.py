@@ -108,6 +108,20 @@ def test_other_tasks_embeddings_are_not_read(tmp_path, encoder, some):
     assert cache.known() == set(audio)
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "score"])
+def test_a_clip_that_two_processes_embedded_is_read_once(tmp_path, encoder, some, aggregate):
+    paths, audio = some
+    once, twice = (Cache(tmp_path / name, encoder, View(0.3, aggregate=aggregate)) for name in ("once", "twice"))
+    for cache in (once, twice):
+        fill([cache], audio, paths, 1, none_done)
+    for part in (slice(2, 5), slice(4, 5)):
+        twice.write(audio[part], twice.embed([read_audio(path) for path in paths[part]]))
+    assert len(list(twice.folder.glob("part-*.parquet"))) == 3
+    wanted, rows = once.read(audio[1:]), twice.read(audio[1:])
+    assert rows.clip.tolist() == wanted.clip.tolist()
+    assert torch.allclose(rows.values, wanted.values, atol=1e-5)
+
+
 def test_the_key_is_all_that_embeddings_depend_on(tmp_path, encoder, encoder_file):
     base = Cache(tmp_path, encoder, View(0.5)).key
     others = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ def test_without_ray_it_is_said(encoder_file, clips, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"needs Ray .*pip install 'matpac_fast\[ray\]'"):
+        on_ray.run_study(config(encoder_file, clips), tmp_path)
+
+
+def test_a_folder_of_something_else_is_refused(encoder_file, clips, tmp_path, monkeypatch):
+    from matpac_fast.study import ray as on_ray
+
+    (tmp_path / "settings.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    with pytest.raises(ConfigError, match="holds no study; give a new folder to out"):
         on_ray.run_study(config(encoder_file, clips), tmp_path)
 
 
