@@ -163,7 +163,7 @@ def prototype_loss_cases() -> list[Case]:
 
 
 def prediction_loss_cases() -> list[Case]:
-    """Forward and backward. "by hand" is the op where it has no kernel: its gradient written out in PyTorch."""
+    """Forward and backward."""
     cases = []
     for heads in (0, 5):
         rows, width = (34_048, 768) if GPU else (1064, 768)
@@ -184,8 +184,6 @@ def prediction_loss_cases() -> list[Case]:
         work = floors.prediction_loss(rows, width, max(1, heads), backward=True)
         size = f"{rows} x {heads} x {width}, forward + backward" if heads else f"{rows} x {width}, forward + backward"
         cases += variants("prediction_loss", size, make, ops.prediction_loss, reference.prediction_loss, work)
-        if not GPU:
-            cases.append(Case("prediction_loss", size, "by hand", lambda make=make: make(ops.prediction_loss), work))
     return cases
 
 

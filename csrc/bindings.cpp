@@ -71,6 +71,14 @@ matpac::PrototypeLossArgs prototype_loss_args(Address student, Address teacher, 
           pointer<double>(column_sum)};
 }
 
+// Positional arguments in the order of PredictionLossArgs.
+matpac::PredictionLossArgs prediction_loss_args(Address prediction, Address target, int dtype, int64_t rows,
+                                                int64_t heads, int64_t width, double eps, Address loss, Address stats,
+                                                Address grad, Address out) {
+  return {pointer(prediction), pointer(target), matpac::DType(dtype), rows,        heads, width, eps,
+          pointer(loss),       pointer(stats),  pointer(grad),        pointer(out)};
+}
+
 }  // namespace
 
 #ifndef MATPAC_FAST_WITH_CUDA
@@ -131,4 +139,8 @@ PYBIND11_MODULE(_C, m) {
     matpac::prototype_loss_delta_cuda(args, device, pointer(stream));
   });
 #endif
+
+  py::class_<matpac::PredictionLossArgs>(m, "PredictionLossArgs").def(py::init(&prediction_loss_args));
+  m.def("prediction_loss_cpu", &matpac::prediction_loss_cpu, py::arg("args"), py::arg("backward"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 }

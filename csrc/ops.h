@@ -93,4 +93,21 @@ void prototype_loss_delta_cuda(const PrototypeLossArgs& args, int device, void* 
 void prototype_loss_forward_emulated(const PrototypeLossArgs& args, void* columns, int blocks);
 void prototype_loss_delta_emulated(const PrototypeLossArgs& args);
 
+// prediction_loss before its heads are weighed, for predictions p and their targets t, u and v being their lengths and
+// none of them less than `eps`.
+//   forward:  loss = 2 - 2 cos, cos = p t / (u v), and the statistics
+//   backward: out = grad * d loss / d p from the statistics
+struct PredictionLossArgs {
+  const void* prediction;  // (rows, heads, width) contiguous, of `dtype`, as is all the rest
+  const void* target;      // (rows, width)
+  DType dtype;             // float32 or float64
+  int64_t rows, heads, width;
+  double eps;
+  void* loss;        // (rows, heads)
+  void* stats;       // (rows, heads, 3): u, v, cos
+  const void* grad;  // (rows, heads)
+  void* out;         // (rows, heads, width)
+};
+void prediction_loss_cpu(const PredictionLossArgs& args, bool backward, int threads);
+
 }  // namespace matpac

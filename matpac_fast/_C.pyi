@@ -82,3 +82,22 @@ def prototype_loss_forward_cuda(
 def prototype_loss_delta_cuda(args: PrototypeLossArgs, device: int, stream: int) -> None: ...
 def prototype_loss_forward_emulated(args: PrototypeLossArgs, columns: int, blocks: int) -> None: ...
 def prototype_loss_delta_emulated(args: PrototypeLossArgs) -> None: ...
+
+class PredictionLossArgs:
+    def __init__(
+        self,
+        prediction: int,
+        target: int,
+        dtype: int,
+        rows: int,
+        heads: int,
+        width: int,
+        eps: float,
+        loss: int,
+        stats: int,
+        grad: int,
+        out: int,
+        /,
+    ) -> None: ...
+
+def prediction_loss_cpu(args: PredictionLossArgs, backward: bool, threads: int) -> None: ...

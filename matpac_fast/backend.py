@@ -34,8 +34,8 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "mask_shuffle": {"cpu": ("cpp",), "cuda": ("triton",)},
     "masked_patch_embed": {"cpu": ("cpp",), "cuda": ("triton",)},
     "prototype_loss": {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
-    # Without a kernel these are a few functions of torch's, on the CPU always: see `fuses`.
-    "prediction_loss": {"cpu": (), "cuda": ("triton",)},
+    # Without a kernel these are a few functions of torch's: see `fuses`.
+    "prediction_loss": {"cpu": ("cpp",), "cuda": ("triton",)},
     "attention": {"cpu": (), "cuda": ("triton",)},
     "bias_gelu": {"cpu": (), "cuda": ("triton",)},
     "add_layer_norm": {"cpu": (), "cuda": ("triton",)},

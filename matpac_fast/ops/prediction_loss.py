@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend, reference
-from ..backend import device_guard, fuses, without_autocast
+from ..backend import choose, device_guard, fuses, without_autocast
 from ._check import check_shape, check_tensor
 from ._once import once_differentiable
 
 _OP = "prediction_loss"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _EPS = 1e-12  # of torch's normalize
+_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1}
 
 
 def _check(prediction: Tensor, target: Tensor, temperature: float | Tensor | None) -> None:
@@ -31,6 +32,15 @@ def _check(prediction: Tensor, target: Tensor, temperature: float | Tensor | Non
         raise ValueError(f"{_OP}: temperature is {temperature}; expected a number from 0, or None without heads")
 
 
+def _work(prediction: Tensor, target: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic and of the loss."""
+    return torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+
+
+def _heads(prediction: Tensor) -> int:
+    return prediction.shape[1] if prediction.ndim == 3 else 1
+
+
 class _Distance(torch.autograd.Function):
     """(N, [H,] D) and the target (N, D) -> 2 - 2 cos, (N, [H]).
 
@@ -40,7 +50,7 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        work = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+        work = _work(prediction, target)
         with without_autocast(prediction.device):
             unit = F.normalize(target.to(work), dim=-1)
             if prediction.ndim == 3:
@@ -64,26 +74,77 @@ class _Distance(torch.autograd.Function):
         return out.to(prediction.dtype), None
 
 
-def _kernel(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _is_native(tensor: Tensor) -> bool:
+    """Whether C++ is what has kernels for it: all on the CPU but what Triton's interpreter is forced for."""
+    return tensor.device.type == "cpu" and not (backend.INTERPRETED and backend._forced == "triton")
+
+
+def _is_fused(prediction: Tensor, target: Tensor) -> bool:
+    if _is_native(prediction) and backend._forced in ("auto", "cpp"):
+        return choose(_OP, prediction.device) == "cpp"
+    return fuses(_OP, prediction.device, torch.promote_types(prediction.dtype, target.dtype))
+
+
+def _launch_cpp(
+    prediction: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    *,
+    loss: Tensor | None = None,
+    grad: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    """Fill loss and stats, or from stats and grad `out`; all of one dtype and contiguous."""
+    from .. import _C
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    args = _C.PredictionLossArgs(
+        address(prediction),
+        address(target),
+        _NATIVE_DTYPE[target.dtype],
+        prediction.shape[0],
+        _heads(prediction),
+        prediction.shape[-1],
+        _EPS,
+        address(loss),
+        address(stats),
+        address(grad),
+        address(out),
+    )
+    _C.prediction_loss_cpu(args, grad is not None, torch.get_num_threads())
+
+
+def _impl(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    if _is_native(prediction):
+        work = _work(prediction, target)
+        loss, stats = _fake(prediction, target)
+        _launch_cpp(prediction.to(work).contiguous(), target.to(work).contiguous(), stats, loss=loss)
+        return loss, stats
     from ..kernels.prediction_loss import forward
 
-    heads = prediction.shape[1] if prediction.ndim == 3 else 1
     with device_guard(prediction):
-        loss, stats = forward(prediction.contiguous().flatten(0, -2), target.contiguous(), heads, _EPS)
+        loss, stats = forward(prediction.contiguous().flatten(0, -2), target.contiguous(), _heads(prediction), _EPS)
     return loss.view(prediction.shape[:-1]), stats
 
 
-def _kernel_backward(grad: Tensor, prediction: Tensor, target: Tensor, stats: Tensor) -> Tensor:
+def _backward_impl(grad: Tensor, prediction: Tensor, target: Tensor, stats: Tensor) -> Tensor:
+    if _is_native(prediction):
+        work = _work(prediction, target)
+        given, target, grad = (t.to(work).contiguous() for t in (prediction, target, grad))
+        out = torch.empty_like(given)
+        _launch_cpp(given, target, stats.contiguous(), grad=grad, out=out)
+        return out.to(prediction.dtype)
     from ..kernels.prediction_loss import backward
 
-    heads = prediction.shape[1] if prediction.ndim == 3 else 1
+    rows, grad, heads = prediction.contiguous().flatten(0, -2), grad.contiguous().flatten(), _heads(prediction)
     with device_guard(prediction):
-        rows = prediction.contiguous().flatten(0, -2)
-        return backward(grad.contiguous().flatten(), rows, target.contiguous(), stats, heads, _EPS).view_as(prediction)
+        return backward(grad, rows, target.contiguous(), stats, heads, _EPS).view_as(prediction)
 
 
 def _fake(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    loss = prediction.new_empty(prediction.shape[:-1], dtype=torch.float32)
+    loss = prediction.new_empty(prediction.shape[:-1], dtype=_work(prediction, target))
     return loss, loss.new_empty((loss.numel(), 3))
 
 
@@ -91,8 +152,8 @@ _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define("prediction_distance(Tensor prediction, Tensor target) -> (Tensor, Tensor)")
 _LIB.define("prediction_distance_backward(Tensor grad, Tensor prediction, Tensor target, Tensor stats) -> Tensor")
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("prediction_distance", _kernel, _device)
-    _LIB.impl("prediction_distance_backward", _kernel_backward, _device)
+    _LIB.impl("prediction_distance", _impl, _device)
+    _LIB.impl("prediction_distance_backward", _backward_impl, _device)
 torch.library.register_fake("matpac_fast::prediction_distance", _fake, lib=_LIB)
 torch.library.register_fake(
     "matpac_fast::prediction_distance_backward",
@@ -129,8 +190,8 @@ def prediction_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """2 - 2 cos(prediction, target) a masked patch; with the heads of MATPAC++, their soft or hard minimum.
 
-    The prediction loss of MATPAC (2502.12031) and its multiple-choice form (MATPAC++, 2508.12709). On a GPU a Triton
-    kernel in either direction; on a CPU, where it takes a few thousandths of a step, PyTorch with the gradient by hand.
+    The prediction loss of MATPAC (2502.12031) and its multiple-choice form (MATPAC++, 2508.12709). One kernel in either
+    direction, C++ on a CPU and Triton on a GPU; without them PyTorch, with the gradient by hand.
 
     Args:
         prediction: (N, D), or (N, H, D) with heads; float32, float64, bfloat16 or float16.
@@ -151,7 +212,7 @@ def prediction_loss(
     _check(prediction, target, temperature)
     if backend._forced == "reference" or (torch.is_grad_enabled() and target.requires_grad):
         return reference.prediction_loss(prediction, target, temperature)
-    if fuses(_OP, prediction.device, torch.promote_types(prediction.dtype, target.dtype)):
+    if _is_fused(prediction, target):
         loss, _ = torch.ops.matpac_fast.prediction_distance(prediction, target)
     else:
         loss = _Distance.apply(prediction, target)

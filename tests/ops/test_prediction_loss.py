@@ -1,15 +1,40 @@
-"""ops.prediction_loss: its gradient by hand against autograd's of the reference."""
+"""ops.prediction_loss, its C++ kernels and its gradient by hand, against autograd's of the reference."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from matpac_fast import ops, reference, use_backend
+from matpac_fast import _C, backend, ops, reference, use_backend
 
 CASES = [((37, 19), None), ((1, 768), None), ((0, 5), None), ((23, 5, 17), 0.3), ((23, 5, 17), 0.0), ((4, 1, 3), 2.0)]
+
+
+@pytest.fixture(params=["by hand", "portable", "avx2", "avx512"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What computes: PyTorch, as where the extension was not built, or C++ for an instruction set."""
+    before = _C.cpu_isa()
+    if request.param == "by hand":
+        monkeypatch.setitem(backend._reasons, "cpp", "not built")
+    else:
+        try:
+            _C.set_cpu_isa(request.param)
+        except ValueError as error:
+            pytest.skip(str(error))
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty comes filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +53,7 @@ def run(function, prediction: Tensor, target: Tensor, upstream: Tensor, temperat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "temperature"), CASES, ids=str)
-def test_as_near_to_float64_as_the_reference(shape, temperature, dtype):
+def test_as_near_to_float64_as_the_reference(shape, temperature, dtype, poisoned):
     tensors = problem(shape, dtype)
     before = [t.clone() for t in tensors]
     exact = run(reference.prediction_loss, *(t.double() for t in tensors), temperature)
@@ -77,6 +102,42 @@ def test_nan_stays_in_its_row():
     loss, grad, _ = run(ops.prediction_loss, prediction, target, upstream, None)
     assert loss.isnan().nonzero().flatten().tolist() == [2, 4]
     assert grad.isnan().any(1).nonzero().flatten().tolist() == [2, 4]
+
+
+def test_the_way_that_is_meant(way, monkeypatch):
+    called = []
+    monkeypatch.setattr(_C, "prediction_loss_cpu", lambda *_: called.append(way))
+    ops.prediction_loss(torch.ones(3, 5), torch.ones(3, 5))
+    assert len(called) == (way != "by hand")
+
+
+def test_another_layout_gives_the_same():
+    prediction, target, upstream = problem((14, 4, 33), torch.float32)
+    apart = torch.stack([prediction, prediction], -1)[..., 0], torch.stack([target, target], -1)[..., 1]
+    want, out = (run(ops.prediction_loss, *pair, upstream, 0.3) for pair in ((prediction, target), apart))
+    for value, same in zip(out, want, strict=True):
+        torch.testing.assert_close(value, same)
+
+
+def test_same_bits_for_any_number_of_threads(monkeypatch):
+    tensors, found = problem((700, 3, 401), torch.float32), []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(run(ops.prediction_loss, *tensors, 0.3))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("way", ["portable"], indirect=True)
+def test_opcheck(way):
+    for shape, dtype in (((5, 3, 7), torch.float32), ((5, 7), torch.float64), ((5, 7), torch.bfloat16)):
+        prediction, target, _ = problem(shape, dtype)
+        arguments = prediction.requires_grad_(), target.float().repeat(1, 2)[:, ::2][:, : shape[-1]]
+        torch.library.opcheck(torch.ops.matpac_fast.prediction_distance.default, arguments)
+        made = torch.ops.matpac_fast.prediction_distance(*arguments)
+        torch.library.opcheck(
+            torch.ops.matpac_fast.prediction_distance_backward.default,
+            (torch.ones_like(made[0]), *(t.detach() for t in (*arguments, made[1]))),
+        )
 
 
 def test_autocast_does_not_reach_inside():
