@@ -168,11 +168,14 @@ def main(
         init = init or stored["init"]
 
     if dry_run:
+        from ..train.begin import check_options, check_run
         from ..train.estimate import estimate
 
         if first:
-            done = 0 if stored is None else steps_done(out)
-            print(estimate(clips, model, train, target, int(os.environ.get("WORLD_SIZE", "1")), done))
+            world = int(os.environ.get("WORLD_SIZE", "1"))
+            check_options(clips, model, train, target, world)
+            train = check_run(out, model, train, clips, init, target)
+            print(estimate(clips, model, train, target, world, 0 if stored is None else steps_done(out)))
         return 0
     complete = stored is not None and first and _is_complete(out, train.steps)
     with _Watcher(train, quiet=not first) as watcher, _Signals(watcher) as signals:

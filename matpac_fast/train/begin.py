@@ -53,6 +53,16 @@ _OPTIONS = {
 
 def make_sampler(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, ranks: Ranks) -> Sampler:
     """What is trained on when, for a corpus and a configuration that go together on these ranks."""
+    crops = check_options(corpus, model_config, config, ranks.device, ranks.world)
+    if ranks.world > 1 and len(set(ranks.gather(corpus.fingerprint))) > 1:
+        raise ConfigError("the processes do not have the same corpus: copy or prepare it again")
+    return Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short, ranks.rank, ranks.world)
+
+
+def check_options(
+    corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, device: torch.device, world: int
+) -> list[int]:
+    """Raise ConfigError where these do not go together on so many processes; the samples of the crops."""
     mel = LogMelConfig()
     if corpus.sample_rate != mel.sample_rate:
         raise ConfigError(f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz: prepare it again")
@@ -60,19 +70,14 @@ def make_sampler(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig
     frames = config.crop_frames or (longest,)
     if odd := [n for n in frames if type(n) is not int or n % patch or not 0 < n <= longest]:
         raise ConfigError(f"crop_frames holds {odd[0]}; expected multiples of {patch}, of at most n_frames, {longest}")
-    crops = [mel.n_samples(n) for n in frames]
-    if config.batch_size % (ranks.world * config.grad_accumulation):
+    if config.batch_size % (world * config.grad_accumulation):
         raise ConfigError(
-            f"batch_size is {config.batch_size}, which {ranks.world} processes times a grad_accumulation of "
+            f"batch_size is {config.batch_size}, which {world} processes times a grad_accumulation of "
             f"{config.grad_accumulation} do not divide"
         )
-    if config.cuda_graph and (ranks.world > 1 or ranks.device.type != "cuda"):
-        raise ConfigError(
-            f"cuda_graph is for one process on a GPU; this is {ranks.world} on {ranks.device.type}: leave it out"
-        )
-    if ranks.world > 1 and len(set(ranks.gather(corpus.fingerprint))) > 1:
-        raise ConfigError("the processes do not have the same corpus: copy or prepare it again")
-    return Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short, ranks.rank, ranks.world)
+    if config.cuda_graph and (world > 1 or device.type != "cuda"):
+        raise ConfigError(f"cuda_graph is for one process on a GPU; this is {world} on {device.type}: leave it out")
+    return [mel.n_samples(n) for n in frames]
 
 
 def begin(
@@ -85,19 +90,32 @@ def begin(
 ) -> tuple[TrainConfig, bool]:
     """Check the folder against what is asked, and write down a new run; the configuration with its precision chosen,
     and whether `init` was loaded into the model."""
-    stored = read_config(folder.path)
-    if config.precision == "auto":
-        chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
-        config = dataclasses.replace(config, precision=chosen)
-    asked = describe(model.config, config, corpus, init)
-    if stored and (different := differences(stored, asked)):
-        raise ConfigError(refusal(folder.path, different))
+    new = read_config(folder.path) is None
+    config = check_run(folder.path, model.config, config, corpus, init, device)
     initialised = init is not None and folder.latest() is None
     if init is not None and initialised:
         load_weights(model, init)
-    if stored is None:
-        folder.write_config(asked)
+    if new:
+        folder.write_config(describe(model.config, config, corpus, init))
     return config, initialised
+
+
+def check_run(
+    run: Path,
+    model: MatpacConfig,
+    config: TrainConfig,
+    corpus: Corpus,
+    init: str | os.PathLike[str] | None,
+    device: torch.device,
+) -> TrainConfig:
+    """Raise ConfigError where another run is in `run` than is asked; the configuration with its precision chosen."""
+    stored = read_config(run)
+    if config.precision == "auto":
+        chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
+        config = dataclasses.replace(config, precision=chosen)
+    if stored and (different := differences(stored, describe(model, config, corpus, init))):
+        raise ConfigError(refusal(run, different))
+    return config
 
 
 def describe(
@@ -141,5 +159,5 @@ def refusal(run: Path, different: Mapping[str, tuple[Any, Any]]) -> str:
     else:
         if "" not in options:
             advice.append(f"To go on with it, leave out {', '.join(options)}")
-        advice.append("For another run, give a new folder to --out")
+        advice.append(f"For another run, give a new folder to --out, with --init {run} for one from its weights")
     return f"{run} holds another run: {'; '.join(told)}. {'. '.join(advice)}"

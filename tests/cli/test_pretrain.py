@@ -115,6 +115,15 @@ def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsy
     assert "train.steps is 2 there and 3 here" in said
     assert "model.width is 192 there and 384 here" in said
     assert "To go on with it, leave out --preset, --steps." in said
+    assert run(corpus, "--out", out, "--steps", 3, "--preset", "small", "--dry-run") == cli.FAILED
+    assert capsys.readouterr() == ("", f"{said}\n")
+
+
+def test_a_dry_run_refuses_what_the_run_would(corpus, tmp_path, capsys, monkeypatch):
+    for name, value in (("WORLD_SIZE", "3"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert run(corpus, "--out", tmp_path / "run", "--steps", 2, *SMALL, "--dry-run") == cli.FAILED
+    assert "batch_size is 2, which 3 processes times" in capsys.readouterr().err
 
 
 def test_a_run_on_a_corpus_that_has_grown_is_refused_with_the_way_on(corpus, tmp_path, capsys):
