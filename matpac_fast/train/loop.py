@@ -182,7 +182,7 @@ class _Run:
         self.peak = peak_flops(self.device, config.precision)
         mel = LogMelConfig()
         self.flops = {n: config.batch_size * step_flops(model.config, mel.n_frames(n)) for n in sampler.crops}  # a step
-        self.log = Log(folder.log, keep_until=self.done) if ranks.first else None
+        self.log = Log(folder.log, keep_until=self.done if state else -1) if ranks.first else None
         self.saver = Saver(
             folder, config.keep_last, config.keep_every, saved=lambda step: reporter.saved(folder.path, step)
         )
@@ -204,8 +204,8 @@ class _Run:
             return Result(self.folder.path, self.done, finished=True)
         if self.log:
             self.tell(self.header())
-        if self.probed and self.done == 0:
-            self.run_probe()  # what is to be beaten
+        if self.probed and self.done < c.steps and self.ranks.from_first(self.is_probe_due):
+            self.run_probe()  # before the first step: what is to be beaten
         since, clock, waited, flops = self.done, time.perf_counter(), 0.0, 0.0
         for batch in self.feed:
             self.untold += [text for text in batch.unreadable if text not in self.unreadable]
@@ -232,10 +232,10 @@ class _Run:
                 self.tell_unreadable()
             if stopping:
                 break
+            if self.done % c.save_every == 0:  # first, for a probe may take longer than who wants to stop will wait
+                clock += self.save()
             if self.probed and self.done % self.probe_every == 0 and self.done < c.steps:
                 clock += self.run_probe()
-            if self.done % c.save_every == 0:
-                clock += self.save()
         if self.votes.count()[1]:
             self.tell_unreadable()
         self.check_bad()
@@ -251,6 +251,11 @@ class _Run:
     def has_finished(self) -> bool:
         """Whether all was done that follows the last step, its probe too."""
         return any(record.get("event") == "finished" for record in read_log(self.folder.log))
+
+    def is_probe_due(self) -> bool:
+        """Whether this step's probe was not made, as where the run was stopped at its checkpoint."""
+        probed = (r["step"] for r in read_log(self.folder.log) if r.get("event") == "probe")
+        return self.done % self.probe_every == 0 and self.done not in probed
 
     def step(self, batch: Batch, statistics: bool) -> Step:
         measured = self.try_step(batch, self.config.grad_accumulation, statistics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -27,7 +28,7 @@ _PROBE = (
 
 
 class Curves(Reporter):
-    """Draws the run's log as curves.png in its folder, after each checkpoint and at the end.
+    """Draws the run's log as curves.png in its folder, after each checkpoint and each probe that follows one.
 
     A picture that cannot be drawn is warned of once, and tried again at the next checkpoint.
 
@@ -43,19 +44,20 @@ class Curves(Reporter):
 
         self._folder: Path | None = None
         self._warned = False
+        self._drawing = threading.Lock()  # a checkpoint is told of in a thread of its own
 
     def saved(self, folder: Path, step: int) -> None:
         self._folder = folder
         self._draw(folder)
 
     def record(self, record: Record) -> None:
-        # The last probe comes after the last checkpoint.
-        if self._folder is not None and record.get("event") == "finished":
+        if self._folder is not None and record.get("event") == "probe":
             self._draw(self._folder)
 
     def _draw(self, folder: Path) -> None:
         try:
-            draw_curves(folder / "log.jsonl", folder / "curves.png")
+            with self._drawing:
+                draw_curves(folder / "log.jsonl", folder / "curves.png")
         except Exception as error:  # whatever it is, the run and its checkpoint are worth as much without their picture
             if not self._warned:
                 self._warned = True

@@ -71,6 +71,44 @@ def test_a_run_whose_latest_is_lost_goes_on(tmp_path, corpus, model_config, trai
         pretrain(corpus, run, model_config, train_config)
 
 
+def test_a_kill_in_a_probe_loses_no_step(tmp_path, corpus, model_config, train_config):
+    """The checkpoint of its step comes before it; and the probe is made when the run is gone on with."""
+    steps = []
+
+    def probe(state, config):
+        steps.append(read_log(tmp_path / "run" / "log.jsonl")[-1]["step"])
+        if steps == [0, 4]:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, probe=probe)
+    for n in (4, 100):  # stopped at the next one's step, too
+        pretrain(corpus, tmp_path / "run", model_config, train_config, probe=probe, stop=after(n))
+    assert steps == [0, 4, 4, 8, 12]
+    told = [(r["event"], r["step"]) for r in read_log(tmp_path / "run" / "log.jsonl") if "event" in r]
+    resumed = [
+        ("resume", 4),
+        ("probe", 4),
+        ("stopped", 8),
+        ("resume", 8),
+        ("probe", 8),
+        ("probe", 12),
+        ("finished", 12),
+    ]
+    assert told == [("start", 0), ("probe", 0), *resumed]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(tmp_path, corpus, model_config, train_config):
+    def killed(state, config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, probe=killed)
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+    assert events(tmp_path / "run") == ["start", "finished"]
+
+
 def test_what_follows_the_last_step_is_done_after_a_kill_too(tmp_path, corpus, model_config, train_config):
     def killed(state, config):
         if len(calls) == 1:  # the second one, after the last step
