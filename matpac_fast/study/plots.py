@@ -14,6 +14,7 @@ from .cost import Cost
 # Okabe and Ito's colours, told apart by readers of every kind of colour vision; marks differ too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _NOTE = dict(fontsize=8, color="0.35")
+_LETTERS = 120  # that a legend as wide as a plot has room for
 _MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
 
@@ -52,7 +53,7 @@ def write_plots(
 
     whole = [row for row in results if not row["subset"]]
     names = list(dict.fromkeys([row["encoder"] for row in whole] + [cost.encoder for cost in costs]))
-    look = {name: dict(color=_COLOURS[i % 8], marker=_MARKS[i % 8], label=name) for i, name in enumerate(names)}
+    look = {name: _look(i, name) for i, name in enumerate(names)}
     for task in dict.fromkeys(row["task"] for row in whole):
         rows = [row for row in whole if row["task"] == task]
         draw(_score, f"score-{task}.png", f"{task}: {rows[0]['metric']} against temporal support, 95 % intervals", rows)
@@ -67,6 +68,12 @@ def write_plots(
         caption = f"Latency: from {_windows(smallest)} to the embedding; bars are quartiles"
         draw(_latency, "latency.png", caption, [cost for cost in costs if cost.batch == smallest])
     return drawn, failed
+
+
+def _look(number: int, name: str) -> dict[str, str]:
+    """Of an encoder: no two of the first 64 have both the colour and the mark of another."""
+    label = f" {name}" if name.startswith("_") else name  # legends leave out what begins with "_"
+    return dict(color=_COLOURS[number % 8], marker=_MARKS[(number + number // 8) % 8], label=label)
 
 
 def _windows(count: int) -> str:
@@ -110,7 +117,8 @@ def _log_axis(axes: Any, which: str) -> None:
 def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    rows = -(-len(unique) // 4)
+    columns = min(max(1, _LETTERS // (max(map(len, unique)) + 6)), 4)  # a mark is as wide as six letters
+    rows = -(-len(unique) // columns)
     figure.legend(
         unique.values(), unique.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=-(-len(unique) // rows),
         frameon=False,

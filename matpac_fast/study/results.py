@@ -240,7 +240,10 @@ def _choice(
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows of one set of columns as Parquet, all of it or none; NaN is written as null."""
+    """Rows of one set of columns as Parquet, all of it or none; NaN is written as null.
+
+    A column has one type, with values or without, so that tables of several studies can be read together.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -248,8 +251,15 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
         for row in rows
     ]
+    table = pa.Table.from_pylist(plain)
+    types = {name: pa.int64() for name in ("batch", "macs", "parameters", "threads")}
+    types |= {name: pa.string() for name in ("device", "dtype")}
+    for i, field in enumerate(table.schema):
+        if pa.types.is_null(field.type):
+            kind = types.get(field.name, pa.float64())
+            table = table.set_column(i, field.name, table[field.name].cast(kind))
     with atomic(path) as beside:
-        pq.write_table(pa.Table.from_pylist(plain), beside)
+        pq.write_table(table, beside)
 
 
 def add_cost(path: Path, cost: Cost) -> None:

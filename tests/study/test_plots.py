@@ -95,3 +95,14 @@ def test_a_peak_of_nothing_is_no_point_of_the_trade(drawn, tmp_path):
     (time,) = drawn["pareto-t.png"].axes
     assert time.get_xlabel() == "milliseconds per second of audio"
     assert time.get_ylabel() == "accuracy (numbers: temporal support in s)"
+
+
+def test_every_encoder_is_told_from_the_others(drawn, tmp_path):
+    names = ["_old/run", "/home/somebody/" + 60 * "x", *(f"runs/{i}" for i in range(9))]
+    plots.write_plots(tmp_path, [], [made_cost(name, 1.0, 10**8) for name in names])
+    figure = drawn["latency.png"]
+    (legend,) = figure.legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
+    assert legend.get_window_extent().width < figure.bbox.width

@@ -393,6 +393,11 @@ def test_without_costs_nothing_is_said_of_the_cheapest(clips, tmp_path):
     assert {choice[name] for name in choice if "cheapest" in name or "saved" in name} == {None}
     write_table(tmp_path / "choices.parquet", tables.choices)
     assert pq.read_table(tmp_path / "choices.parquet").column_names == list(choice)
+    costed = tabulate([made_cell(clips, 0.5, 0.9, 9, 1.0)], 0.5, resamples=10).results
+    for name, rows in (("with", costed), ("without", tables.results)):
+        write_table(tmp_path / f"{name}.parquet", rows)
+    types = [pq.read_schema(tmp_path / f"{name}.parquet").types for name in ("with", "without")]
+    assert types[0] == types[1]
 
 
 def test_what_came_is_said_of_numbers_below_one():
