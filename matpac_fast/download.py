@@ -87,12 +87,14 @@ def _fetch(url: str, pinned: str | None) -> Path:
             f"{url}: not in {cache_folder()}, and {setting} forbids downloads; unset it, or fetch the file elsewhere "
             "and give its path"
         )
-    with _refused(url), atomic(path) as beside:
-        _log.info("downloading %s to %s", url, path)
-        digest = _download(url, beside, pinned is not None)
-        if pinned not in (None, digest):
-            raise CheckpointError(f"{url}: SHA-256 is {digest}, expected {pinned}; nothing was kept")
-    write_text(record, f"{digest}  {path.name}\n")  # as sha256sum -c reads it; a file without it is downloaded again
+    with _refused(url):
+        with atomic(path) as beside:
+            _log.info("downloading %s to %s", url, path)
+            digest = _download(url, beside, pinned is not None)
+            if pinned not in (None, digest):
+                raise CheckpointError(f"{url}: SHA-256 is {digest}, expected {pinned}; nothing was kept")
+        # As sha256sum -c reads it; a file without it is downloaded again.
+        write_text(record, f"{digest}  {path.name}\n")
     if pinned is None:
         _log.info("to insist on this file: %s#sha256=%s", url, digest)
     return path
@@ -132,6 +134,11 @@ def _refused(url: str) -> Iterator[None]:
         raise CheckpointError(f"{url}: no connection: {error.reason}{advice}") from None
     except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
         raise CheckpointError(f"{url}: the connection broke: {str(error) or type(error).__name__}{advice}") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{url}: cannot be kept in {cache_folder()}: {error.strerror or error}; let MATPAC_FAST_CACHE name a "
+            "folder that can be written and has room"
+        ) from None
 
 
 def _download(url: str, path: Path, pinned: bool) -> str:
@@ -143,6 +150,12 @@ def _download(url: str, path: Path, pinned: bool) -> str:
     opener = urllib.request.build_opener(_Redirects(pinned))
     digest, size = hashlib.sha256(), 0
     with opener.open(request, timeout=_SILENT_FOR) as answer, open(path, "wb") as file:
+        if answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+            # It would be kept, and the file never asked for again.
+            raise CheckpointError(
+                f"{url}: the server sent a web page, as for a login or a question; give the address of the file "
+                "itself, or fetch it in a browser and give its path"
+            )
         told = answer.headers["Content-Length"] or None
         if told is not None and not told.isdecimal():
             raise ConnectionError(f"Content-Length is {told!r}; expected a number of bytes")

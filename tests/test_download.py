@@ -124,12 +124,20 @@ def test_another_file_than_expected_is_refused_and_not_kept(server, tmp_path):
         ("/nothing.pt", "the server answered 404"),
         ("/endless", "the connection broke: Content-Length is 'abc'; expected a number of bytes; fetch it elsewhere"),
         ("/broken.pt", "the connection broke: .*; fetch it elsewhere and give its path"),
+        ("/login.html", "the server sent a web page, .*; give the address of the file itself"),
     ],
 )
 def test_what_fails_leaves_nothing(server, tmp_path, path, says):
+    (server.folder / "login.html").write_text("<!DOCTYPE html>", encoding="utf-8")
     with pytest.raises(CheckpointError, match=says):
         downloads.resolve(server.address + path + PIN)
     assert kept(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_the_way_out(server, tmp_path):
+    (tmp_path / "cache").write_text("a file", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"cannot be kept in .*cache: Not a directory; let MATPAC_FAST_CACHE"):
+        downloads.resolve(f"{server.address}/e.safetensors{PIN}")
 
 
 def test_no_server_is_one_error(server):
