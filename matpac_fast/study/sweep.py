@@ -126,11 +126,11 @@ def run_study(config: StudyConfig, out: Path, progress: Progress = ignored, load
         if device.type == "cuda":
             torch.cuda.empty_cache()  # costs are measured in another process
     costs = cost_sweep(config, out, progress) if config.cost else {}
-    left_out = embed_share(config, out, (tasks, audio), device, (0, 1), progress)
+    left_out, caches = embed_share(config, out, (tasks, audio), device, (0, 1), progress)
     if left_out:
         tasks = [_without(task, audio[task.name], left_out) for task in tasks]
         audio = {name: [each for each in names if each not in left_out] for name, names in audio.items()}
-    return _probe_all(config, out, tasks, audio, costs, device, progress)
+    return _probe_all(config, out, tasks, audio, caches, costs, device, progress)
 
 
 def load_tasks(config: StudyConfig, progress: Progress = ignored) -> Loaded:
@@ -150,20 +150,24 @@ def embed_share(
     device: torch.device,
     share: tuple[int, int],
     progress: Progress = ignored,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[str, list[Cache]]]:
     """Embed what is missing, by every encoder; with `share` (rank, of how many) only that part of the clips.
 
-    Returns hash -> error of the files that a partial study leaves out, as far as they are in this share.
+    Returns hash -> error of the files that a partial study leaves out, as far as they are in this share; and each
+    encoder's caches: to load it again might give other weights, as those of a run that is being trained.
     """
     left_out: dict[str, str] = {}
+    caches: dict[str, list[Cache]] = {}
     for number, name in enumerate(config.encoders):
         encoder = load_encoder(name, device, dtype=config.dtype)
+        caches[name] = _caches(config, out, encoder)
         try:
-            _embed(config, out, encoder, *loaded, number, progress, share, left_out if config.partial else None)
+            _embed(config, caches[name], *loaded, number, progress, share, left_out if config.partial else None)
         except AudioError as error:
             hint = "" if config.partial else "; mend or remove it, or leave such files out with --partial"
             raise AudioError(f"{error}{hint}") from error
-    return left_out
+        encoder.cpu()  # makes room for the next one, and for the probes
+    return left_out, caches
 
 
 def _without(task: Task, audio: list[str], left_out: dict[str, str]) -> Task:
@@ -243,8 +247,7 @@ def _caches(config: StudyConfig, out: Path, encoder: AudioEncoder) -> list[Cache
 
 def _embed(
     config: StudyConfig,
-    out: Path,
-    encoder: AudioEncoder,
+    caches: list[Cache],
     tasks: list[Task],
     audio: dict[str, list[str]],
     number: int,
@@ -254,7 +257,6 @@ def _embed(
 ) -> None:
     each = sum(len(task.paths) for task in tasks) * len(config.temporal_supports)  # clips of an encoder, at every TS
     done = number * each
-    caches = _caches(config, out, encoder)
     for task in tasks:
 
         def more(count: int) -> None:
@@ -270,6 +272,7 @@ def _probe_all(
     out: Path,
     tasks: list[Task],
     audio: dict[str, list[str]],
+    caches: dict[str, list[Cache]],
     costs: dict[tuple[str, float, int], Cost],
     device: torch.device,
     progress: Progress,
@@ -279,13 +282,11 @@ def _probe_all(
     done, total = 0, len(tasks) * len(config.encoders) * len(config.temporal_supports)
     progress("probing", done, total)
     for name in config.encoders:
-        encoder = load_encoder(name, "cpu", dtype=config.dtype)
-        caches = _caches(config, out, encoder)
         for task in tasks:
-            for cache in caches:
+            for cache in caches[name]:
                 probed, windows = _probe(config, out, cache, task, audio[task.name], device)
                 mine = [costs[key] for key in costs if key[:2] == (name, cache.view.temporal_support)]
-                identity, dim, shared = cache.settings["encoder"], encoder.embedding_dim, copies[task.name]
+                identity, dim, shared = cache.settings["encoder"], cache.encoder.embedding_dim, copies[task.name]
                 cells[task.name].append(Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine))
                 done += 1
                 progress("probing", done, total)
