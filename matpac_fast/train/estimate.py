@@ -66,6 +66,10 @@ def estimate(
         "weights, gradients, Adam": _mib(fixed),
         "activations": f"{_mib(kept * piece)}, {kept / 2**20:.1f} MiB a crop, {piece} at a time",
         "memory": f"about {_mib(fixed + kept * piece)} on each device, and what its kernels need in passing",
+        "checkpoint": (
+            f"{_mib(4 * (3 * trained + averaged))} on disk, the newest {config.keep_last} stay; as much of the host's "
+            "memory until it is written"
+        ),
         "work": f"{flops / config.batch_size / 1e9:.1f} GFLOP a crop, {flops / 1e12:.2f} TFLOP a step",
         "clips": f"{len(sampler)}, {sampler.n_dropped} shorter than a crop are left out",
         "steps": f"{config.steps}, {len(sampler) / config.batch_size:.1f} an epoch",

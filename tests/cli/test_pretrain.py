@@ -185,6 +185,7 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
     trained, averaged = (float(rows[name].split()[0]) for name in ("trained parameters", "teachers' parameters"))
     fixed = 4 * (4 * trained + averaged) / 1.048576
     assert int(rows["weights, gradients, Adam"].split()[0]) == pytest.approx(fixed, abs=2)
+    assert int(rows["checkpoint"].split()[0]) == pytest.approx(fixed - 4 * trained / 1.048576, abs=2)  # no gradients
     assert rows["activations"].endswith("MiB a crop, 2 at a time")
     total, *parts = (
         int(rows[name].strip().removeprefix("about ").split()[0])
