@@ -142,6 +142,7 @@ def main(
     if len(files) > _NAMED:
         write_text(out / "problems.txt", "".join(f"{line}\n" for line in files))
         lines.append(f"All files that are left out are in {out / 'problems.txt'}.")
+    lines += _untold(out / "results.parquet", tables.results)
     if tables.results:
         for name in ("results", "comparisons", "choices"):
             write_table(out / f"{name}.parquet", getattr(tables, name))
@@ -294,6 +295,24 @@ def _unsteady(costs: Sequence[Cost], path: Path) -> list[str]:
         f"Times are uncertain at {len(wide)} of {len(costs)} points, most at {worst.encoder}, "
         f"{worst.temporal_support:g} s, batch {worst.batch}: half of its runs took {worst.batch_ms_low:.3g} to "
         f"{worst.batch_ms_high:.3g} ms, so the machine was busy. To measure again at rest, delete {path}."
+    ]
+
+
+def _untold(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence where the table at `path` has tasks and encoders that `rows` have not."""
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return []
+    before = pq.read_table(path, columns=["task", "encoder"]).to_pylist()
+    there, now = (dict.fromkeys((row["task"], row["encoder"]) for row in some) for some in (before, rows))
+    gone = [f"{encoder} on {task}" for task, encoder in there if (task, encoder) not in now]
+    if not gone:
+        return []
+    some = ", ".join(gone[:_NAMED]) + (f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else "")
+    return [
+        f"The report that was here told of {some} as well; to have all in one, name all encoders and tasks in one "
+        "command: what is embedded and probed is kept."
     ]
 
 

@@ -135,6 +135,17 @@ def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  
     assert not (tmp_path / "results.parquet").exists()
 
 
+def test_what_the_report_no_longer_tells_is_said(study, encoder_file, clips, tmp_path, capsys):  # noqa: F811
+    out = shutil.copytree(study, tmp_path / "out")
+    arguments = ["study", "--encoders", str(encoder_file), "--tasks", f"folder:{clips}", "--out", str(out)]
+    arguments += ["--temporal-support", "0.2,0.5", "--resamples", "50", "--device", "cpu", "--no-cost"]
+    line = "told of {} as well; to have all in one, name all encoders and tasks in one command"
+    for told in (1, 0):  # once: the second time nothing more is lost
+        assert cli.main(arguments) == 0
+        said = capsys.readouterr().out
+        assert len(re.findall(line.format(r"\S*copy\.safetensors on tones"), said)) == told
+
+
 @pytest.mark.parametrize(("high", "told"), [(14.0, True), (12.5, False)])
 def test_of_times_that_differ_much_between_runs_it_warns_once(high, told, tmp_path, capsys, monkeypatch):
     def measured(name, ts, batch, *_):
