@@ -58,7 +58,10 @@ def _task(layout: Layout, rows: list[dict[str, str]], seed: int) -> Task:
     multi = any(";" in row["label"] or not row["label"] or row["label"].startswith("?") for row in rows)
     if multi:
         classes, targets = _multi([row["label"].split(";") for row in rows])
-        strata = np.array([";".join(sorted(row["label"].split(";"))) for row in rows])
+        # Of several labels the rarest: its few clips must not all fall into one fold.
+        rarest = np.nansum(targets, 0).argsort(kind="stable")
+        has = np.nan_to_num(targets)[:, rarest] > 0
+        strata = np.where(has.any(1), has.argmax(1), -1)
     else:
         classes, targets = class_indices([row["label"] for row in rows])
         strata = targets

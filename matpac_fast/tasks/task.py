@@ -22,7 +22,8 @@ _NAMED = 5  # files that an error's one line names
 
 
 class DatasetError(ConfigError):
-    """A data set's folder is incomplete or altered; `problems` has (path in it, what is wrong) for every file."""
+    """A data set's folder is incomplete or altered; `problems` has (path in it, what is wrong) for every file,
+    or (class, what is wrong)."""
 
     def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()):
         super().__init__(message)
@@ -72,6 +73,7 @@ class Task:
         wanted = (n,) if self.kind == "single" else (n, k)
         if self.targets.shape != wanted or len(self.groups) != n or len(self.seconds) != n:
             raise ConfigError(f"{self.name}: {n} clips of {k} classes with targets {self.targets.shape}")
+        untrained: dict[int, int] = {}  # class -> the first fold that tests it all the same
         for number, fold in enumerate(self.folds):
             named = {"training": fold.train, "test": fold.test}
             named |= {} if fold.valid is None else {"validation": fold.valid}
@@ -86,13 +88,24 @@ class Task:
                 if self.kind == "single"
                 else np.flatnonzero((np.nansum(heard, 0) == 0) & (np.nansum(self.targets[fold.test], 0) > 0))
             )
-            if len(lacking):
-                missing = self.classes[int(lacking[0])]
-                raise DatasetError(
-                    f"{self.name}: fold {number} tests the class {missing!r}, which it has not trained; expected each "
-                    "class among the training clips of every fold: give it more clips (three or more where folds are "
-                    "drawn), or leave it out"
-                )
+            for each in lacking.tolist():
+                untrained.setdefault(each, number)
+        if untrained:
+            problems = [
+                (self.classes[each], f"tested in fold {number}, not trained") for each, number in untrained.items()
+            ]
+            names = ", ".join(repr(name) for name, _ in problems[1:_NAMED])
+            more = (
+                f", and there are {len(problems) - 1} more such ({names}{'' if len(problems) <= _NAMED else ', …'})"
+                if names
+                else ""
+            )
+            raise DatasetError(
+                f"{self.name}: fold {next(iter(untrained.values()))} tests the class {problems[0][0]!r}, which it has "
+                f"not trained{more}; expected each class among the training clips of every fold: give it more clips "
+                "(three or more where folds are drawn), or leave it out",
+                problems,
+            )
         if self.kind == "multi":  # what no mean average precision can be told of
             for what, parts in (
                 ("test", [fold.test for fold in self.folds]),

@@ -250,6 +250,23 @@ def test_a_class_of_too_few_clips_is_told_with_what_helps(tmp_path):
         load_task(f"folder:{tmp_path}")
 
 
+def test_three_clips_of_a_rare_label_are_enough_beside_other_labels(tmp_path):
+    miniature.folder(tmp_path, clips=15)
+    rows = [
+        dict(path=f"{name}/{i}.wav", label=f"{name};{'?cat;' * (name == 'dog')}rare {i}")
+        for name in ("cat", "dog", "owl")
+        for i in range(15)
+    ]
+    miniature.table(tmp_path / "clips.csv", rows)
+    for seed in range(5):
+        assert len(load_task(f"folder:{tmp_path}", seed=seed).folds) == 5
+    rows = [row | dict(label=row["label"] + f";once {i}") for i, row in enumerate(rows)]
+    miniature.table(tmp_path / "clips.csv", rows)
+    with pytest.raises(DatasetError, match=r"not trained, and there are \d\d more such \('\w+ \d+', .*, …\)") as caught:
+        load_task(f"folder:{tmp_path}")
+    assert {f"once {i}" for i in range(45)} <= {name for name, _ in caught.value.problems}
+
+
 @pytest.mark.parametrize(("split", "word"), [("test", "test"), ("valid", "validation")])
 def test_clips_of_no_class_have_no_mean_average_precision(tmp_path, split, word):
     miniature.folder(tmp_path, clips=6)
