@@ -76,7 +76,8 @@ class Cnn14(Network):
         wave = F.pad(waves[:, None], (config.n_fft // 2, config.n_fft // 2), mode="reflect")[:, 0]
         window = mel_window(config).to(waves.device, waves.dtype)
         power = power_spectrum(wave.unfold(-1, config.n_fft, config.hop), window)  # (N, T, bins)
-        return 10.0 * torch.log10((power @ self.logmel_extractor.melW).clamp(min=config.log_floor))  # type: ignore[operator]
+        mel = power @ self.logmel_extractor.melW.to(power)  # type: ignore[operator]
+        return 10.0 * torch.log10(mel.clamp(min=config.log_floor))
 
     def states(self, inputs: Tensor) -> Iterator[Tensor]:
         x = self.bn0(inputs.transpose(1, 2)[..., None]).permute(0, 3, 2, 1)  # (N, 1, T, 64)
@@ -85,7 +86,7 @@ class Cnn14(Network):
             x = F.avg_pool2d(x, 2) if i + 1 < len(_CHANNELS) else x
         frames = x.shape[2]
         x = x.float().mean(3)  # (N, C, T // 32)
-        x = F.relu(self.fc1(x.amax(2) + x.mean(2)))
+        x = F.relu(self.fc1((x.amax(2) + x.mean(2)).to(self.fc1.weight.dtype)))
         yield x.float()[:, None] * frames  # one embedding a piece stands for as many frames as the piece weighs
 
 

@@ -60,9 +60,12 @@ class Network(AudioEncoder):
             yield from padded(clip[a:b], 0, sum(sizes)).split(sizes)
 
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
-        inputs = self.front_end(pieces)
+        dtypes = {p.dtype for p in self.parameters()}  # more than one where `ready` has rounded some
+        weights = dtypes.pop() if len(dtypes) == 1 else torch.float32  # not float32 where the user has called half()
+        dtype = weights if weights.itemsize == 2 else self.dtype
+        inputs = self.front_end(pieces).to(weights)
         found: list[Tensor] = []
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for state in self.states(inputs):
                 if layers == "last":
                     found.clear()  # only the last one stays

@@ -119,6 +119,16 @@ def test_bfloat16_is_near(name, files):
         assert low.id != exact.id
 
 
+@pytest.mark.parametrize("change", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoder_of_other_weights_computes_in_them(name, change, files):
+    exact = make(name, files)
+    wave = noise(exact.sample_rate // 2)
+    want, found = (e.embed(wave, e.sample_rate).values for e in (exact, getattr(make(name, files), change)()))
+    assert found.dtype == torch.float32
+    assert (found - want).abs().max() < (1e-4 if change == "double" else 0.15) * max(1.0, want.std().item())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_callers_autocast_changes_nothing(name, dtype, files):
