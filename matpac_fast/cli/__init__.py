@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("MATPAC_FAST_DEBUG") == "1":
             raise
         # Of the processes that torchrun starts each says what ails it.
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
         print(f"matpac-fast {argv[0]}{rank}: {_line(error).removeprefix(f'{argv[0]}: ')}", file=sys.stderr)
         return FAILED
 

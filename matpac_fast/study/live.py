@@ -75,7 +75,8 @@ class LiveProbe:
                 self.left_out += [str(found) for found in read if isinstance(found, AudioError)]
                 waves = [found for found in read if not isinstance(found, AudioError)]
                 if len(waves) < 4:
-                    self.left_out.append(f"{folder / label}: {len(waves)} clips; a label needs four")
+                    taken = f" of {len(by_label[label])} taken" if len(by_label[label]) > len(paths) else ""
+                    self.left_out.append(f"{folder / label}: {len(waves)} clips{taken}; a label needs four")
                     continue
                 targets += [len(self.labels)] * len(waves)
                 halves += [2 * i >= len(waves) for i in range(len(waves))]
