@@ -80,6 +80,7 @@ class HearEncoder(AudioEncoder):
             middle = (fails + works) // 2
             fails, works = (middle, works) if self._problem(noise[:, :middle]) else (fails, middle)
         self.min_samples = works
+        self.settings = self.settings | {"min_samples": works}  # shorter windows are padded to it
         if self.model.timestamp_embedding_size == self.embedding_dim:
             try:
                 _, times = self._timestamps(noise)
