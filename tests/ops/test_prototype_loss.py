@@ -28,14 +28,9 @@ ISAS = ["portable", "avx2", "avx512"]
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    try:
-        _C.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.set_cpu_isa(before)
+def isa(request: pytest.FixtureRequest, instruction_set) -> Iterator[str]:
+    with instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -43,14 +38,6 @@ def recompute(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a large N x K: nothing kept for the backward pass, and several chunks of rows."""
     monkeypatch.setattr(op_module, "_KEEP_BYTES", 0)
     monkeypatch.setattr(_prototype_launchers, "_CHUNK_BYTES", {"cpu": 1})
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """torch.empty comes filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("mean_of", ["probabilities", "logits"])
