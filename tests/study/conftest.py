@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from matpac_fast.encoder import Encoder
+from matpac_fast.study.cost import Cost
 from tests.tasks import miniature
 
 SMALL = dict(n_frames=64, width=16, depth=1, num_heads=2)
@@ -22,6 +23,10 @@ def save_encoder(path: Path, seed: int = 0) -> Path:
         p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
     encoder.save(path)
     return path
+
+
+def made_cost(ts: float, peak: float = 1.0) -> Cost:
+    return Cost("e", "id", ts, 4, "cpu", "float32", 1, 10, 1000, 4e3 * ts, 1.0, 1.0, 5, peak, 1.0, 16_000, 8, "2", "0")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
-"""A study end to end: its numbers, its choices, going on after a stop, and its cost."""
+"""A study end to end: its numbers, its choices, and going on after a stop."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,13 +22,12 @@ from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.study import cache as cache_module
 from matpac_fast.study import sweep
 from matpac_fast.study.cache import View
-from matpac_fast.study.cost import Cost, count_macs, measure, measure_here
 from matpac_fast.study.linear import ProbeConfig, Probed
-from matpac_fast.study.results import Cell, Tables, add_cost, read_costs, tabulate, write_table
+from matpac_fast.study.results import Cell, Tables, tabulate, write_table
 from matpac_fast.study.study_page import write_report
 from matpac_fast.study.sweep import StudyConfig, run_study
 from matpac_fast.tasks import DatasetError, load_task
-from tests.study.conftest import save_encoder
+from tests.study.conftest import made_cost, save_encoder
 
 PROBE = ProbeConfig(learning_rates=(0.3,), decays=(1e-3, 1e-1), seeds=2, steps=60)
 
@@ -137,10 +135,6 @@ def test_other_ways_of_one_answer_for_a_clip(encoder_file, clips, tmp_path, monk
     assert cell.windows == (1 if aggregate == "one" else 2)
 
 
-def made_cost(ts: float, peak: float = 1.0) -> Cost:
-    return Cost("e", "id", ts, 4, "cpu", "float32", 1, 10, 1000, 4e3 * ts, 1.0, 1.0, 5, peak, 1.0, 16_000, 8, "2", "0")
-
-
 def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
     """A cell whose first `right` test clips are right."""
     task = load_task(f"folder:{clips}")
@@ -227,85 +221,6 @@ def test_tables_are_parquet(studied, tmp_path):
     assert [row["score"] for row in read] == [row["score"] for row in tables.results]
     assert read[0]["low_folds"] is None  # one fold: nothing to resample
     assert read[0]["peak_mib"] is None
-
-
-def test_multiply_adds_are_counted_right(encoder_file):
-    encoder = load_encoder(encoder_file, "cpu")
-    n = encoder.log_mel_config.n_samples(64)  # 5 x 4 patches and CLS
-    tokens, width = 21, 16
-    block = tokens * width * width * (4 + 2 * 4) + 2 * tokens * tokens * width
-    found = count_macs(encoder, torch.zeros(1, n))
-    assert found in (block, block + (tokens - 1) * 256 * width)  # the patch embedding may be a fused operator
-    assert count_macs(encoder, torch.zeros(3, n)) == 3 * found
-
-
-def test_cost_in_a_fresh_process(encoder_file, tmp_path):
-    small = measure(str(encoder_file), 0.6, 1, "cpu", threads=1)
-    large = measure(str(encoder_file), 0.6, 256, "cpu", threads=1)
-    assert small.weights_mib <= small.peak_mib < large.peak_mib
-    assert large.peak_mib > 256 * 0.6 * 16_000 * 4 / 2**20 / 4  # of the waves alone a quarter: they are made before
-    assert small.macs == large.macs > 0
-    assert small.batch_ms_low <= small.batch_ms <= small.batch_ms_high
-    assert small.encoder_id == load_encoder(encoder_file, "cpu").id
-    for cost in (small, large):
-        add_cost(tmp_path / "cost.parquet", cost)
-    assert read_costs(tmp_path / "cost.parquet") == [small, large]
-    with pytest.raises(ConfigError, match="no encoder"):
-        measure("nobody", 0.6, 1, "cpu")
-
-
-def test_costs_that_are_known_are_not_measured_again(encoder_file, tmp_path, monkeypatch):
-    asked = []
-
-    def here(name, ts, batch, device, dtype, threads):
-        asked.append((ts, batch))
-        return measure_here(load_encoder(name, device), name, ts, batch)
-
-    monkeypatch.setattr(sweep, "measure", here)
-    monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
-    study = StudyConfig((str(encoder_file),), (), (0.2, 0.5), batch_sizes=(1, 2))
-    found = sweep.cost_sweep(study, tmp_path, lambda *_: None)
-    assert asked == [(0.2, 1), (0.2, 2), (0.5, 1), (0.5, 2)]
-    more = sweep.cost_sweep(dataclasses.replace(study, temporal_supports=(0.2, 0.5, 0.6)), tmp_path, lambda *_: None)
-    assert asked[4:] == [(0.6, 1), (0.6, 2)]
-    assert all(more[key] == cost for key, cost in found.items())
-
-
-def test_known_costs_go_by_the_name_that_is_asked_for(encoder_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "measure", lambda name, ts, batch, *_: measure_here(load_encoder(name), name, ts, batch))
-    monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
-    names = (str(encoder_file), str(shutil.copy(encoder_file, tmp_path / "moved.safetensors")))
-    for some in (names[:1], names):
-        found = sweep.cost_sweep(StudyConfig(some, (), (0.2,), batch_sizes=(1,)), tmp_path, lambda *_: None)
-        assert {key: cost.encoder for key, cost in found.items()} == {(name, 0.2, 1): name for name in some}
-    assert len(read_costs(tmp_path / "cost.parquet")) == 1
-
-
-def test_costs_of_an_encoder_that_has_float32_alone_are_known_again(tmp_path, monkeypatch):
-    study = StudyConfig(("logmel-stats",), (), (0.2,), batch_sizes=(1,), dtype="bfloat16")
-    monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
-    monkeypatch.setattr(sweep, "measure", lambda name, ts, batch, *_: measure_here(load_encoder(name), name, ts, batch))
-    first = sweep.cost_sweep(study, tmp_path, lambda *_: None)
-    monkeypatch.setattr(sweep, "measure", lambda *_: pytest.fail("measured again"))
-    assert sweep.cost_sweep(study, tmp_path, lambda *_: None) == first
-
-
-def test_studies_in_one_folder_keep_each_others_costs(encoder_file, tmp_path, monkeypatch):
-    other = dataclasses.replace(made_cost(0.5), encoder_id="another study's")
-
-    def here(name, ts, batch, device, *_):
-        add_cost(tmp_path / "cost.parquet", other)  # while this one measures
-        return dataclasses.replace(made_cost(ts), encoder_id="this study's")
-
-    monkeypatch.setattr(sweep, "measure", here)
-    sweep.cost_sweep(StudyConfig((str(encoder_file),), (), (0.2,), batch_sizes=(4,)), tmp_path, lambda *_: None)
-    assert [cost.encoder_id for cost in read_costs(tmp_path / "cost.parquet")] == ["another study's", "this study's"]
-
-
-def test_costs_that_are_added_at_once_are_all_kept(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: add_cost(tmp_path / "cost.parquet", made_cost(float(i))), range(8)))
-    assert sorted(cost.temporal_support for cost in read_costs(tmp_path / "cost.parquet")) == list(range(8))
 
 
 @pytest.fixture

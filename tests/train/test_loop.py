@@ -1,35 +1,27 @@
-"""Whole runs: resume to the bit, bad batches, what a folder holds, what is refused."""
+"""Whole runs: resume to the bit, what a folder holds, what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
-import resource
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from forks import forks
-from safetensors.torch import load_file, save_file
+from runs import assert_same_run, curve, newest
 from stops import after
 
 from matpac_fast import checkpoint, ops
-from matpac_fast.audio.corpus import Corpus
-from matpac_fast.audio.prepare import prepare
 from matpac_fast.encoder import load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac
-from matpac_fast.train import loop, state
+from matpac_fast.train import loop
 from matpac_fast.train.logs import Reporter, read_log
 from matpac_fast.train.loop import pretrain
 from matpac_fast.train.state import RunFolder, Snapshot
 from matpac_fast.train.step import make_optimizer, train_step
-from matpac_fast.train.watch import TrainingError, collapse
+from matpac_fast.train.watch import collapse
 
 
 class Recorder(Reporter):
@@ -41,32 +33,6 @@ class Recorder(Reporter):
 
     def record(self, record):
         self.records.append(record)
-
-
-def newest(folder):
-    """Every tensor of the newest checkpoint, by file and name."""
-    latest = folder / "checkpoints" / (folder / "latest").read_text().strip()
-    return {
-        f"{file}/{name}": tensor
-        for file in ("model", "optimizer")
-        for name, tensor in load_file(latest / f"{file}.safetensors").items()
-    }
-
-
-def curve(folder):
-    """The log without its clock."""
-    clock = {"crops_per_s", "data_wait", "versions"}
-    records = [r for r in read_log(folder / "log.jsonl") if "loss" in r]
-    return [{key: value for key, value in r.items() if key not in clock} for r in records]
-
-
-def assert_same_run(a, b):
-    one, other = newest(a), newest(b)
-    assert one.keys() == other.keys()
-    assert len(one) > 60
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-    assert curve(a) == curve(b)
 
 
 @pytest.mark.parametrize("interrupted", [(6,), (1, 2, 5)])
@@ -216,96 +182,6 @@ def test_two_processes_cannot_train_into_one_folder(tmp_path, corpus, model_conf
         pretrain(corpus, tmp_path / "run", model_config, train_config)
 
 
-class Poisoned:
-    """Turns the log-mel of some steps into NaN, as damaged audio would."""
-
-    def __init__(self, monkeypatch, steps):
-        honest, calls = loop.ops.log_mel, iter(range(1_000))
-
-        def log_mel(wave, config):
-            spec = honest(wave, config)
-            return spec * float("nan") if next(calls) in steps else spec
-
-        monkeypatch.setattr(loop.ops, "log_mel", log_mel)
-
-
-def test_bad_batches_are_skipped_and_their_clips_logged(tmp_path, corpus, model_config, train_config, monkeypatch):
-    Poisoned(monkeypatch, {3, 7})
-    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
-    skipped = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "skipped"]
-    assert [r["step"] for r in skipped] == [4, 8]
-    assert [len(r["clips"]) for r in skipped] == [4, 4]
-    assert skipped[0]["clips"] == [f"clip-{i}.wav" for i in corpus.reads[3]]
-    tensors = newest(tmp_path / "run")
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert tensors["optimizer/student.norm.weight/step"] == 10
-    assert [r["step"] for r in curve(tmp_path / "run") if r["loss"] == "nan"] == [4, 8]
-
-
-def test_a_run_of_bad_batches_ends_the_run(tmp_path, corpus, model_config, train_config, monkeypatch):
-    Poisoned(monkeypatch, set(range(5, 1_000)))
-    config = dataclasses.replace(train_config, max_bad_steps=3)
-    with pytest.raises(TrainingError, match="stopped at step 8: loss or gradient not finite for 3 steps in a row"):
-        pretrain(corpus, tmp_path / "run", model_config, config)
-    assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"
-    assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run").values())
-
-
-def test_bad_batches_apart_do_not_end_the_run(tmp_path, corpus, model_config, train_config, monkeypatch):
-    Poisoned(monkeypatch, {1, 2, 4, 5, 7, 8})
-    assert pretrain(corpus, tmp_path / "run", model_config, dataclasses.replace(train_config, max_bad_steps=3)).finished
-
-
-@pytest.mark.parametrize("where", ["model", "optimizer", "latest"])
-def test_a_full_disk_leaves_the_last_checkpoint_intact(
-    tmp_path, corpus, model_config, train_config, monkeypatch, where
-):
-    pretrain(corpus, tmp_path / "whole", model_config, train_config)
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    honest_save, honest_text = checkpoint.save, state.write_text
-
-    def save(path, *args):
-        (full if path.parent.name == "step-00000008.part" and path.stem == where else honest_save)(path, *args)
-
-    def write_text(path, text):
-        (full if path.name == where and "08" in text else honest_text)(path, text)
-
-    says = "step-00000008: cannot be saved: No space left on device; step-00000004 is intact"
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save)
-        patch.setattr(state, "write_text", write_text)
-        with pytest.raises(CheckpointError, match=says):
-            pretrain(corpus, tmp_path / "run", model_config, train_config)
-    assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.part"))
-    pretrain(corpus, tmp_path / "run", model_config, train_config)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def limited(corpus, folder, model_config, train_config):
-    """In a process of its own: no file may grow beyond what the log needs, as on a disk that is full."""
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    try:
-        pretrain(corpus, folder, model_config, train_config)
-    except CheckpointError as error:
-        os._exit(3 if "step-00000008: cannot be saved" in str(error) and "step-00000004 is intact" in str(error) else 4)
-
-
-def test_a_disk_that_is_really_full_is_said_so(tmp_path, corpus, model_config, train_config):
-    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(4))
-    context = forks()
-    process = context.Process(target=limited, args=(corpus, tmp_path / "run", model_config, train_config))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 3
-    assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"
-    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
-
-
 def test_a_snapshot_is_a_copy(model_config, train_config):
     model = Matpac(model_config)
     optimizer = make_optimizer(model, train_config)
@@ -326,64 +202,6 @@ def test_checkpoints_to_keep_are_kept(tmp_path, corpus, model_config, train_conf
     pretrain(corpus, tmp_path / "run", model_config, config)
     kept = [int(p.name.removeprefix("step-")) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert sorted(kept) == [4, 8, 10, 12]
-
-
-def test_a_first_write_that_was_torn_does_not_block_the_folder(tmp_path, corpus, model_config, train_config):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.json.abc.tmp").write_text("{")
-    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
-
-
-def test_what_a_killed_save_left_behind_is_cleared(tmp_path, corpus, model_config, train_config):
-    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(5))
-    checkpoints = tmp_path / "run" / "checkpoints"
-    (checkpoints / "step-00000007.part").mkdir()
-    shutil.copytree(checkpoints / "step-00000005", checkpoints / "step-00000008")  # renamed, but `latest` never moved
-    (checkpoints / "step-00000008" / "model.safetensors").write_bytes(b"torn")
-    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000005", "step-00000008", "step-00000012"]
-    load_file(checkpoints / "step-00000008" / "model.safetensors")
-
-
-@pytest.mark.parametrize("damage", ["state.json", "model.safetensors", "optimizer.safetensors", "names"])
-def test_a_damaged_checkpoint_is_named(tmp_path, corpus, model_config, train_config, damage):
-    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(5))
-    newest_folder = tmp_path / "run" / "checkpoints" / "step-00000005"
-    if damage == "names":
-        moments = load_file(newest_folder / "optimizer.safetensors")
-        save_file(
-            {k: v for k, v in moments.items() if "student.norm" not in k}, newest_folder / "optimizer.safetensors"
-        )
-    else:
-        (newest_folder / damage).write_bytes((newest_folder / damage).read_bytes()[:20])
-    with pytest.raises(CheckpointError, match="step-00000005"):
-        pretrain(corpus, tmp_path / "run", model_config, train_config)
-
-
-def test_the_newest_intact_checkpoint_is_named_beside_a_damaged_one(tmp_path, corpus, model_config, train_config):
-    run = tmp_path / "a run"
-    config = dataclasses.replace(train_config, save_every=2)
-    pretrain(corpus, run, model_config, config, stop=after(6))
-    weights = run / "checkpoints" / "step-00000006" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-20])
-    (run / "checkpoints" / "step-00000004" / "state.json").write_text("{")
-    with pytest.raises(
-        CheckpointError, match=r"step-00000006/.*: damaged .*step-00000002 is intact: to go on"
-    ) as caught:
-        pretrain(corpus, run, model_config, config)
-    with pytest.raises(CheckpointError, match=r"damaged .*step-00000002 is intact: to begin from it, --init '.*02'"):
-        pretrain(corpus, tmp_path / "b", model_config, config, init=run)
-    command = str(caught.value).rpartition("to go on from it, ")[2]
-    subprocess.run(command, shell=True, check=True)  # does what it says
-    assert pretrain(corpus, run, model_config, config).finished
-    whole = tmp_path / "whole"
-    pretrain(corpus, whole, model_config, config)
-    assert_same_run(run, whole)
-    for name in ("00000010", "00000012"):
-        (run / "checkpoints" / f"step-{name}" / "optimizer.safetensors").unlink()
-    shutil.rmtree(run / "checkpoints" / "step-00000008")
-    with pytest.raises(CheckpointError, match=r"No other checkpoint of .* is intact"):
-        pretrain(corpus, run, model_config, config)
 
 
 def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_config):
@@ -409,55 +227,10 @@ def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_co
         pretrain(corpus, tmp_path / "e", model_config, train_config, init=tmp_path / "encoder")
 
 
-def test_a_shard_that_cannot_be_read_is_named_once_and_the_run_goes_on(tmp_path, corpus, model_config, train_config):
-    corpus.gone = {2, 4}
-    assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
-    told = [r["text"] for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "unreadable"]
-    assert told == ["shards/00000.i16: cut short"]
-
-
-def test_a_shard_that_is_cut_short_while_training_is_named_and_left_out(tmp_path, model_config, train_config):
-    (tmp_path / "audio").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        soundfile.write(tmp_path / "audio" / f"{i}.wav", rng.uniform(-0.5, 0.5, 8_000), 16_000)
-    prepare(tmp_path / "audio", tmp_path / "corpus")
-    shard = tmp_path / "corpus" / "shards" / "00000.i16"
-    asked = iter(range(1, 1_000))
-
-    def cut():
-        if next(asked) == 3:
-            os.truncate(shard, shard.stat().st_size // 2)
-        return False
-
-    corpus = Corpus(tmp_path / "corpus")
-    assert pretrain(corpus, tmp_path / "run", model_config, train_config, stop=cut).finished
-    told = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "unreadable"]
-    assert [r["text"].split(" to ")[0] for r in told] == [f"{shard}: cut short"]
-
-
 def test_a_corpus_of_another_rate_is_refused(tmp_path, corpus, model_config, train_config):
     corpus.sample_rate = 44_100
     with pytest.raises(ConfigError, match="the corpus is at 44100 Hz; expected 16000 Hz"):
         pretrain(corpus, tmp_path / "run", model_config, train_config)
-
-
-def test_out_of_memory_says_what_fits(tmp_path, corpus, model_config, train_config, monkeypatch):
-    honest = Matpac.forward
-
-    def small_memory(self, spec, *args, **kwargs):
-        if len(spec) > 1:
-            raise torch.OutOfMemoryError("out of memory")
-        return honest(self, spec, *args, **kwargs)
-
-    monkeypatch.setattr(Matpac, "forward", small_memory)
-    says = (
-        r"4 crops at a time do not fit into the memory of cpu, but 1 do: --grad-accumulation 4 computes the same step"
-    )
-    with pytest.raises(TrainingError, match=says):
-        pretrain(corpus, tmp_path / "run", model_config, train_config)
-    config = dataclasses.replace(train_config, grad_accumulation=4)
-    assert pretrain(corpus, tmp_path / "fits", model_config, config).finished
 
 
 def test_collapse_is_seen():
