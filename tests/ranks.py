@@ -1,4 +1,4 @@
-"""Real processes over gloo on this machine, as torchrun would start them, and what they made compared with one's."""
+"""Real processes over gloo on this machine, as torchrun would start them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import os
 import socket
 import time
 
-import pytest
 import torch
 from forks import forks
-from safetensors.torch import load_file
 
-from matpac_fast import distcp
-from matpac_fast.train import pretrain, read_log
+from matpac_fast.train import pretrain
 
 
 def free_port():
@@ -69,34 +66,3 @@ def train(rank, corpus, folder, model, config, stop_after=None):
     stop = lambda: rank == 1 and next(asked) == stop_after  # noqa: E731
     result = pretrain(corpus, folder, model, config, "cpu", stop=stop)
     return result.step, result.finished
-
-
-def tensors(folder):
-    """All that the newest checkpoint holds, in one file or in parts."""
-    latest = folder / "checkpoints" / (folder / "latest").read_text().strip()
-    if distcp.is_one(latest / "parts"):
-        return {name.replace(".", "/", 1): tensor for name, tensor in distcp.load(latest / "parts")[0].items()}
-    return {
-        f"{file}/{name}": tensor
-        for file in ("model", "optimizer")
-        for name, tensor in load_file(latest / f"{file}.safetensors").items()
-    }
-
-
-def curve(folder):
-    return [record for record in read_log(folder / "log.jsonl") if "loss" in record]
-
-
-def assert_same_curve(one, other):
-    """Every number of the log but its clock, to rounding, and the weights that Adam made of it."""
-    a, b = curve(one), curve(other)
-    assert [r["step"] for r in a] == [r["step"] for r in b]
-    assert len(a) >= 6
-    for first, second in zip(a, b, strict=True):
-        assert first.keys() == second.keys()
-        for key in first.keys() - {"crops_per_s", "data_wait"}:
-            assert second[key] == pytest.approx(first[key], rel=2e-4, abs=1e-6), (first["step"], key)
-    ours, theirs = tensors(one), tensors(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")

@@ -9,7 +9,8 @@ import signal
 
 import pytest
 import torch
-from ranks import assert_same_curve, curve, on_ranks, tensors, train
+from ranks import on_ranks, train
+from runs import assert_same_curve, curve, newest
 from stops import after
 
 from matpac_fast import ops
@@ -68,7 +69,7 @@ def test_what_is_wrong_on_one_rank_counts_for_all(tmp_path, corpus, model_config
     assert [r["step"] for r in skipped] == [3, 4]  # rank 0's third step, rank 1's fourth
     assert [len(r["clips"]) for r in skipped] == [4, 4]  # those of both ranks
     assert [r["text"] for r in records if r.get("event") == "unreadable"] == ["shards/00001.i16: cut short"]
-    found = tensors(tmp_path / "run")
+    found = newest(tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert found["optimizer/student.norm.weight/step"] == 10
 
