@@ -27,7 +27,7 @@ def unbreakable_console(quiet: bool = False) -> Any:
 
 
 class Update(Protocol):
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, done: float, total: int, note: str = "") -> None: ...
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def progress(title: str, unit: str) -> Iterator[Update]:
 
         rate_so_far = Rate()
 
-        def update(done: int, total: int, note: str = "") -> None:
+        def update(done: float, total: int, note: str = "") -> None:
             bar.update(task, completed=done, total=total, rate=told_rate(rate_so_far(done)), note=note)
 
         yield update
@@ -93,11 +93,12 @@ class _Lines:
         self._last = time.monotonic()
         self._rate = Rate()
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
+    def __call__(self, done: float, total: int, note: str = "") -> None:
         rate = self._rate(done)
         if time.monotonic() - self._last < _EVERY_SECONDS:
             return
         self._last = time.monotonic()
         speed = f", {told_rate(rate)}, {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
         note = note and f"; {note}"
-        self._console.print(f"{self._title} {done}/{total} {self._unit}{speed}{note}", markup=False, soft_wrap=True)
+        count = done if done == int(done) else f"{done:.1f}"  # of long pieces, parts
+        self._console.print(f"{self._title} {count}/{total} {self._unit}{speed}{note}", markup=False, soft_wrap=True)

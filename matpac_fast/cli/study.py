@@ -175,7 +175,7 @@ def _stages() -> Iterator[Progress]:
     with contextlib.ExitStack() as stack:
         now, update = "", None
 
-        def hear(stage: str, done: int, total: int) -> None:
+        def hear(stage: str, done: float, total: int) -> None:
             nonlocal now, update
             if stage != now or update is None:
                 stack.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from .metrics import METRICS
 
 CELLS = 1 << 25  # logits held at a time
 _HELD_OUT = 6  # one part in so many of the training groups validates where the task has no validation clips
+_FEATURES = 1 << 24  # of the features in float64, held at a time
 _RANK = 1e-6  # singular values below this share of the largest are rounding
 
 
@@ -84,6 +85,7 @@ def probe(
     metric: Literal["accuracy", "mAP"],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Probed:
     """Train every probe of the grid for every fold and seed, and score the chosen ones on each fold's test clips.
 
@@ -95,6 +97,7 @@ def probe(
         rows: embeddings on any device.
         targets: (N,) int64, or (N, K) float32 with NaN where unknown, of the clips.
         groups: (N,) of the clips; never parted where validation clips are drawn.
+        progress: told the share of the steps, from 0 to 1, that are done at most.
 
     Raises:
         ConfigError: an embedding that is not finite, or none of a clip; no clips to validate on.
@@ -112,10 +115,10 @@ def probe(
             f"probe: {len(lacking)} of {len(used)} clips have no embedding, such as clip {lacking[0]}; "
             "expected one or more of each"
         )
-    found = [
-        kind(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype).run(metric)
-        for fold in folds
-    ]
+    found = []
+    for i, fold in enumerate(folds):
+        probes = kind(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype)
+        found.append(probes.run(metric, lambda share, done=i: progress((done + share) / len(folds))))
     scores, losses, valid_scores, chosen, weights = zip(*found, strict=True)
     return Probed(list(scores), torch.stack(losses), torch.stack(valid_scores), torch.stack(chosen), list(weights))
 
@@ -143,7 +146,7 @@ class FoldProbes:
         self.valid_of = [self._validation(fold, learn, groups, targets, seed) for seed in range(config.seeds)]
         learn_rows, test_rows = (np.flatnonzero(np.isin(rows.clip, part)) for part in (learn, fold.test))
         self.clip, self.test_clip, self.test = rows.clip[learn_rows], rows.clip[test_rows], fold.test
-        self._features(rows.values[learn_rows], rows.values[test_rows])
+        self._features(rows.values, torch.from_numpy(learn_rows), torch.from_numpy(test_rows))
         self.share = torch.from_numpy(1.0 / per_clip[self.clip]).to(device, dtype)  # (R,) a row's share of its clip
         masks = np.stack([~np.isin(self.clip, valid) for valid in self.valid_of], 1)
         self.training = torch.from_numpy(masks).to(device)  # (R, S)
@@ -175,38 +178,51 @@ class FoldProbes:
             "out to validate on, or validation clips of the task's own, as the split valid of a clips.csv"
         )
 
-    def _features(self, learn: Tensor, test: Tensor) -> None:
+    def _features(self, values: Tensor, learn: Tensor, test: Tensor) -> None:
         """Standardise, rotate to the learning rows' principal axes, and scale to rows of unit length on average.
 
         With an L2 penalty the best weight is a combination of the rows learnt from, so the rotation loses nothing: it
         leaves as many columns as there are rows, and uncorrelated ones, which Adam wants. The scale makes a learning
         rate mean the same for embeddings of every width; the penalty is that of the features before it.
+
+        values (R, D), of which `learn` and `test` are rows. In float64, some rows at a time: a collection of short
+        windows does not fit into memory several times. Fewer rows than columns are always together.
         """
-        learn, test = learn.to(self.device, torch.float64), test.to(self.device, torch.float64)
+        n, width = len(learn), values.shape[1]
+        step = max(width, _FEATURES // width)
+
+        def blocks(which: Tensor) -> Iterator[Tensor]:
+            return (values[rows].to(self.device, torch.float64) for rows in which.split(step))
+
+        self.mean = values.new_zeros(width, dtype=torch.float64, device=self.device)
+        self.scale = torch.ones_like(self.mean)
         if self.config.standardize:
-            self.mean, spread = learn.mean(0), learn.std(0, correction=0)
+            self.mean = sum(block.sum(0) for block in blocks(learn)) / n
+            spread = (sum((block - self.mean).square().sum(0) for block in blocks(learn)) / n).sqrt()
             # A column that does not vary says nothing, and has no spread to divide by.
             self.scale = torch.where(spread > 1e-7 * (self.mean.abs() + 1e-30), 1 / spread, 0.0)
-        else:
-            self.mean, self.scale = torch.zeros_like(learn[0]), torch.ones_like(learn[0])
-        learn = (learn - self.mean) * self.scale
-        gram = learn @ learn.T if len(learn) < learn.shape[1] else learn.T @ learn
-        values, vectors = torch.linalg.eigh(gram)
-        kept = values > values[-1].clamp(min=1e-30) * _RANK**2
-        if len(learn) < learn.shape[1]:
-            self.basis = learn.T @ (vectors[:, kept] / values[kept].sqrt())  # (D, r)
-        else:
-            self.basis = vectors[:, kept]
-        self.size = learn.square().sum(1).mean().sqrt().clamp(min=1e-30)
+
+        def scaled(which: Tensor) -> Iterator[Tensor]:
+            return ((block - self.mean) * self.scale for block in blocks(which))
+
+        wide = n < width
+        gram = sum(block @ block.T if wide else block.T @ block for block in scaled(learn))
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        kept = eigenvalues > eigenvalues[-1].clamp(min=1e-30) * _RANK**2
+        self.basis = vectors[:, kept]
+        if wide:
+            self.basis = next(scaled(learn)).T @ (self.basis / eigenvalues[kept].sqrt())  # (D, r)
+        self.size = (gram.trace() / n).sqrt().clamp(min=1e-30)
         self.basis = self.basis / self.size
-        self.learn = (learn @ self.basis).to(self.dtype)
-        self.tested = ((test - self.mean) * self.scale @ self.basis).to(self.dtype)
+        self.learn, self.tested = (
+            torch.cat([(block @ self.basis).to(self.dtype) for block in scaled(which)]) for which in (learn, test)
+        )
 
     def _goal(self, clip: np.ndarray) -> Tensor:
         goal = self.targets[torch.from_numpy(clip)]
         return goal.to(self.device, self.dtype) if self.multi else goal.to(self.device)
 
-    def run(self, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def run(self, metric: str, progress: Callable[[float], None]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         c = self.config
         s, k, r = c.seeds, self.columns, self.learn.shape[1]
         pairs = [(lr, decay) for lr in c.learning_rates for decay in c.decays]
@@ -225,6 +241,7 @@ class FoldProbes:
         stale = 0
         for step in range(c.steps + 1):
             if step % c.check_every == 0 or step == c.steps:
+                progress(step / c.steps)
                 loss = self._loss(weight, bias)
                 better = loss < best_loss
                 best_loss = torch.where(better, loss, best_loss)
@@ -260,9 +277,9 @@ class FoldProbes:
     def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.addmm(bias.flatten(), x, weight.flatten(1)).unflatten(1, bias.shape)  # (R, G, K)
 
-    def _blocks(self, g: int) -> list[slice]:
+    def _blocks(self, rows: int, g: int) -> list[slice]:
         step = max(1, CELLS // (g * self.columns))
-        return [slice(i, i + step) for i in range(0, len(self.learn), step)]
+        return [slice(i, i + step) for i in range(0, rows, step)]
 
     def _gradient(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Of the mean loss of a training clip, by every probe's weight and bias."""
@@ -270,7 +287,7 @@ class FoldProbes:
         n_pairs = len(bias) // self.config.seeds
         part = self.share[:, None] * self.training
         part = (part / part.sum(0)).repeat(1, n_pairs)  # (R, G)
-        for block in self._blocks(len(bias)):
+        for block in self._blocks(len(self.learn), len(bias)):
             x, goal = self.learn[block], self.goal[block]
             logits = self._logits(x, weight, bias)
             if self.multi:
@@ -289,7 +306,7 @@ class FoldProbes:
         held = self.share[:, None] * ~self.training
         held = (held / held.sum(0)).repeat(1, len(bias) // self.config.seeds)  # (R, G)
         loss = torch.zeros_like(bias[:, 0])
-        for block in self._blocks(len(bias)):
+        for block in self._blocks(len(self.learn), len(bias)):
             used = (held[block] > 0).any(1)
             logits = self._logits(self.learn[block][used], weight, bias)
             goal = self.goal[block][used]
@@ -304,12 +321,13 @@ class FoldProbes:
 
     def _probabilities(self, x: Tensor, clip: np.ndarray, wanted: np.ndarray, weight: Tensor, bias: Tensor) -> Tensor:
         """(S, N, K) float64, the mean over each wanted clip's rows, in the order of `wanted`."""
-        logits = self._logits(x, weight, bias).double()
-        p = (logits.sigmoid() if self.multi else logits.softmax(2)).cpu()  # (R, S, K)
         order = np.argsort(wanted)
         where = torch.from_numpy(order[np.searchsorted(wanted, clip, sorter=order)])
-        total = p.new_zeros(len(wanted), *p.shape[1:]).index_add_(0, where, p)
-        rows = p.new_zeros(len(wanted)).index_add_(0, where, p.new_ones(len(where)))
+        total = torch.zeros(len(wanted), *bias.shape, dtype=torch.float64)
+        for block in self._blocks(len(x), len(bias)):
+            logits = self._logits(x[block], weight, bias).double()
+            total.index_add_(0, where[block], (logits.sigmoid() if self.multi else logits.softmax(2)).cpu())
+        rows = where.bincount(minlength=len(wanted))
         return (total / rows[:, None, None]).transpose(0, 1).contiguous()
 
     def _valid_scores(self, metric: str, weight: Tensor, bias: Tensor) -> Tensor:

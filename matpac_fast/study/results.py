@@ -24,7 +24,7 @@ from .linear import Probed
 from .metrics import RESAMPLES, Draws, interval
 
 # Hears of (stage, parts done, parts in all).
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, float, int], None]
 
 
 def ignored(stage: str, done: int, total: int) -> None:

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -284,7 +285,8 @@ def _probe_all(
     for name in config.encoders:
         for task in tasks:
             for cache in caches[name]:
-                probed, windows = _probe(config, out, cache, task, audio[task.name], device)
+                part = lambda share, done=done: progress("probing", done + share, total)  # noqa: E731
+                probed, windows = _probe(config, out, cache, task, audio[task.name], device, part)
                 mine = [costs[key] for key in costs if key[:2] == (name, cache.view.temporal_support)]
                 identity, dim, shared = cache.settings["encoder"], cache.encoder.embedding_dim, copies[task.name]
                 cells[task.name].append(Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine))
@@ -294,7 +296,13 @@ def _probe_all(
 
 
 def _probe(
-    config: StudyConfig, out: Path, cache: Cache, task: Task, audio: list[str], device: torch.device
+    config: StudyConfig,
+    out: Path,
+    cache: Cache,
+    task: Task,
+    audio: list[str],
+    device: torch.device,
+    progress: Callable[[float], None],
 ) -> tuple[Probed, float]:
     """The probes of one cell, and the mean number of windows a clip; read where they are there."""
     settings = dataclasses.replace(config.probe, attentive=cache.view.aggregate == "attend")
@@ -304,8 +312,16 @@ def _probe(
     if not path.exists():
         rows = cache.read(audio)
         found = probe(
-            rows, task.targets, task.groups, task.folds, len(task.classes), settings, task.metric, device  # type: ignore[arg-type]
-        )  # fmt: skip
+            rows,
+            task.targets,
+            task.groups,
+            task.folds,
+            len(task.classes),
+            settings,
+            task.metric,  # pyright: ignore[reportArgumentType]
+            device,
+            progress=progress,
+        )
         arrays = {f"scores{f}": scores.float().numpy() for f, scores in enumerate(found.scores)}
         for key in ("valid", "valid_score", "chosen"):
             arrays[key] = getattr(found, key).double().numpy()

@@ -29,3 +29,16 @@ def test_lines_tell_the_rate_since_the_first_call(capsys, monkeypatch):
         "embedding 1280/2000 s of audio, 28/s, 0:00:26 left; 1/9 files",
         "embedding 1560/2000 s of audio, 28/s, 0:00:16 left; 1/9 files",
     ]
+
+
+def test_of_long_pieces_parts_are_told(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
+    lines = _progress._Lines(Console(width=200), "probing", "probes")
+    for second, done in ((0, 0), (10, 0.5), (20, 1.0)):
+        now[0] = second
+        lines(done, 4)
+    assert capsys.readouterr().out.splitlines() == [
+        "probing 0.5/4 probes, 20.0 s each, 0:01:10 left",
+        "probing 1.0/4 probes, 20.0 s each, 0:01:00 left",
+    ]

@@ -10,7 +10,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from matpac_fast.errors import ConfigError
-from matpac_fast.study.linear import ProbeConfig, Rows, probe
+from matpac_fast.study import linear
+from matpac_fast.study.linear import FoldProbes, ProbeConfig, Rows, probe
 from matpac_fast.tasks import Fold
 
 EXACT = ProbeConfig(learning_rates=(0.3,), decays=(0.03,), seeds=2, steps=1000, check_every=1000)
@@ -138,8 +139,6 @@ def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_se
     values, targets = blobs(n=240)
     groups = np.array([f"g{i // 6}" for i in range(240)])
     fold = Fold(np.arange(180), np.arange(180, 240))
-    from matpac_fast.study.linear import FoldProbes
-
     rows = Rows(values, np.arange(240))
     made = FoldProbes(rows, np.ones(240), targets, groups, fold, 3, QUICK, torch.device("cpu"), torch.float64)
     assert not np.array_equal(*made.valid_of)
@@ -159,8 +158,6 @@ def hold_out(groups: str, multi: bool = False) -> list[np.ndarray]:
     targets, names = np.append(targets, 0), np.append(names, "test")
     targets = np.stack([0 * targets, targets], 1).astype(np.float32) if multi else targets
     config, fold = dataclasses.replace(QUICK, seeds=4), Fold(np.arange(n), np.array([n]))
-    from matpac_fast.study.linear import FoldProbes
-
     rows = Rows(values, np.arange(n + 1))
     made = FoldProbes(rows, np.ones(n + 1), targets, names, fold, 2, config, torch.device("cpu"), torch.float64)
     return made.valid_of
@@ -220,3 +217,25 @@ def test_a_clip_without_an_embedding_is_an_error(part, attentive):
 def test_settings_that_cannot_be(change):
     with pytest.raises(ConfigError):
         ProbeConfig(**change)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_more_features_than_are_held_at_a_time_make_no_difference(monkeypatch, standardize):
+    values, targets = blobs()
+    config = dataclasses.replace(QUICK, standardize=standardize)
+    whole = run(values, targets, three_folds(len(targets)), config, 3)
+    monkeypatch.setattr(linear, "_FEATURES", 12 * 12)
+    monkeypatch.setattr(linear, "CELLS", 100)
+    parts = run(values, targets, three_folds(len(targets)), config, 3)
+    assert torch.equal(whole.chosen, parts.chosen)
+    for one, other in zip(whole.scores + whole.weights, parts.scores + parts.weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_the_share_of_the_steps_is_told():
+    values, targets = blobs()
+    told = []
+    rows, names = Rows(values, np.arange(len(targets))), np.arange(len(targets))
+    config = dataclasses.replace(QUICK, steps=20, check_every=10)
+    probe(rows, targets, names, three_folds(len(targets))[:2], 3, config, "accuracy", progress=told.append)
+    assert told == [0.0, 0.25, 0.5, 0.5, 0.75, 1.0]
