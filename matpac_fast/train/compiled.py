@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch._dynamo
 from torch import nn
 
 from ..model import Matpac
@@ -22,7 +21,8 @@ def blocks(model: Matpac) -> list[nn.Module]:
 
 def compile_blocks(model: Matpac, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile each block on its first call for each shape; blocks of one kind share a graph, so depth costs nothing."""
-    config = torch._dynamo.config
+    import torch._dynamo.config as config  # seconds to import
+
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6 has the latter
     setattr(config, limit, max(_GRAPHS, getattr(config, limit)))
     for block in blocks(model):
