@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -123,6 +124,10 @@ def probe(
     return Probed(list(scores), torch.stack(losses), torch.stack(valid_scores), torch.stack(chosen), list(weights))
 
 
+def _sum(blocks: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, blocks)
+
+
 class FoldProbes:
     """All probes of one fold. G = learning rates x decays x seeds, in this order."""
 
@@ -197,8 +202,8 @@ class FoldProbes:
         self.mean = values.new_zeros(width, dtype=torch.float64, device=self.device)
         self.scale = torch.ones_like(self.mean)
         if self.config.standardize:
-            self.mean = sum(block.sum(0) for block in blocks(learn)) / n
-            spread = (sum((block - self.mean).square().sum(0) for block in blocks(learn)) / n).sqrt()
+            self.mean = _sum(block.sum(0) for block in blocks(learn)) / n
+            spread = (_sum((block - self.mean).square().sum(0) for block in blocks(learn)) / n).sqrt()
             # A column that does not vary says nothing, and has no spread to divide by.
             self.scale = torch.where(spread > 1e-7 * (self.mean.abs() + 1e-30), 1 / spread, 0.0)
 
@@ -206,7 +211,7 @@ class FoldProbes:
             return ((block - self.mean) * self.scale for block in blocks(which))
 
         wide = n < width
-        gram = sum(block @ block.T if wide else block.T @ block for block in scaled(learn))
+        gram = _sum(block @ block.T if wide else block.T @ block for block in scaled(learn))
         eigenvalues, vectors = torch.linalg.eigh(gram)
         kept = eigenvalues > eigenvalues[-1].clamp(min=1e-30) * _RANK**2
         self.basis = vectors[:, kept]
@@ -214,9 +219,14 @@ class FoldProbes:
             self.basis = next(scaled(learn)).T @ (self.basis / eigenvalues[kept].sqrt())  # (D, r)
         self.size = (gram.trace() / n).sqrt().clamp(min=1e-30)
         self.basis = self.basis / self.size
-        self.learn, self.tested = (
-            torch.cat([(block @ self.basis).to(self.dtype) for block in scaled(which)]) for which in (learn, test)
-        )
+
+        def rotated(which: Tensor) -> Tensor:
+            out = values.new_empty(len(which), self.basis.shape[1], dtype=self.dtype, device=self.device)
+            for part, block in zip(out.split(step), scaled(which), strict=True):
+                part.copy_(block @ self.basis)
+            return out
+
+        self.learn, self.tested = rotated(learn), rotated(test)
 
     def _goal(self, clip: np.ndarray) -> Tensor:
         goal = self.targets[torch.from_numpy(clip)]

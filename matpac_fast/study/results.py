@@ -27,7 +27,7 @@ from .metrics import RESAMPLES, Draws, interval
 Progress = Callable[[str, float, int], None]
 
 
-def ignored(stage: str, done: int, total: int) -> None:
+def ignored(stage: str, done: float, total: int) -> None:
     pass
 
 

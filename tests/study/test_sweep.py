@@ -118,7 +118,7 @@ def test_a_stopped_study_goes_on_and_ends_the_same(studied, encoder_file, clips,
     assert heard[-2:] == [("scoring", 1, 2), ("scoring", 2, 2)]
     for one, two in zip(whole, again, strict=True):
         assert torch.allclose(one.probed.scores[0], two.probed.scores[0], atol=1e-3)
-    monkeypatch.setattr(sweep, "probe", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr(sweep, "probe", lambda *_, **__: pytest.fail("probed again"))
     monkeypatch.setattr(cache_module.Cache, "embed", lambda *_: pytest.fail("embedded again"))
     third = run_study(config(encoder_file, clips), tmp_path)
     assert all(torch.equal(a.probed.scores[0], b.probed.scores[0]) for a, b in zip(again, third, strict=True))
@@ -127,7 +127,7 @@ def test_a_stopped_study_goes_on_and_ends_the_same(studied, encoder_file, clips,
 @pytest.mark.parametrize("aggregate", ["score", "attend", "one"])
 def test_other_ways_of_one_answer_for_a_clip(encoder_file, clips, tmp_path, monkeypatch, aggregate):
     probed, real = [], sweep.probe
-    monkeypatch.setattr(sweep, "probe", lambda *given: probed.append(given[5]) or real(*given))
+    monkeypatch.setattr(sweep, "probe", lambda *given, **named: probed.append(given[5]) or real(*given, **named))
     (cell,) = run_study(config(encoder_file, clips, aggregate=aggregate, temporal_supports=(0.5,)), tmp_path)
     assert [each.attentive for each in probed] == [aggregate == "attend"]
     assert cell.probed.scores[0].shape == (2, 12, 3)
