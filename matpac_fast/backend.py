@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import sysconfig
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -40,6 +41,9 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "bias_gelu": {"cpu": (), "cuda": ("triton",)},
     "add_layer_norm": {"cpu": (), "cuda": ("triton",)},
 }
+
+# Where Triton looks for it.
+_PYTHON_H = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
 
 # Triton decides at import whether its interpreter runs the kernels, which then compute on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,9 +159,12 @@ def _triton_missing() -> str | None:
         missing = _gpu_missing()
         if missing is not None:
             return missing
-        # Triton compiles its launchers with it. Without one it fails at the first launch.
-        if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
-            return "triton finds no C compiler; install gcc, or set CC"
+        # Triton compiles its launchers with both. Without them it fails at the first launch.
+        compilers = (os.environ["CC"],) if os.environ.get("CC") else ("gcc", "clang")
+        if not any(map(shutil.which, compilers)):
+            return f"triton finds no C compiler, {' or '.join(compilers)}; install gcc, or set CC"
+        if not (_PYTHON_H.exists() or os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")):
+            return f"triton finds no {_PYTHON_H}; install the headers of this Python, in Debian python3-dev"
     try:
         import triton  # noqa: F401
     except Exception as error:  # a broken install fails in ways of its own
@@ -275,10 +282,13 @@ class use_backend:
         reason = unavailable(name)
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot run here: {reason}")
-        self._before = _forced
+        self._name, self._before = name, _forced
         _forced = name
 
     def __enter__(self) -> use_backend:
+        global _forced
+        if _forced != self._name:  # another was forced since, or this one has been left before
+            self._before, _forced = _forced, self._name
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:

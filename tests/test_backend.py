@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,8 @@ class Machine:
         patch.setitem(sys.modules, "triton", type(sys)("triton"))
         sys.modules["triton"].__spec__ = importlib.machinery.ModuleSpec("triton", None)
         patch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+        patch.delenv("CC", raising=False)
+        patch.setattr(backend, "_PYTHON_H", Path(__file__))
 
     def gpu(self, major: int, minor: int) -> None:
         self.patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
@@ -169,11 +172,24 @@ def test_broken_triton(machine):
 
 
 def test_triton_without_a_compiler(machine):
-    machine.patch.setattr(shutil, "which", lambda name: None)
-    machine.patch.delenv("CC", raising=False)
-    assert "triton finds no C compiler; install gcc" in refused("triton")
+    machine.patch.setattr(shutil, "which", lambda name: name if name == "/opt/cc" else None)
+    assert "triton finds no C compiler, gcc or clang; install gcc" in refused("triton")
+    for compiler, reason in (
+        ("/opt/cc", None),
+        ("/gone/cc", "triton finds no C compiler, /gone/cc; install gcc, or set CC"),
+    ):
+        backend._reasons.clear()
+        machine.patch.setenv("CC", compiler)
+        assert backend.unavailable("triton") == reason
+
+
+def test_triton_without_the_headers_of_python(machine):
+    machine.patch.setattr(backend, "_PYTHON_H", Path("/usr/include/python3.12/Python.h.gone"))
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        machine.patch.delenv(name, raising=False)
+    assert "finds no /usr/include/python3.12/Python.h.gone; install the headers" in refused("triton")
     backend._reasons.clear()
-    machine.patch.setenv("CC", "/opt/cc")
+    machine.patch.setenv("CPATH", "/opt/python/include")
     assert backend.unavailable("triton") is None
 
 
@@ -199,7 +215,6 @@ def test_sources_before_the_package_that_is_installed(machine, tmp_path, folder,
 def test_auto_on_a_gpu_with_nothing_warns_once_and_says_why(machine, op):
     machine.built_for("", 0, 0)
     machine.patch.setattr(shutil, "which", lambda name: None)
-    machine.patch.delenv("CC", raising=False)
     with pytest.warns(UserWarning, match=f"ops.{op} runs on the PyTorch reference") as caught:
         assert backend.choose(op, CUDA) == "reference"
     assert "triton: triton finds no C compiler" in str(caught[0].message)
@@ -255,6 +270,20 @@ def test_use_backend_nests_and_survives_errors():
     use_backend("reference")
     try:
         assert backend.choose("log_mel", CPU) == "reference"
+    finally:
+        use_backend("auto")
+
+
+def test_a_setting_made_earlier_holds_in_its_block_and_more_than_once():
+    try:
+        settings = {name: use_backend(name) for name in ("cpp", "reference", "auto")}
+        for name in ("reference", "cpp", "reference", "auto"):
+            with settings[name]:
+                assert backend._forced == name
+        use_backend("auto")
+        with settings["cpp"], pytest.raises(ZeroDivisionError), settings["reference"]:
+            raise ZeroDivisionError
+        assert backend._forced == "auto"
     finally:
         use_backend("auto")
 
