@@ -314,14 +314,15 @@ def record(sheet: dict[str, Any], out: Path) -> None:
 
 
 def join(sheets: list[dict[str, Any]]) -> dict[str, Any]:
-    """One sheet of several; of a stage that more than one has run, the last one's."""
+    """One sheet of several; of a stage that more than one has run, the last one's that was not cut off."""
     whole = sheets[0]
     for other in sheets[1:]:
         for key in ("device", "commit", "changes", "versions"):
             if other[key] != whole[key]:
                 sys.exit(f"--join: {key} differs: {whole[key]} and {other[key]}")
         codes, left_out = (whole[key] | other[key] for key in ("exit_codes", "left_out"))
-        whole = whole | {stage: other[stage] for stage in BOUNDS if other.get(stage)}
+        cut = whole["exit_codes"].keys() & other["left_out"].keys()
+        whole = whole | {stage: other[stage] for stage in BOUNDS if other.get(stage) and stage not in cut}
         whole["exit_codes"] = codes
         whole["left_out"] = {what: why for what, why in left_out.items() if what not in codes}
         whole["command"] += f" and {other['command']}"

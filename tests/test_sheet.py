@@ -197,5 +197,10 @@ def test_two_sheets_become_one(sheet, tmp_path, monkeypatch, capsys):
     (path,) = recorded(tmp_path)
     whole = report.read(path)
     assert (whole["tests"], whole["exit_codes"], whole["step"]) == ("3 passed", {"tests": 0, "step": 0}, {"rows": {}})
+    cut = second | {"step": {"rows": {"part": {}}}, "exit_codes": {}, "left_out": {"step": "cut off"}}
+    assert module.join([first, second, cut])["step"] == {"rows": {}}
+    whole = module.join([first, cut, second])
+    assert (whole["step"], whole["left_out"]) == ({"rows": {}}, first["left_out"])
+    assert module.join([first, cut])["left_out"]["step"] == "cut off"
     with pytest.raises(SystemExit, match="commit differs"):
         module.join([first, second | {"commit": "another"}])
