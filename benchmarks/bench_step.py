@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", nargs="+", default=None, help="float32, bf16; default: what the device has")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), help="default: what the device has")
     parser.add_argument("--mcl-heads", type=int, default=0)
     parser.add_argument("--skip-reference", action="store_true", help="leave out ours on the reference formulas")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks too, as pretrain --compile")

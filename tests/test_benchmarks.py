@@ -271,6 +271,14 @@ def test_attention_may_differ_by_roundings_of_large_numbers():
     assert bench_attention.difference((math + 0.25,), (math,)) == 0.25  # of the small number
 
 
+def test_a_precision_that_no_step_has_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench_step.py", "--precision", "fp16", "--preset", "nano", "--rounds", "1"])
+    monkeypatch.setattr(bench_step, "batch", lambda *_: pytest.fail("it was taken for float32"))
+    with pytest.raises(SystemExit):
+        bench_step.main()
+    assert "invalid choice: 'fp16'" in capsys.readouterr().err
+
+
 def step_options(**changes):
     return SimpleNamespace(**{"skip_reference": False, "compile": True, "cuda_graph": True} | changes)
 
