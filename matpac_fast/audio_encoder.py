@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .audio.decode import MAX_PEAK
+from .audio.decode import MAX_PEAK, RATES
 from .embedding import Embeddings, Windowing, extract
 from .errors import AudioError, ConfigError
 from .stream import Stream, WholeStream
@@ -327,6 +327,6 @@ class AudioEncoder(nn.Module):
 
 
 def _check_rate(sample_rate: int, what: str) -> int:
-    if not isinstance(sample_rate, numbers.Real) or not sample_rate > 0:
-        raise ConfigError(f"{what}: sample_rate is {sample_rate!r}; expected Hz, above 0")
+    if not isinstance(sample_rate, numbers.Real) or not RATES[0] <= sample_rate <= RATES[1]:
+        raise ConfigError(f"{what}: sample_rate is {sample_rate!r}; expected Hz, from {RATES[0]} to {RATES[1]}")
     return sample_rate

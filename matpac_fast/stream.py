@@ -110,8 +110,9 @@ class Stream:
         waves = (torch.from_numpy(self._buffer[a - self._begin : b - self._begin]).to(device) for a, b in sections)
         with torch.no_grad():
             found = extract(self._encoder, waves, self._windowing, self._batch_size)
+            # Counted in samples, so that the seconds are those of `embed` to the bit: tables are joined by them.
             return [
-                Embeddings(f.values, f.start + a / rate, f.end + a / rate)
+                Embeddings(f.values, *(((seconds * rate).round() + a) / rate for seconds in (f.start, f.end)))
                 for f, (a, _) in zip(found, sections, strict=True)
             ]
 

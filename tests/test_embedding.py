@@ -271,6 +271,8 @@ def test_many_windows_of_a_long_clip_do_not_keep_it_alive(encoder):
         (np.zeros(8), {"hop": 0.1}, ConfigError, "hop is 0.1 s without a temporal_support; give both, or neither"),
         (np.zeros(8), {"sample_rate": None}, ConfigError, "needs a sample_rate"),
         (np.zeros(8), {"sample_rate": 0}, ConfigError, "sample_rate is 0; expected Hz"),
+        (np.zeros(8), {"sample_rate": 44.1}, ConfigError, "sample_rate is 44.1; expected Hz, from 1000 to 1000000"),
+        (np.zeros(8), {"sample_rate": float("inf")}, ConfigError, "sample_rate is inf; expected Hz"),
         (np.zeros(8), {"sample_rate": "16000"}, ConfigError, "sample_rate is '16000'; expected Hz"),
         (np.zeros(8), {"temporal_support": "2"}, ConfigError, "temporal_support is '2', a str; expected seconds"),
         (np.zeros(8), {"temporal_support": 1, "hop": [1]}, ConfigError, r"hop is \[1\], a list; expected seconds"),

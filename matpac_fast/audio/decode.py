@@ -20,7 +20,7 @@ QUALITY = "HQ"  # of soxr; another one changes embeddings
 MAX_PEAK = 32.0  # +30 dBFS; float files beyond it hold garbage, or integers that were never scaled to [-1, 1]
 BLOCK_SECONDS = 10.0
 _BLOCK = 1 << 24  # samples of all channels decoded at a time, at most
-_RATES = (1_000, 1_000_000)  # Hz; a header that says less or more is damaged
+RATES = (1_000, 1_000_000)  # Hz; a header that says less or more is damaged
 
 _UNCODED = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph"}
 _CODED = {".flac", ".ogg", ".oga", ".opus", ".mp3"}
@@ -58,7 +58,7 @@ class AudioFile:
         self._file = self._open()
         self.sample_rate: int = self._file.samplerate
         self.channels: int = self._file.channels
-        if not _RATES[0] <= self.sample_rate <= _RATES[1]:
+        if not RATES[0] <= self.sample_rate <= RATES[1]:
             self._file.close()
             raise self._error(f"damaged: a sample rate of {self.sample_rate} Hz")
         stated = self._file.frames
