@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import distcp
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .files import atomic
 
 # Official name -> ours, by prefix, longest first. The official code calls the predictor "decoder".
@@ -139,6 +140,8 @@ def _grid(pos: Tensor, patch_size: int) -> tuple[int, int]:
 def heads_by_rule(width: int, given: int | None, per_head: int = 64) -> int:
     """Attention heads: as given, else `per_head` channels each, the official rule."""
     if given is not None:
+        if not isinstance(given, int) or given < 1 or width % given:
+            raise ConfigError(f"num_heads is {given!r}; expected a whole number that divides the width, {width}")
         return given
     if width % per_head:
         raise CheckpointError(
@@ -304,7 +307,19 @@ def _full_name(allowed: Any) -> str:
     return allowed[1] if isinstance(allowed, tuple) else f"{allowed.__module__}.{allowed.__qualname__}"
 
 
+def _check_no_archive(path: Path) -> None:
+    """Raise where weights lie packed inside the file, as M2D's are released; torch's own files are archives too."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+    except (zipfile.BadZipFile, OSError):
+        return  # torch says what is wrong
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(f"{path}: an archive, of {_some(names, 3)}; unpack it and give the file of weights")
+
+
 def _load_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    _check_no_archive(path)
     content, metadata = unpickle(path), {}
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         metadata = {"cfg": content["cfg"]} if isinstance(content.get("cfg"), Mapping) else {}

@@ -21,7 +21,8 @@ from .errors import CheckpointError
 from .files import atomic, sha256, write_text
 
 _log = logging.getLogger("matpac_fast")
-_ADDRESS = re.compile(r"((?:[\w-]+:)?)(https?://.+)", re.DOTALL)
+# With one slash too, which is what a Path makes of two.
+_ADDRESS = re.compile(r"((?:[\w-]+:)?)(https?):/{1,2}(.+)", re.DOTALL | re.IGNORECASE)
 _OFFLINE = ("MATPAC_FAST_OFFLINE", "HF_HUB_OFFLINE")
 _SILENT_FOR = 30.0  # seconds without a byte, after which a download has failed
 
@@ -49,11 +50,12 @@ def resolve(name: str) -> str:
     """
     if (found := _ADDRESS.fullmatch(name)) is None:
         return name
+    address = f"{found[2].lower()}://{found[3]}"
     try:
-        url, fragment = urllib.parse.urldefrag(found[2])
+        url, fragment = urllib.parse.urldefrag(address)
         urllib.parse.urlsplit(url)
     except ValueError as error:
-        raise CheckpointError(f"{found[2]}: is no address: {error}; expected https://HOST/FILE") from None
+        raise CheckpointError(f"{address}: is no address: {error}; expected https://HOST/FILE") from None
     pinned = None
     if fragment:
         if (match := re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)) is None:

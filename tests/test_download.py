@@ -88,6 +88,9 @@ def test_a_file_is_downloaded_once_and_never_where_offline(server, tmp_path, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert load_encoder(name, "cpu").id == encoder.id
     assert get_matpac(f"{server.address}/e.safetensors{PIN}", device="cpu").encoder.id == encoder.id
+    shouted = f"{prefix}{server.address.replace('http', 'HTTP')}/e.safetensors{PIN}"
+    for same in (shouted, Path(name)):  # a Path makes one slash of two
+        assert load_encoder(same, "cpu").id == encoder.id
     assert server.asked == ["/e.safetensors"]
     assert kept(tmp_path) == ["e.safetensors", "sha256"]
     with pytest.raises(CheckpointError, match="other.pt: not in .*cache, and HF_HUB_OFFLINE forbids downloads"):
@@ -151,6 +154,7 @@ def test_no_server_is_one_error(server):
     ("name", "says"),
     [
         ("http://localhost/e.pt", "http://localhost/e.pt: anybody on the way could change it; use https://"),
+        ("HTTP://localhost/e.pt", "http://localhost/e.pt: anybody on the way could change it; use https://"),
         ("https://localhost/e.pt#sha256=12", "expected #sha256= and 64 hexadecimal digits"),
         ("https://[", r"https://\[: is no address: Invalid IPv6 URL; expected https://HOST/FILE"),
         ("m2d:https://localhost/e.pt#md5=12", "expected #sha256= and 64 hexadecimal digits"),

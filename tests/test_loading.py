@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,21 @@ def test_heads_that_a_file_knows_better_are_refused(tmp_path):
     assert load_encoder(tmp_path / "own.safetensors", "cpu", num_heads=1).embedding_dim
     with pytest.raises(ConfigError, match="num_heads is 2; the file says 1: leave it out"):
         load_encoder(tmp_path / "own.safetensors", "cpu", num_heads=2)
+
+
+@pytest.mark.parametrize("num_heads", [0, -1, 3, 2.0, "2"])
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, num_heads):
+    torch.save(checkpoint.to_official_names(make().state_dict()), tmp_path / "official.pt")
+    with pytest.raises(ConfigError, match=f"num_heads is {num_heads!r}; expected a whole number that divides"):
+        load_encoder(tmp_path / "official.pt", "cpu", num_heads=num_heads)
+
+
+def test_an_archive_of_weights_is_told_from_weights(tmp_path):
+    """As M2D's are released."""
+    with zipfile.ZipFile(tmp_path / "m2d.zip", "w") as archive:
+        archive.writestr("m2d_vit_base-80x608p16x16/checkpoint-300.pth", b"weights")
+    with pytest.raises(CheckpointError, match=r"m2d\.zip: an archive, of m2d_vit_.*/checkpoint-300\.pth; unpack it"):
+        load_encoder(tmp_path / "m2d.zip", "cpu")
 
 
 def test_loading_imports_no_compiler():
