@@ -63,7 +63,7 @@ class OfficialMatpac(nn.Module):
         logits = self.head(emb if self.head_norm is None else self.head_norm(emb))
         probs = logits.sigmoid() if self.multi_label else logits.softmax(-1)
         values, index = probs.topk(min(5, probs.shape[-1]), dim=-1)
-        names = self.class_names or [str(i) for i in range(probs.shape[-1])]
+        names = [str(i) for i in range(probs.shape[-1])] if self.class_names is None else self.class_names
         rows = zip(index.tolist(), values.tolist(), strict=True)
         return probs, [[f"{names[i]} ({v:.2f})" for i, v in zip(ix, vs, strict=True)] for ix, vs in rows]
 
@@ -76,7 +76,8 @@ class OfficialMatpac(nn.Module):
             waves = x.to(waves)  # what was checked is detached
         # Out of the caller's autocast, which the network obeys: a log-mel must not be rounded.
         with torch.autocast(waves.device.type, enabled=False):
-            return self.encoder.log_mel(waves.reshape(-1, waves.shape[-1]))
+            spec = self.encoder.log_mel(waves.reshape(-1, waves.shape[-1]))
+        return spec.to(self.encoder.student.norm.weight.dtype)  # float32, unless the user has called half() or double()
 
     def _precise(self, spec: Tensor, by_frame: bool) -> Tensor:
         """Pieces of at most `n_frames`, the last one padded to whole patches only: (B, L, T, E)."""
@@ -133,7 +134,8 @@ def get_matpac(
             concatenated, pooled.
         num_heads: attention heads, for sizes off the rule of 64 channels a head.
         device: by default CUDA where there is one.
-        multi_label: whether the probe's clips may have several labels; read off the number of classes where that tells.
+        multi_label: whether clips may have several labels. Of a probe read off the number of classes where that tells,
+            of the AudioSet head true; false there gives the official softmax.
         class_names: the classes' names, in the head's order.
 
     Raises:
@@ -144,8 +146,9 @@ def get_matpac(
         raise ConfigError(f"get_matpac: inference_type is {inference_type!r}; expected 'precise' or 'fast'")
     if as_class_head and probe_checkpoint_paths is not None:
         raise ConfigError("get_matpac: as_class_head and probe_checkpoint_paths are two heads; expected one of them")
-    if class_names is not None and not as_class_head and probe_checkpoint_paths is None:
-        raise ConfigError("get_matpac: class_names without a head; give as_class_head or probe_checkpoint_paths too")
+    for name, given in (("class_names", class_names), ("multi_label", multi_label)):
+        if given is not None and not as_class_head and probe_checkpoint_paths is None:
+            raise ConfigError(f"get_matpac: {name} without a head; give as_class_head or probe_checkpoint_paths too")
     checkpoint_path = resolve(os.fspath(checkpoint_path))
     encoder = load_encoder(checkpoint_path, device, num_heads=num_heads)
     if not isinstance(encoder, Encoder):
@@ -156,6 +159,7 @@ def get_matpac(
     if as_class_head:
         file = checkpoint.find_weights(_file(checkpoint_path))
         _attach_audioset_head(model, checkpoint.load(file)[0], checkpoint_path)
+        model.multi_label = multi_label is not False
     elif probe_checkpoint_paths is not None:
         _attach_probe(
             model, checkpoint.load(probe := resolve(os.fspath(probe_checkpoint_paths)))[0], probe, multi_label

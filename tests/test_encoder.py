@@ -231,10 +231,12 @@ def test_the_official_head_and_probes(golden, released, tmp_path):
     # Padding is averaged in, as in the sequence layout: every piece's tokens weigh the same.
     emb = g["odd/precise/pooled/sequence/emb"]
     norm = (emb - head["head_norm.running_mean"]) / torch.sqrt(head["head_norm.running_var"] + 1e-5)
-    torch.testing.assert_close(
-        probs, (norm @ head["head.weight"].T + head["head.bias"]).sigmoid(), rtol=1e-4, atol=1e-5
-    )
+    logits = norm @ head["head.weight"].T + head["head.bias"]
+    torch.testing.assert_close(probs, logits.sigmoid(), rtol=1e-4, atol=1e-5)
     assert labels[0][0] == f"{int(probs[0].argmax())} ({float(probs[0].max()):.2f})"
+
+    single = get_matpac(tmp_path / "with_head.pt", as_class_head=True, num_heads=2, device="cpu", multi_label=False)
+    torch.testing.assert_close(single.probe_forward(g["odd/wave"])[0], logits.softmax(-1), rtol=1e-4, atol=1e-5)
 
     again = get_matpac(f"matpac:{tmp_path}/with_head.pt", as_class_head=True, num_heads=2, device="cpu")
     assert torch.equal(again.probe_forward(g["odd/wave"].double())[0], probs)
@@ -242,14 +244,15 @@ def test_the_official_head_and_probes(golden, released, tmp_path):
         get_matpac("matpac-nano", as_class_head=True, device="cpu")
     with pytest.raises(ConfigError, match="are two heads; expected one"):
         get_matpac(released, as_class_head=True, probe_checkpoint_paths="probe.pth")
-    with pytest.raises(ConfigError, match="class_names without a head"):
-        get_matpac(released, class_names=["a"])
+    for told in ({"class_names": ["a"]}, {"multi_label": False}):
+        with pytest.raises(ConfigError, match=f"{next(iter(told))} without a head"):
+            get_matpac(released, **told)
 
     probe = {"weight": torch.randn(50, 160, generator=generator), "bias": torch.zeros(50)}
     torch.save(probe, tmp_path / "probe.pth")
     with pytest.raises(ConfigError, match="50 classes do not tell"):
         get_matpac(released, probe_checkpoint_paths=tmp_path / "probe.pth", num_heads=2)
-    names = [f"class {i}" for i in range(50)]
+    names = np.array([f"class {i}" for i in range(50)])
     model = get_matpac(
         released, probe_checkpoint_paths=tmp_path / "probe.pth", num_heads=2, multi_label=False, class_names=names
     )

@@ -44,6 +44,20 @@ def test_what_is_no_mono_audio_is_named(model, x, message):
         model(x)
 
 
+@pytest.mark.parametrize("cast", ["double", "half", "bfloat16"])
+def test_casts_of_the_model_compute(tmp_path, cast):
+    torch.save({"weight": torch.ones(10, 960) / 960, "bias": torch.zeros(10)}, tmp_path / "probe.pth")
+    model = get_matpac("untrained-nano", probe_checkpoint_paths=tmp_path / "probe.pth", device="cpu")
+    wave = noise(4_000)
+    want, wanted = model(wave)[0], model.probe_forward(wave)[0]
+    dtype = getattr(torch, cast)
+    got, probabilities = getattr(model, cast)()(wave)[0], model.probe_forward(wave)[0]
+    assert got.dtype == probabilities.dtype == dtype
+    off = {torch.double: 1e-5, torch.half: 0.02, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(got, want.to(dtype), rtol=0, atol=off)
+    torch.testing.assert_close(probabilities, wanted.to(dtype), rtol=0, atol=off)
+
+
 def test_the_gradient_of_a_wave_passes_the_check(model):
     wave = noise(4_000).double().requires_grad_()
     model(wave)[0].sum().backward()
