@@ -32,8 +32,11 @@ class Exportable(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        if encoder.dtype != torch.float32:
-            raise ConfigError(f"export: the encoder is in {encoder.dtype}; load it in float32")
+        if not isinstance(encoder, Encoder):
+            raise ConfigError(f"export: {encoder.name} is a {type(encoder).__name__}; expected a MATPAC or M2D encoder")
+        for dtype in (encoder.dtype, encoder.student.norm.weight.dtype):
+            if dtype != torch.float32:
+                raise ConfigError(f"export: the encoder is in {dtype}; load it in float32")
         config = encoder.log_mel_config
         self.encoder, self.config = encoder, config
         window, bank = reference.mel_window(config) * config.gain, reference.mel_bank(config)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from matpac_fast import cli, export
+from matpac_fast import cli, export, load_encoder
 from matpac_fast.encoder import Encoder
 from matpac_fast.errors import ConfigError
 
@@ -140,5 +140,10 @@ def test_what_cannot_be_exported_says_so(encoder, tmp_path, monkeypatch, capsys)
         export.export_onnx(encoder, tmp_path / "x.onnx")
     with pytest.raises(ConfigError, match=r"the encoder is in torch\.bfloat16; load it in float32"):
         export.Exportable(make().prepare(torch.bfloat16))
+    for cast, dtype in (("half", "float16"), ("double", "float64")):
+        with pytest.raises(ConfigError, match=rf"the encoder is in torch\.{dtype}; load it in float32"):
+            export.Exportable(getattr(make(), cast)())
+    with pytest.raises(ConfigError, match="logmel-stats is a LogMelStatistics; expected a MATPAC or M2D encoder"):
+        export.to_program(load_encoder("logmel-stats", "cpu"))
     assert cli.main(["export", "--encoder", "untrained-tiny"]) == cli.FAILED
     assert "nothing to export: give --onnx FILE, --torch FILE or both" in capsys.readouterr().err
