@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import early
+import early  # before torch: it says how threads wait
 import numpy as np
 import pytest
 import torch

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+# Torch's threads sleep while they wait; by default they spin for a while, on the cores that these jobs need. Read by
+# OpenMP when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 HERE = Path(__file__).parent
 
 
