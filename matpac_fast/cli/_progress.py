@@ -100,5 +100,5 @@ class _Lines:
         self._last = time.monotonic()
         speed = f", {told_rate(rate)}, {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
         note = note and f"; {note}"
-        count = done if done == int(done) else f"{done:.1f}"  # of long pieces, parts
+        count = f"{done:.1f}" if done % 1 else int(done)  # of long pieces, parts
         self._console.print(f"{self._title} {count}/{total} {self._unit}{speed}{note}", markup=False, soft_wrap=True)

@@ -98,7 +98,7 @@ def probe(
         rows: embeddings on any device.
         targets: (N,) int64, or (N, K) float32 with NaN where unknown, of the clips.
         groups: (N,) of the clips; never parted where validation clips are drawn.
-        progress: told the share of the steps, from 0 to 1, that are done at most.
+        progress: told the share that is done, from 0 to 1; a fold that stops early jumps to its end.
 
     Raises:
         ConfigError: an embedding that is not finite, or none of a clip; no clips to validate on.

@@ -40,5 +40,5 @@ def test_of_long_pieces_parts_are_told(capsys, monkeypatch):
         lines(done, 4)
     assert capsys.readouterr().out.splitlines() == [
         "probing 0.5/4 probes, 20.0 s each, 0:01:10 left",
-        "probing 1.0/4 probes, 20.0 s each, 0:01:00 left",
+        "probing 1/4 probes, 20.0 s each, 0:01:00 left",
     ]
