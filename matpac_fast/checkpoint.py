@@ -275,6 +275,10 @@ def unpickle(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # there is no end to what damaged bytes raise
+        if packed := _packed(path):
+            raise CheckpointError(
+                f"{path}: an archive, of {_some(packed, 3)}; unpack it and give the file of weights"
+            ) from None
         raise CheckpointError(
             f"{path}: damaged torch checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
         ) from None
@@ -307,19 +311,17 @@ def _full_name(allowed: Any) -> str:
     return allowed[1] if isinstance(allowed, tuple) else f"{allowed.__module__}.{allowed.__qualname__}"
 
 
-def _check_no_archive(path: Path) -> None:
-    """Raise where weights lie packed inside the file, as M2D's are released; torch's own files are archives too."""
+def _packed(path: str | os.PathLike[str]) -> list[str]:
+    """What lies in a zip archive of other files, as M2D's weights are released; torch's own files are archives too."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/")]
     except (zipfile.BadZipFile, OSError):
-        return  # torch says what is wrong
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise CheckpointError(f"{path}: an archive, of {_some(names, 3)}; unpack it and give the file of weights")
+        return []
+    return [] if any(name.endswith("/data.pkl") for name in names) else names
 
 
 def _load_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    _check_no_archive(path)
     content, metadata = unpickle(path), {}
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         metadata = {"cfg": content["cfg"]} if isinstance(content.get("cfg"), Mapping) else {}

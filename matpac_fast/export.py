@@ -34,7 +34,7 @@ class Exportable(nn.Module):
         super().__init__()
         if not isinstance(encoder, Encoder):
             raise ConfigError(f"export: {encoder.name} is a {type(encoder).__name__}; expected a MATPAC or M2D encoder")
-        for dtype in (encoder.dtype, encoder.student.norm.weight.dtype):
+        for dtype in (encoder.dtype, encoder.weights_dtype):
             if dtype != torch.float32:
                 raise ConfigError(f"export: the encoder is in {dtype}; load it in float32")
         config = encoder.log_mel_config

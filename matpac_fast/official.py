@@ -77,7 +77,7 @@ class OfficialMatpac(nn.Module):
         # Out of the caller's autocast, which the network obeys: a log-mel must not be rounded.
         with torch.autocast(waves.device.type, enabled=False):
             spec = self.encoder.log_mel(waves.reshape(-1, waves.shape[-1]))
-        return spec.to(self.encoder.student.norm.weight.dtype)  # float32, unless the user has called half() or double()
+        return spec.to(self.encoder.weights_dtype)
 
     def _precise(self, spec: Tensor, by_frame: bool) -> Tensor:
         """Pieces of at most `n_frames`, the last one padded to whole patches only: (B, L, T, E)."""

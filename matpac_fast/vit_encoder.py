@@ -114,11 +114,16 @@ class Encoder(AudioEncoder):
     def _cut(self, spec: Tensor) -> tuple[Tensor, ...]:
         return F.pad(spec, (0, -spec.shape[-1] % self.patch_size)).split(self.n_frames, dim=-1)
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """float32, unless the user has called half(), bfloat16() or double(); `dtype` is that of the products."""
+        return self.student.norm.weight.dtype
+
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
         return self.forward_groups([pieces], pool, layers)[0]
 
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
-        weights = self.student.norm.weight.dtype  # float32, unless the user has called half() or double()
+        weights = self.weights_dtype
         dtype = weights if weights.itemsize == 2 else self.dtype
         groups = [pieces.to(weights) for pieces in groups]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
