@@ -187,12 +187,24 @@ def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> s
     table = LAUNCHERS[op].get(device.type, ())
     if _forced != "auto":
         return _forced_launcher(op, device, dtype, table)
+    if transformed():
+        if device.type == "cuda":
+            _warn_slow(op, "torch.func transforms it")
+        return "reference"
     for launcher in table:
         if _obstacle(launcher, dtype) is None:
             return launcher
     if device.type == "cuda":
         _warn_slow(op, "; ".join(f"{launcher}: {_obstacle(launcher, dtype)}" for launcher in table))
     return "reference"
+
+
+def transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) transforms what runs, which it can with formulas and cannot with kernels."""
+    return torch._C._are_functorch_transforms_active()
+
+
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above; guarded by torch's own
 
 
 _AUTOCASTS = ("cpu", "cuda")  # other devices, such as meta, may know no autocast
@@ -238,6 +250,10 @@ def _obstacle(launcher: str, dtype: torch.dtype | None) -> str | None:
 
 
 def _forced_launcher(op: str, device: torch.device, dtype: torch.dtype | None, table: tuple[str, ...]) -> str:
+    if transformed():
+        raise BackendError(
+            f"{op}: backend {_forced!r} is forced, and torch.func transforms the reference alone; use auto or reference"
+        )
     # "cuda" means the fastest native CUDA path; an op whose only CUDA path is Triton takes it.
     launcher = "triton" if _forced == "cuda" and table == ("triton",) else _forced
     # Triton's interpreter computes on CPU tensors: that is how its kernels are tested without a GPU.

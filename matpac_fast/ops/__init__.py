@@ -1,4 +1,8 @@
-"""The fused ops: tensors in, tensors out, on whatever backend fits the device."""
+"""The fused ops: tensors in, tensors out, on whatever backend fits the device.
+
+Under a transform of torch.func (grad, vmap, jvp and what is made of them) the PyTorch reference serves them all, which
+is differentiable as often as one likes.
+"""
 
 from .add_layer_norm import add_layer_norm
 from .attention import attention

@@ -212,7 +212,10 @@ def prediction_loss(
     _check(prediction, target, temperature)
     if backend._forced == "reference" or (torch.is_grad_enabled() and target.requires_grad):
         return reference.prediction_loss(prediction, target, temperature)
-    if _is_fused(prediction, target):
+    fused = _is_fused(prediction, target)
+    if backend.transformed():
+        return reference.prediction_loss(prediction, target, temperature)
+    if fused:
         loss, _ = torch.ops.matpac_fast.prediction_distance(prediction, target)
     else:
         loss = _Distance.apply(prediction, target)

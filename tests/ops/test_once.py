@@ -1,4 +1,4 @@
-"""What a gradient by hand cannot give is refused: a second derivative, and one in forward mode."""
+"""What a gradient by hand cannot give is refused: a second derivative, and one in forward mode; torch.func has all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from matpac_fast import ops, use_backend
+from matpac_fast.errors import BackendError
 
 
 def log_mel() -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -58,5 +59,27 @@ def test_forward_mode_is_refused(make):
     function, x = make()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         function(forward_ad.make_dual(x, torch.ones_like(x)))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+
+@OPS
+def test_torch_func_transforms_the_reference(make):
+    torch.manual_seed(0)
+    function, x = make()
+    both, v = torch.stack([x, x.flip(0)]), torch.ones_like(x)
+
+    def loss(x: Tensor) -> Tensor:
+        return function(x).square().sum()
+
+    def all_of_them() -> list[Tensor]:
+        grad = torch.func.grad(loss)
+        return [torch.vmap(function)(both), torch.vmap(grad)(both), *torch.func.jvp(grad, (x,), (v,))]
+
+    found = all_of_them()
+    leaf = x.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(found[1][0], plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0][1], function(x.flip(0)), rtol=1e-4, atol=1e-4)
+    with use_backend("reference"):
+        assert all(map(torch.equal, found, all_of_them()))
+    with use_backend("cpp"), pytest.raises(BackendError, match=r"'cpp' is forced, and torch\.func transforms"):
+        torch.vmap(function)(both)
