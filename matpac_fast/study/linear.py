@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..tasks.task import Fold, deal_groups
 from .metrics import METRICS
+from .probe import one_thread
 
 CELLS = 1 << 25  # logits held at a time
 _HELD_OUT = 6  # one part in so many of the training groups validates where the task has no validation clips
 _FEATURES = 1 << 24  # of the features in float64, held at a time
+_SHARED = 1 << 26  # multiply-adds of a step's product from which threads gain more than they lose by waiting
 _RANK = 1e-6  # singular values below this share of the largest are rounding
 
 
@@ -116,10 +119,13 @@ def probe(
             f"probe: {len(lacking)} of {len(used)} clips have no embedding, such as clip {lacking[0]}; "
             "expected one or more of each"
         )
+    n, width = rows.values.shape
+    work = n * min(n, width) * len(config.learning_rates) * len(config.decays) * config.seeds * n_classes
     found = []
-    for i, fold in enumerate(folds):
-        probes = kind(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype)
-        found.append(probes.run(metric, lambda share, done=i: progress((done + share) / len(folds))))
+    with one_thread() if work < _SHARED else contextlib.nullcontext():
+        for i, fold in enumerate(folds):
+            probes = kind(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype)
+            found.append(probes.run(metric, lambda share, done=i: progress((done + share) / len(folds))))
     scores, losses, valid_scores, chosen, weights = zip(*found, strict=True)
     return Probed(list(scores), torch.stack(losses), torch.stack(valid_scores), torch.stack(chosen), list(weights))
 

@@ -186,12 +186,12 @@ def linear_probe(
     if len(counts) < 2 or counts.min() < 2 or test_labels.max() >= len(counts):
         raise ConfigError(f"every class, of at least two, needs two training clips; these have {counts.tolist()}")
 
-    with _one_thread():
+    with one_thread():
         return _choose_and_score(train, train_labels, test, test_labels, l2_grid, n_folds, seed)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """These products are too small to share: on a busy machine threads would wait for each other a hundred times as
     long as they compute. And so the result does not depend on the number of threads."""
     threads = torch.get_num_threads()

@@ -42,6 +42,20 @@ def standardised(values: torch.Tensor, fold: Fold) -> np.ndarray:
     return ((values - learn.mean(0)) / learn.std(0, correction=0)).numpy()
 
 
+@pytest.mark.parametrize(("shared", "expected"), [(linear._SHARED, 1), (0, 2)])
+def test_threads_share_only_what_is_large_enough(monkeypatch, shared, expected):
+    values, targets = blobs()
+    seen, before, train = [], torch.get_num_threads(), FoldProbes.run
+    monkeypatch.setattr(linear, "_SHARED", shared)
+    monkeypatch.setattr(FoldProbes, "run", lambda *a: seen.append(torch.get_num_threads()) or train(*a))
+    torch.set_num_threads(2)
+    try:
+        run(values, targets, three_folds(len(targets)), QUICK, 3)
+        assert (set(seen), torch.get_num_threads()) == ({expected}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("d", [12, 150])  # fewer columns than training clips, and more
 def test_single_label_is_scikit_learns(d):
     values, targets = blobs(d=d)
