@@ -7,6 +7,8 @@ import functools
 import importlib
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,6 +184,14 @@ def matrix_rate(dtype: torch.dtype) -> float:
     a = torch.randn(n, n, device=DEVICE).to(dtype)
     out = torch.empty_like(a)
     return 2 * n**3 / _best(lambda: torch.mm(a, a, out=out), 10)
+
+
+def answer(*command: str) -> str:
+    """What a process prints; where it fails, the end of this one, with what that one said."""
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    return run.stdout
 
 
 def peak_extra_mib(call: Callable[[], Any]) -> float | None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))
+import _options
 import _timing
 
 from matpac_fast import ops
@@ -143,10 +144,10 @@ def compare(part: Part, batch: int, dtype: torch.dtype, rounds: int) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="base")
-    parser.add_argument("--batch-size", type=int, default=256 if _timing.DEVICE.type == "cuda" else 8)
+    parser.add_argument("--batch-size", type=_options.count, default=256 if _timing.DEVICE.type == "cuda" else 8)
     parser.add_argument("--precision", choices=("float32", "bf16"), default=resolve_precision("auto", _timing.DEVICE))
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--rounds", type=_options.count, default=30)
+    parser.add_argument("--json", type=_options.output, help="also write the numbers here")
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     print(f"{options.preset}, batch {options.batch_size}, {options.precision}, torch {torch.__version__}")

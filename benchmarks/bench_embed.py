@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _official_inference
+import _options
 import _timing
 
 from matpac_fast import __version__, load_encoder
@@ -38,14 +38,14 @@ BASES = ("official, timm 0.4.12", "official, fused attention", "ours, one by one
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="untrained-base")
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--clips", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=_options.positive, default=10.0)
+    parser.add_argument("--clips", type=_options.count, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=_options.count, default=7)
+    parser.add_argument("--device", type=_options.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory", action="store_true", help="peak memory against length, instead of time")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=_options.output, help="also write the numbers here")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.encoder}, {where}, torch {torch.__version__}")
     rows = memory_rows(options) if options.memory else time_rows(options, device)
@@ -148,7 +148,7 @@ def memory_rows(options: argparse.Namespace) -> list[dict]:
         print(f"{seconds:>8} s", end="", flush=True)
         for way in ways:
             command = [sys.executable, "-c", _MEMORY, options.encoder, str(seconds), way]
-            grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            grown = float(_timing.answer(*command))
             rows.append({"seconds": seconds, "way": way, "mib": grown})
             print(f"{grown:>16.0f}", end="", flush=True)
         print()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _options
+import _timing
 
 from matpac_fast import __version__
 
@@ -39,8 +42,8 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, sec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="untrained-tiny")
-    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10, 60, 180])
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--minutes", type=_options.positive, nargs="+", default=[1, 10, 60, 180])
+    parser.add_argument("--json", type=_options.output, help="also write the numbers here")
     arguments = parser.parse_args()
     ways = {
         "2 s": dict(temporal_support=2.0),
@@ -71,8 +74,7 @@ def measure(folder: Path, minutes: float, encoder: str, options: dict) -> tuple[
         write(source / "x.flac", minutes)
     with tempfile.TemporaryDirectory(dir=folder) as out:
         command = [sys.executable, "-c", _PEAK, str(source), out, encoder, json.dumps(options)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    return tuple(json.loads(ran.stdout))
+        return tuple(json.loads(_timing.answer(*command)))
 
 
 def write(path: Path, minutes: float) -> None:

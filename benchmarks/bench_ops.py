@@ -245,3 +245,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.size}-{case.variant}")
 def test_op(benchmark: Any, case: Case) -> None:
     run(benchmark, case)
+
+
+if __name__ == "__main__":
+    raise SystemExit(__doc__)  # it is pytest that runs it

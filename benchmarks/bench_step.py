@@ -36,6 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _official_training
+import _options
 import _timing
 
 from matpac_fast import __version__, ops, use_backend
@@ -58,17 +59,17 @@ Make = Callable[[], Run]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="base")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=_options.count, default=8)
+    parser.add_argument("--rounds", type=_options.count, default=5)
+    parser.add_argument("--device", type=_options.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), help="default: what the device has")
     parser.add_argument("--mcl-heads", type=int, default=0)
     parser.add_argument("--skip-reference", action="store_true", help="leave out ours on the reference formulas")
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks too, as pretrain --compile")
     parser.add_argument("--cuda-graph", action="store_true", help="each of ours as CUDA graphs too, on a GPU")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=_options.output, help="also write the numbers here")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     native = resolve_precision("auto", device)
     precisions = options.precision or (["float32"] if native == "float32" else ["float32", "bf16"])
 

@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import gc
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -30,11 +29,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import _options
 import _timing
 from _plots import temporal_support as plot
 
 from matpac_fast import __version__, ops, use_backend
-from matpac_fast.backend import BACKENDS
+from matpac_fast.backend import BACKENDS, unavailable
 from matpac_fast.config import PRESETS, MatpacConfig
 from matpac_fast.encoder import Encoder, load_encoder
 from matpac_fast.files import write_text
@@ -56,20 +56,26 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="base" if gpu else "small")
-    parser.add_argument("--seconds", type=float, nargs="+", default=SECONDS)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--seconds", type=in_patches, nargs="+", default=SECONDS)
+    parser.add_argument("--device", type=_options.device, default="cuda" if gpu else "cpu")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["auto", "reference"])
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64] if gpu else [1, 4])
-    parser.add_argument("--limit", type=float, help="begin no further temporal support after this many seconds")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("--plot", type=Path, help="also draw the curves here")
+    parser.add_argument("--batch-sizes", type=_options.count, nargs="+", default=[1, 64] if gpu else [1, 4])
+    parser.add_argument("--limit", type=_options.positive, help="begin no further one after this many seconds")
+    parser.add_argument("--json", type=_options.output, help="also write the numbers here")
+    parser.add_argument("--plot", type=_options.output, help="also draw the curves here")
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)  # kind, seconds, backend: one process's work
     options = parser.parse_args()
     if options.point:
         kind, seconds, backend = options.point
         print(json.dumps(next(measure(kind, float(seconds), [backend], options))))
         return
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    for name in options.backends:
+        if reason := unavailable(name):
+            parser.error(f"--backends {name} cannot run here: {reason}")
+    if options.plot and not _timing.installed("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install 'matpac_fast[plots]'")
+    device: torch.device = options.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.preset}, {where}, torch {torch.__version__}")
     heads = ("", "backend", "s", "batch", "ms", "ms per s", "peak MiB", "GMAC", "a second", "largest")
     print("".join(f"{head:>10}" for head in heads))
@@ -77,7 +83,7 @@ def main() -> None:
     result = {"preset": options.preset, "device": where, "torch": torch.__version__, "matpac_fast": __version__}
     result |= {"rows": rows, "left_out": left_out}
     # The shortest first, and of each all backends: what a limit cuts off is the long end.
-    for seconds in options.seconds:
+    for seconds in sorted(options.seconds):
         if options.limit and time.monotonic() - began > options.limit:
             left_out.append(f"{seconds:g} s")
             continue
@@ -96,6 +102,14 @@ def main() -> None:
         plot(result, options.plot)
 
 
+def in_patches(text: str) -> float:
+    seconds, mels = _options.positive(text), LogMelConfig()
+    frames = round(seconds * mels.sample_rate / mels.hop)
+    if frames < 16 or frames % 16:
+        raise argparse.ArgumentTypeError(f"{text} s are {frames} frames; expected a multiple of 16, 0.16 s")
+    return seconds
+
+
 def save(result: dict[str, Any], path: Path | None) -> None:
     if path:
         write_text(path, json.dumps(result, indent=1) + "\n")
@@ -108,25 +122,19 @@ def points(kind: str, seconds: float, options: argparse.Namespace) -> Iterator[R
     """Of each backend a row a batch size: here on a GPU, whose allocator tells the peak of a call; on a CPU in a
     process of its own.
     """
-    if options.device != "cpu":
+    if options.device.type != "cpu":
         yield from measure(kind, seconds, options.backends, options)
         return
     for backend in options.backends:
-        command = [sys.executable, __file__, "--point", kind, str(seconds), backend, "--device", options.device]
+        command = [sys.executable, __file__, "--point", kind, str(seconds), backend, "--device", "cpu"]
         command += ["--preset", options.preset, "--batch-sizes", *map(str, options.batch_sizes)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(run.stderr)
-        yield json.loads(run.stdout.splitlines()[-1])
+        yield json.loads(_timing.answer(*command).splitlines()[-1])
 
 
 def measure(kind: str, seconds: float, backends: list[str], options: argparse.Namespace) -> Iterator[Rows]:
     """The rows of each backend, all with one model: to build one takes longer than to time it on a GPU."""
-    device = torch.device(options.device)
-    mels = LogMelConfig()
+    device, mels = options.device, LogMelConfig()
     frames = round(seconds * mels.sample_rate / mels.hop)
-    if frames % 16:
-        sys.exit(f"{seconds:g} s are {frames} frames; expected a multiple of 16, 0.16 s")
     idle = resident_mib() if device.type == "cpu" else 0.0
     if device.type == "cuda":  # the model of the point before
         gc.collect()

@@ -24,6 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent))
+import _options
+
 from matpac_fast._cores import n_cores
 
 KINDS = {  # name -> libsndfile's format and subtype
@@ -196,11 +199,11 @@ def fuzz(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--files", type=_options.count, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
-    parser.add_argument("--processes", type=int, default=n_cores())
-    parser.add_argument("--seconds", type=float, default=20.0, help="that one file may take")
-    parser.add_argument("--keep", type=Path, help="a folder for the files of the findings")
+    parser.add_argument("--processes", type=_options.count, default=n_cores())
+    parser.add_argument("--seconds", type=_options.positive, default=20.0, help="that one file may take")
+    parser.add_argument("--keep", type=_options.folder, help="a folder for the files of the findings")
     options = parser.parse_args()
     import tempfile
 

@@ -33,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import _options
 import numpy as np
 import soundfile
 import soxr
@@ -247,10 +248,10 @@ def make_part(out: Path, part: int, seed: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--hours", type=float, default=20)
+    parser.add_argument("out", type=_options.folder)
+    parser.add_argument("--hours", type=_options.positive, default=20)
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=_options.count, default=2)
     args = parser.parse_args()
     parts = max(1, round(args.hours * 3600 / (SECONDS * SCENES * TAKES)))
     with ProcessPoolExecutor(args.workers) as pool:

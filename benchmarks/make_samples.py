@@ -19,6 +19,7 @@ import csv
 import itertools
 import struct
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _options
 
 SOUNDFONT = Path("/usr/share/sounds/sf2/FluidR3_GM.sf2")
 SAMPLES = Path(__file__).parents[1] / "matpac_fast" / "samples"
@@ -289,8 +293,8 @@ def write_ogg(path: Path, waves: list[np.ndarray]) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--soundfont", type=Path, default=SOUNDFONT)
-    parser.add_argument("--out", type=Path, default=SAMPLES)
+    parser.add_argument("--soundfont", type=_options.there, default=SOUNDFONT)
+    parser.add_argument("--out", type=_options.folder, default=SAMPLES)
     args = parser.parse_args()
     family_of = {program: family for family, programs in INSTRUMENTS.items() for program in programs}
     zones = split_pitches(args.soundfont)

@@ -29,6 +29,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import _options
 import numpy as np
 import soundfile
 import soxr
@@ -160,7 +161,7 @@ def collected(folder: Path, language: str, sources: list[tuple[str, Path]], most
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["gm", "lang"])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=_options.folder)
     args = parser.parse_args()
     {"gm": make_gm, "lang": make_lang}[args.what](args.out)
 

@@ -18,6 +18,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+sys.path.insert(0, str(Path(__file__).parent))
+import _options
+
 CARD = Path(__file__).parents[1] / "matpac_fast" / "weights" / "README.md"
 BEGIN, END = "<!-- scores: begin, made by benchmarks/model_card.py -->", "<!-- scores: end -->"
 SETS = ("gm-notes", "gm-mixtures", "lang", "lang-shift")
@@ -62,7 +65,7 @@ def scores(choices: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=_options.folder)
     args, options = parser.parse_known_args()  # the rest is for the study
     lines = scores(judge(args.work, options))
     print("\n".join(lines))

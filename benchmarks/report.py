@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _options
 import _plots
 
 HERE = Path(__file__).parent
@@ -245,7 +246,7 @@ def curves(path: Path, result: Result) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    parser.add_argument("--compare", nargs=2, type=_options.there, metavar=("OLD", "NEW"))
     options = parser.parse_args()
     if options.compare:
         print("\n".join(compare(*map(read, options.compare))))

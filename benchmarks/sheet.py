@@ -41,6 +41,9 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+import _options
+
 from matpac_fast import __version__, backend
 from matpac_fast.study.cost import device_name
 
@@ -331,10 +334,10 @@ def join(sheets: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the stages' output; default: a temporary one")
+    parser.add_argument("--out", type=_options.folder, help="folder for the stages' output; default: a temporary one")
     parser.add_argument("--only", nargs="+", help="these stages")
-    parser.add_argument("--minutes", type=float, default=60.0, help="for all of it")
-    parser.add_argument("--join", nargs="+", type=Path, metavar="SHEET", help="sheet.json of several runs")
+    parser.add_argument("--minutes", type=_options.positive, default=60.0, help="for all of it")
+    parser.add_argument("--join", nargs="+", type=_options.there, metavar="SHEET", help="sheet.json of several runs")
     parser.add_argument("--incomplete", action="store_true", help="also where kernels for the GPU are missing")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+import _options
 import _timing
 
 from matpac_fast import ops
@@ -278,7 +279,7 @@ def best(name: str, call: Call, candidates: list[Options]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=_options.count, default=256)
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.ops) - set(CASES):

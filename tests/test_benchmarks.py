@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 import json
+import sys
 from functools import partial
 from types import SimpleNamespace
 
+import _options
 import _timing
 import bench_attention
 import bench_step
@@ -341,3 +344,41 @@ def test_the_largest_batch_is_of_one_pass_through_the_network(monkeypatch):
     monkeypatch.setattr(Encoder, "forward_groups", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault")))
     with pytest.raises(RuntimeError, match="a fault"):
         bench_temporal_support.largest_that_fits(made.fits, 100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        (_options.count, "0", "expected a whole number from 1"),
+        (_options.count, "-3", "expected a whole number from 1"),
+        (_options.count, "1.5", "expected a whole number from 1"),
+        (_options.positive, "0", "expected a positive number"),
+        (_options.positive, "nan", "expected a positive number"),
+        (_options.positive, "soon", "expected a positive number"),
+        (_options.device, "gpu", "expected auto, cpu, cuda"),
+        (_options.there, "{}/none.json", "there is no file"),
+        (_options.output, "{}", "is a folder"),
+        (_options.output, "{}/file/a.json", "is no folder to write into"),
+        (_options.folder, "{}/file", "is no folder to write into"),
+        (bench_temporal_support.in_patches, "0.1", "10 frames; expected a multiple of 16"),
+        (bench_temporal_support.in_patches, "0.001", "0 frames; expected a multiple of 16"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(kind, text, reason, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match=reason):
+        kind(text.format(tmp_path))
+
+
+def test_options_that_can_be(tmp_path):
+    assert (_options.count("3"), _options.positive("0.5")) == (3, 0.5)
+    assert _options.device("cpu") == torch.device("cpu")
+    assert _options.output(str(tmp_path / "new" / "a.json")) == tmp_path / "new" / "a.json"
+    assert not list((tmp_path / "new").iterdir())
+    assert bench_temporal_support.in_patches("6.08") == 6.08
+
+
+def test_a_process_that_fails_ends_this_one_with_its_words(capfd):
+    assert _timing.answer(sys.executable, "-c", "print(3)") == "3\n"
+    with pytest.raises(SystemExit, match="no such encoder"):
+        _timing.answer(sys.executable, "-c", "raise SystemExit('no such encoder')")
