@@ -170,6 +170,11 @@ class AudioFile:
                 raise self._error(f"truncated: its header says {declared} bytes, the file holds {actual}")
         if all(line in log for line in _CUT_OGG):
             raise self._error(f"truncated: it ends inside an Ogg page, after {self.frames / self.sample_rate:.2f} s")
+        if self._file.format == "OGG" and _is_chained(self.path):
+            raise self._error(
+                f"several Ogg streams, one after the other: libsndfile reads the first, {self.frames} frames; join "
+                "them, e.g. ffmpeg -i OLD.ogg NEW.flac"
+            )
         mp3 = self._file.format == "MP3"
         if mp3 and (walked := mpeg.walk(self.path)) is not None:
             self._check_walk(walked)  # the frames promised are only an estimate
@@ -180,11 +185,12 @@ class AudioFile:
     def _check_walk(self, walked: mpeg.Walk) -> None:
         if walked.cut:
             raise self._error(f"truncated: it ends inside an MPEG frame, after {self.frames / self.sample_rate:.2f} s")
-        # A decoder may leave out the first frame or two, which lean on ones that are not there.
-        if walked.samples - self.frames > 2 * mpeg.FRAME:
+        # A decoder may leave out the first frame or two, which lean on ones that are not there, the header's own, and
+        # what the header says that an encoder added at both ends.
+        if walked.samples - self.frames > 4 * mpeg.FRAME:
             raise self._error(
-                f"an MP3 of variable bit rate without a Xing header: libsndfile reads {self.frames} frames of "
-                f"{walked.samples}; write it anew, e.g. ffmpeg -i OLD.mp3 -c copy NEW.mp3"
+                f"an MP3 of variable bit rate without a Xing header, or several joined: libsndfile reads {self.frames} "
+                f"frames of {walked.samples}; write it anew, e.g. ffmpeg -i OLD.mp3 -c copy NEW.mp3"
             )
 
     def _unreadable(self, said: str) -> str:
@@ -222,13 +228,12 @@ def read_blocks(
     Caught are: what libsndfile cannot read or finds damaged; fewer frames than the header says; sizes in the header of
     WAV, AIFF, AU, W64, RF64 or CAF that exceed the file by over 64 bytes; Ogg that ends inside a page; MP3 that ends
     over one MPEG frame early, or inside a frame where no header states the length; MP3 of variable bit rate without
-    that header, which libsndfile cuts short; samples that are not finite, or beyond 32 times full scale before or after
-    resampling; no samples.
+    that header, and several Ogg or MP3 streams in one file, which libsndfile cuts short; samples that are not finite,
+    or beyond 32 times full scale before or after resampling; no samples.
 
     Not caught, because the file does not show it: garbage in the middle of uncompressed samples; Ogg that was cut off
     between two pages, which is how live recordings end; MP3 without a stated length cut off between two frames; WAV
-    whose header was written to a pipe or states 2 GiB or more, cut off; a CAF that lacks its last few bytes. Of several
-    Ogg or MP3 streams in one file, libsndfile reads the first.
+    whose header was written to a pipe or states 2 GiB or more, cut off; a CAF that lacks its last few bytes.
     """
     with AudioFile(path) as file:
         yield from file.blocks(sample_rate, block_seconds)
@@ -317,6 +322,19 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link into itself: listed as a file, it is rejected with its reason
         return False
+
+
+def _is_chained(path: Path) -> bool:
+    """Whether an Ogg file goes on with another stream where one has ended, as recorders of radio leave it."""
+    begun = False
+    with open(path, "rb") as file:
+        while len(page := file.read(27)) == 27 and page.startswith(b"OggS"):
+            begins = bool(page[5] & 2)
+            if begins and begun:
+                return True
+            begun |= not begins
+            file.seek(sum(file.read(page[26])), os.SEEK_CUR)
+    return False
 
 
 def _plain(said: str) -> str:

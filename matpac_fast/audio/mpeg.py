@@ -1,12 +1,13 @@
-"""How long an MP3 really is, where its header does not say.
+"""How long an MP3 really is, where its header does not say, or says it of the first of several files joined.
 
-libsndfile takes the length of an MP3 from its Xing, Info or VBRI header. Without one it divides the size of the file by
-the bit rate of the first frame and reads no further than that: a file of variable bit rate loses its end in silence.
+libsndfile takes the length of an MP3 from its Xing, Info or VBRI header, and reads no further. Without one it divides
+the size of the file by the bit rate of the first frame: a file of variable bit rate loses its end in silence.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,7 @@ _MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _MPEG2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 FRAME = 1152  # samples a channel of an MPEG-1 frame, the longest there is
+_JUNK = 1 << 16  # bytes before a frame that are searched for it; decoders skip as much
 
 
 @dataclass(frozen=True)
@@ -43,39 +45,58 @@ class _Bytes:
 
 
 def walk(path: Path) -> Walk | None:
-    """Count the frames of a layer III file that states no length; None where it states one, or is none of these."""
+    """Count the frames of a layer III file; None where its header states all of their length, or it is none of these.
+
+    A file may begin inside a frame, as a recording of a stream does, or be several joined, with tags between them.
+    """
     with open(path, "rb") as file:
         data = _Bytes(file)
-        at = _after_id3(data)
-        first = _frame(data, at)
-        if first is None:
-            return None
-        if _states_length(data[at : at + 64]):
+        at = _first(data, 0)
+        if at is None or _states_length(data, at):
             return None
         samples = 0
-        while (found := _frame(data, at)) is not None:
-            length, n = found
-            if at + length > len(data):
-                return Walk(samples, cut=True)
-            at, samples = at + length, samples + n
+        while at is not None:
+            while (found := _frame(data, at)) is not None:
+                length, n = found
+                if at + length > len(data):
+                    return Walk(samples, cut=True)
+                at, samples = at + length, samples + n
+            at = _first(data, at)
         return Walk(samples, cut=False)
 
 
-def _states_length(head: bytes) -> bool:
-    """Whether the first frame holds a header with a length: behind the side information, whose size varies."""
+def _states_length(data: _Bytes, at: int) -> bool:
+    """Whether the frame there holds a header with the length of all frames: behind the side information, whose size
+    varies."""
+    head = data[at : at + 64]
     for name in (b"Xing", b"Info"):
-        at = head.find(name)
-        if at >= 0 and len(head) >= at + 8:
-            return bool(head[at + 7] & 1)  # a flag says whether the number of frames follows
+        here = head.find(name)
+        if here >= 0 and len(head) >= here + 16:
+            flags = head[here + 7]
+            if flags & 3 == 3 and _first(data, at + int.from_bytes(head[here + 12 : here + 16], "big")) is not None:
+                return False  # more follow than the bytes that it states
+            return bool(flags & 1)  # whether the number of frames follows
     return b"VBRI" in head
 
 
-def _after_id3(data: _Bytes) -> int:
-    at = 0
+def _first(data: _Bytes, at: int) -> int | None:
+    """The first frame from there on, behind tags and other things."""
     while len(head := data[at : at + 10]) == 10 and head[:3] == b"ID3":
         a, b, c, d = head[6:]
-        at += 10 + (a << 21 | b << 14 | c << 7 | d)
-    return at
+        at += 10 + (a << 21 | b << 14 | c << 7 | d) + (10 if head[5] & 0x10 else 0)  # a footer
+    if _frame(data, at) is not None:
+        return at
+    places = (at + found.start() for found in re.finditer(rb"\xff[\xe2-\xff]", data[at : at + _JUNK]))
+    return next((place for place in places if _in_a_row(data, place)), None)
+
+
+def _in_a_row(data: _Bytes, at: int) -> bool:
+    """Whether three frames follow each other: one alone may be chance."""
+    for _ in range(3):
+        if (found := _frame(data, at)) is None:
+            return False
+        at += found[0]
+    return True
 
 
 def _frame(data: _Bytes, at: int) -> tuple[int, int] | None:

@@ -41,6 +41,8 @@ FORMATS = {
     "mp3-cbr": ("MP3", "MPEG_LAYER_III", RATE, 2, {"bitrate_mode": "CONSTANT", "compression_level": 0.5}),
     "mp3-22k": ("MP3", "MPEG_LAYER_III", 22_050, 1, {"bitrate_mode": "CONSTANT", "compression_level": 0.5}),
 }
+TAGS = b"ID3\x03\0\0\0\0\x0f\x00" + bytes(15 * 128)
+WITH_FOOTER = b"ID3\x04\0\x10\0\0\x0f\x00" + bytes(15 * 128) + b"3DI\x04\0\x10\0\0\x0f\x00"
 EXACT = {"wav", "wav24", "wav-float", "wav-16k", "wav-6-channels", "rf64", "w64", "aiff", "au", "caf", "flac"}
 
 
@@ -168,6 +170,13 @@ BAD = {
         lambda d: d,
         "an MP3 of variable bit rate without a Xing header",
     ),
+    "such a mp3 behind zeros": ("mp3-vbr-bare", lambda d: bytes(4096) + d, "an MP3 of variable bit rate without"),
+    "such a mp3 behind tags with a footer": ("mp3-vbr-bare", lambda d: WITH_FOOTER + d, "an MP3 of variable bit rate"),
+    # Several in one file.
+    "ogg and another": ("ogg", lambda d: d + d, "several Ogg streams, one after the other: libsndfile reads the first"),
+    "opus and another": ("opus", lambda d: d + d, "several Ogg streams, one after the other"),
+    "mp3 and another": ("mp3-vbr", lambda d: d + d, "an MP3 of variable bit rate without a Xing header, or several"),
+    "mp3 and another behind tags": ("mp3-cbr", lambda d: d + b"TAG" + bytes(125) + TAGS + d, "an MP3 of variable bit"),
     # Damaged in the middle.
     "ogg garbage": ("ogg", garbage, "truncated or damaged: its header says"),
     "ogg gap": ("ogg", gap, "truncated or damaged: its header says"),
@@ -218,11 +227,11 @@ def test_what_only_the_resampler_takes_beyond_the_limit_is_refused_too(tmp_path)
 ODD = {
     "tags after flac": ("flac", lambda d: d + b"TAG" + bytes(125)),
     "tags after mp3": ("mp3-vbr", lambda d: d + b"TAG" + bytes(125)),
-    "tags before mp3": ("mp3-vbr", lambda d: b"ID3\x03\0\0\0\0\x0f\x00" + bytes(15 * 128) + d),
-    "tags around mp3 without header": (
-        "mp3-cbr-bare",
-        lambda d: b"ID3\x03\0\0\0\0\x0f\x00" + bytes(15 * 128) + d + b"TAG" + bytes(125),
-    ),
+    "tags before mp3": ("mp3-vbr", lambda d: TAGS + d),
+    "tags around mp3 without header": ("mp3-cbr-bare", lambda d: TAGS + d + b"TAG" + bytes(125)),
+    "tags with a footer before mp3 without header": ("mp3-cbr-bare", lambda d: WITH_FOOTER + d),
+    "zeros before mp3 without header": ("mp3-cbr-bare", lambda d: bytes(4096) + d),
+    "half a frame before mp3 without header": ("mp3-cbr-bare", lambda d: d[200:]),
     "junk after wav": ("wav", lambda d: d + b"junk" * 100),
     "junk after ogg": ("ogg", lambda d: d + b"junk" * 100),
     "wav from a pipe (ffmpeg)": ("wav", lambda d: d[:4] + b"\xff" * 4 + d[8:40] + b"\xff" * 4 + d[44:]),
@@ -245,7 +254,7 @@ def more_frames(mp3: bytes) -> bytes:
 @pytest.mark.parametrize("name", ODD)
 def test_odd_but_whole_files_are_read_to_the_end(tmp_path, good, name):
     base, change = ODD[name]
-    wave = read_audio(write(tmp_path / "odd", change(good[base])))
+    wave = read_audio(write(tmp_path / "odd.mp3", change(good[base])))
     assert abs(len(wave) - SECONDS * 16_000) < 0.06 * 16_000
 
 
