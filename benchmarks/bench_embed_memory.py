@@ -81,9 +81,9 @@ def write(path: Path, minutes: float) -> None:
     rng = np.random.default_rng(0)
     time = np.arange(10 * RATE) / RATE
     with soundfile.SoundFile(path, "w", RATE, 1, "PCM_16") as file:
-        for _ in range(round(6 * minutes)):
+        for left in range(round(60 * minutes * RATE), 0, -len(time)):
             tone = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4_000) * time)
-            file.write(tone + rng.normal(0, 0.02, len(time)))
+            file.write((tone + rng.normal(0, 0.02, len(time)))[:left])
 
 
 if __name__ == "__main__":

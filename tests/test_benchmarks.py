@@ -382,3 +382,10 @@ def test_a_process_that_fails_ends_this_one_with_its_words(capfd):
     assert _timing.answer(sys.executable, "-c", "print(3)") == "3\n"
     with pytest.raises(SystemExit, match="no such encoder"):
         _timing.answer(sys.executable, "-c", "raise SystemExit('no such encoder')")
+
+
+@pytest.mark.parametrize("minutes", [0.02, 0.25])
+def test_a_file_to_embed_is_as_long_as_it_is_called(minutes, tmp_path):
+    soundfile = pytest.importorskip("soundfile", reason="needs soundfile: pip install 'matpac_fast[audio]'")
+    importlib.import_module("bench_embed_memory").write(tmp_path / "x.flac", minutes)
+    assert soundfile.info(tmp_path / "x.flac").frames == round(60 * minutes * 16_000)
