@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -205,17 +207,32 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
     found = pick_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    store, rank, world = next(rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, for which the
-    # group's threads may be waiting.
-    _KEPT.append(dist.group.WORLD)
-    ranks = Ranks(found, rank, world, store)
-    ranks.barrier()  # a rank that fails at once must not be gone before the others have connected to it
+    with _ended_by_signals():
+        store, rank, world = next(rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, for which
+        # the group's threads may be waiting.
+        _KEPT.append(dist.group.WORLD)
+        ranks = Ranks(found, rank, world, store)
+        ranks.barrier()  # a rank that fails at once must not be gone before the others have connected to it
     yield ranks
     # Not where the body raises: taking NCCL down waits for ranks that may be gone. The process ends anyway.
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Meanwhile SIGINT and SIGTERM end the process at once: it waits for ranks that may never come, in C++, where no
+    handler of Python's is called, and torchrun would wait 30 s for it."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

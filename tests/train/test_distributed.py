@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
 
 import pytest
 import torch
-from ranks import on_ranks, train
+from forks import forks
+from ranks import free_port, on_ranks, rank_main, train
 from runs import assert_same_curve, curve, newest
 from stops import after
 
 from matpac_fast import ops
 from matpac_fast.errors import ConfigError
+from matpac_fast.train import distributed, pretrain, read_log
 from matpac_fast.train import loop as training
-from matpac_fast.train import pretrain, read_log
 
 
 @pytest.fixture
@@ -147,6 +149,35 @@ def test_a_rank_that_fails_before_the_first_step_ends_the_run_with_its_reason(
     answers = on_ranks(2, without_room, corpus, tmp_path / "run", model_config, train_config)
     assert answers[0] == "PeerError: rank 1: no room for Adam"
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["text"] == "rank 1: no room for Adam"
+
+
+def waiting(rank, asked):
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    meeting = importlib.import_module("torch.distributed.rendezvous")  # the attribute of this name is its function
+    honest = meeting.rendezvous
+
+    def rendezvous(url):
+        asked.set()
+        yield from honest(url)
+
+    meeting.rendezvous = rendezvous
+    with distributed.join("cpu"):
+        return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+
+def test_a_rank_that_waits_for_others_which_never_come_can_be_stopped():
+    """As torchrun does where rank 0 has refused its options."""
+    context = forks()
+    asked, results = context.Event(), context.Queue()
+    process = context.Process(target=rank_main, args=(1, 2, free_port(), results, waiting, (asked,)))
+    process.start()
+    assert asked.wait(60)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    ended = process.exitcode
+    process.kill()
+    assert ended == -signal.SIGTERM
+    assert on_ranks(2, waiting, context.Event()) == {0: True, 1: True}  # who has met them handles its signals again
 
 
 def test_a_group_for_gpus_alone_is_refused(tmp_path, corpus, model_config, train_config, monkeypatch):
