@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     if not names:
         raise DatasetError(f"{layout.folder}: no audio in its sub-folders")
     rows = [{"path": name, "label": name.split(os.sep)[0]} for name in names]
-    return _task(layout, rows, seed)
+    return _task(layout, rows, seed, multi=False)  # whatever is in a folder's name
 
 
 def _listed(layout: Layout, seed: int) -> Task:
@@ -48,14 +48,14 @@ def _listed(layout: Layout, seed: int) -> Task:
         raise DatasetError(f"{layout.folder / 'clips.csv'} lists no clips")
     for row in rows:  # "piano; drums" has the drums of "drums"
         row["label"] = ";".join(label.strip() for label in row["label"].split(";"))
-    return _task(layout, rows, seed)
+    multi = any(";" in row["label"] or not row["label"] or row["label"].startswith("?") for row in rows)
+    return _task(layout, rows, seed, multi)
 
 
-def _task(layout: Layout, rows: list[dict[str, str]], seed: int) -> Task:
+def _task(layout: Layout, rows: list[dict[str, str]], seed: int, multi: bool) -> Task:
     keep, seconds = layout.audio([row["path"] for row in rows], _ANY_LENGTH)
     rows, seconds = [row for row, kept in zip(rows, keep, strict=True) if kept], seconds[keep]
     name = layout.folder.resolve().name
-    multi = any(";" in row["label"] or not row["label"] or row["label"].startswith("?") for row in rows)
     if multi:
         classes, targets = _multi([row["label"].split(";") for row in rows])
         # Of several labels the rarest: its few clips must not all fall into one fold.

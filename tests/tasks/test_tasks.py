@@ -199,6 +199,16 @@ def test_a_folder_of_folders(tmp_path):
         load_task(f"folder:{tmp_path / 'mine'}")
 
 
+def test_the_name_of_a_folder_is_one_label_whatever_is_in_it(tmp_path):
+    names = ["?who", "a, b", "rock; pop"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            miniature.tone(tmp_path / name / f"{i}.wav", 0.1, i)
+    task = load_task(f"folder:{tmp_path}")
+    assert (task.kind, task.metric, list(task.classes)) == ("single", "accuracy", names)
+
+
 def test_a_listed_folder(tmp_path):
     miniature.folder(tmp_path, clips=6)
     rows = [
