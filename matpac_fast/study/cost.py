@@ -1,6 +1,7 @@
 """What an encoder costs at a temporal support, measured in a fresh process: memory, time, operations.
 
-`python -m matpac_fast.study.cost ENCODER DEVICE DTYPE THREADS TS BATCH` is that process; it prints one line of JSON.
+`python -m matpac_fast.study.cost ENCODER DEVICE DTYPE THREADS TS BATCH` is that process; it prints one line of
+JSON, behind `_TOLD`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..errors import ConfigError
 
 _SECONDS = 1.0  # of timing, at least
 _RUNS = (5, 200)
+_TOLD = "matpac_fast cost: "
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,16 @@ def measure(
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ConfigError(f"cost of {encoder} at {temporal_support:g} s: {lines[-1]}")
-    return Cost(**json.loads(done.stdout.strip().splitlines()[-1]))
+    told = [line.removeprefix(_TOLD) for line in done.stdout.splitlines() if line.startswith(_TOLD)]
+    return Cost(**json.loads(told[-1]))
 
 
 def main(arguments: list[str]) -> None:
     """The fresh process."""
     name, device, dtype, threads, ts, batch = arguments
     torch.set_num_threads(int(threads))
-    print(json.dumps(asdict(measure_here(load_encoder(name, device, dtype=dtype), name, float(ts), int(batch)))))
+    cost = measure_here(load_encoder(name, device, dtype=dtype), name, float(ts), int(batch))
+    print("\n" + _TOLD + json.dumps(asdict(cost)))  # an encoder's own code may print before and after it
 
 
 def measure_here(encoder: AudioEncoder, name: str, ts: float, batch: int) -> Cost:

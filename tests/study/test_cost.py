@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from matpac_fast import load_encoder
 from matpac_fast.errors import ConfigError
-from matpac_fast.study import sweep
+from matpac_fast.study import cost, sweep
 from matpac_fast.study.cost import count_macs, measure, measure_here
 from matpac_fast.study.results import add_cost, read_costs
 from matpac_fast.study.sweep import StudyConfig
@@ -36,11 +37,22 @@ def test_cost_in_a_fresh_process(encoder_file, tmp_path):
     assert small.macs == large.macs > 0
     assert small.batch_ms_low <= small.batch_ms <= small.batch_ms_high
     assert small.encoder_id == load_encoder(encoder_file, "cpu").id
-    for cost in (small, large):
-        add_cost(tmp_path / "cost.parquet", cost)
+    for one in (small, large):
+        add_cost(tmp_path / "cost.parquet", one)
     assert read_costs(tmp_path / "cost.parquet") == [small, large]
     with pytest.raises(ConfigError, match="no encoder"):
         measure("nobody", 0.6, 1, "cpu")
+
+
+def test_what_an_encoder_prints_beside_its_cost_is_no_part_of_it(encoder_file, monkeypatch, capsys):
+    def run(command, **options):
+        cost.main(command[3:])
+        return subprocess.CompletedProcess(command, 0, f"hello{capsys.readouterr().out}bye\n", "")
+
+    monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)
+    monkeypatch.setattr(subprocess, "run", run)
+    found = measure(str(encoder_file), 0.6, 1, "cpu", threads=torch.get_num_threads())
+    assert found.encoder_id == load_encoder(encoder_file, "cpu").id
 
 
 def test_costs_that_are_known_are_not_measured_again(encoder_file, tmp_path, monkeypatch):
