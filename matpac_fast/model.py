@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from .nn.predictor import Predictor
 from .nn.statistics import Sums, summarise, token_sums
 from .nn.vit import Transformer, init_weights
 from .spans import span
+
+_seeding = threading.Lock()  # torch's random state is one for all threads
 
 
 class MatpacOutput(NamedTuple):
@@ -63,7 +66,7 @@ class Matpac(nn.Module):
         self.config = c = config
         made_on = torch.get_default_device()
         gpus = [made_on] if made_on.type == "cuda" else []
-        with torch.random.fork_rng(gpus):
+        with _seeding, torch.random.fork_rng(gpus):
             # Not torch.manual_seed, which seeds every GPU, and they would stay so.
             torch.default_generator.manual_seed(c.seed)
             for gpu in gpus:

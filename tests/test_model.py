@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -256,6 +257,16 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert all(torch.equal(a[k], b[k]) for k in a)
     c = Matpac(MatpacConfig(seed=3, **TINY)).state_dict()
     assert not torch.equal(a["student.blocks.0.attn.qkv.weight"], c["student.blocks.0.attn.qkv.weight"])
+
+
+def test_models_made_in_several_threads_have_the_weights_of_their_seeds():
+    def made(seed):
+        return Matpac(MatpacConfig(seed=seed, **TINY)).state_dict()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(made, range(8)))
+    for seed, state in enumerate(found):
+        torch.testing.assert_close(state, made(seed), rtol=0, atol=0)
 
 
 def test_a_model_that_is_made_seeds_no_gpu(monkeypatch):
