@@ -148,10 +148,10 @@ def add_layer_norm(
         check_shape(_OP, "bias", bias, tuple(x.shape[-1:]), "one value a column of x")
         if delta is None:
             raise ValueError(f"{_OP}: there is a bias and no delta; expected both or neither")
-    width = x.shape[-1]
     for name, weight in (("weight", norm.weight), ("bias", norm.bias)):
         check_tensor(_OP, f"the norm's {name}", weight, 1, _DTYPES, like=x)
-        check_shape(_OP, f"the norm's {name}", weight, (width,), "one value a column of x")
+        check_shape(_OP, f"the norm's {name}", weight, tuple(x.shape[-1:]), "one value a column of x")
+    width = x.shape[-1]
     if width > MAX_WIDTH or not fuses(_OP, x.device, x.dtype):
         return reference.add_layer_norm(x, delta, bias, norm, dtype)
     rows = [None if t is None else t.reshape(-1, width) for t in (x, delta)]

@@ -89,7 +89,7 @@ def attention(qkv: Tensor) -> Tensor:
         qkv: (B, N, 3, H, d): queries, keys and values; float32, float64, bfloat16 or float16.
 
     Returns:
-        (B, N, H, d), in the dtype of qkv.
+        (B, N, H, d), in the dtype of qkv; in autocast's where it is torch's that runs and autocast is on.
 
     Raises:
         TypeError: no tensor, or a dtype that is not listed.

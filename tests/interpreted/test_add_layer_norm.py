@@ -196,3 +196,5 @@ def test_a_norm_of_another_width_is_refused():
             ops.add_layer_norm(x, None, None, torch.nn.LayerNorm(32), torch.bfloat16)
         with pytest.raises(TypeError, match="the norm's weight is a NoneType; expected a torch.Tensor"):
             ops.add_layer_norm(x, None, None, torch.nn.LayerNorm(64, elementwise_affine=False), torch.bfloat16)
+        with pytest.raises(ValueError, match=r"the norm's weight is \(64,\) float32 on cpu; expected \(\)"):
+            ops.add_layer_norm(torch.tensor(1.0), None, None, torch.nn.LayerNorm(64), torch.bfloat16)
