@@ -93,7 +93,7 @@ def measure(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ConfigError(f"cost of {encoder} at {temporal_support:g} s: {lines[-1]}")
+        raise ConfigError(f"cost of {encoder} at {temporal_support:g} s, in a process of its own: {lines[-1]}")
     told = [line.removeprefix(_TOLD) for line in done.stdout.splitlines() if line.startswith(_TOLD)]
     return Cost(**json.loads(told[-1]))
 
