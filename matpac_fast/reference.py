@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,10 @@ class LogMelConfig:
         return self._span + (n_frames - 1) * self.hop + self._lost
 
 
+# Of banks and windows, whichever device is torch's default: they are the same to the bit everywhere.
+_ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
+
 def hz_to_mel(hz: Tensor, scale: str = "slaney") -> Tensor:
     """Slaney's mel scale: linear below 1000 Hz (200/3 Hz a mel), then 27 steps of 6.4 ** (1 / 27); or "htk"."""
     if scale == "htk":
@@ -122,8 +127,8 @@ def _triangles(edges: Tensor, at: Tensor) -> Tensor:
 
 def _edges(config: LogMelConfig, scale: str) -> Tensor:
     """Where the filters begin, peak and end, in mel: (n_mels + 2,)."""
-    low, high = hz_to_mel(torch.tensor([config.f_min, config.f_max], dtype=torch.float64), scale)
-    return torch.linspace(low, high, config.n_mels + 2, dtype=torch.float64)
+    low, high = hz_to_mel(torch.tensor([config.f_min, config.f_max], **_ON_CPU), scale)
+    return torch.linspace(low, high, config.n_mels + 2, **_ON_CPU)
 
 
 def _slaney(config: LogMelConfig, bins: Tensor) -> Tensor:
@@ -142,9 +147,9 @@ def _kaldi(config: LogMelConfig, bins: Tensor) -> Tensor:
 
 BANKS = {"slaney": _slaney, "htk": _htk, "kaldi": _kaldi}
 WINDOWS = {
-    "hann": lambda n: torch.hann_window(n, periodic=True, dtype=torch.float64),
-    "hann_symmetric": lambda n: torch.hann_window(n, periodic=False, dtype=torch.float64),
-    "povey": lambda n: torch.hann_window(n, periodic=False, dtype=torch.float64) ** 0.85,
+    "hann": lambda n: torch.hann_window(n, periodic=True, **_ON_CPU),
+    "hann_symmetric": lambda n: torch.hann_window(n, periodic=False, **_ON_CPU),
+    "povey": lambda n: torch.hann_window(n, periodic=False, **_ON_CPU) ** 0.85,
 }
 FRAMINGS = ("valid", "center", "kaldi")
 
@@ -184,7 +189,7 @@ BEATS_LOG_MEL = LogMelConfig(
 
 def mel_bank(config: LogMelConfig) -> Tensor:
     """The mel filters `config.bank`, (n_mels, n_fft // 2 + 1) float64 on the CPU."""
-    bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64) * (config.sample_rate / config.n_fft)  # Hz
+    bins = torch.arange(config.n_fft // 2 + 1, **_ON_CPU) * (config.sample_rate / config.n_fft)  # Hz
     return BANKS[config.bank](config, bins)
 
 

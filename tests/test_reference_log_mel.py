@@ -98,6 +98,14 @@ def test_windows():
     assert not mel_window(BEATS_LOG_MEL)[400:].any()
 
 
+@pytest.mark.parametrize("config", [LogMelConfig(bank="htk"), PASST_LOG_MEL, BEATS_LOG_MEL])
+def test_banks_and_windows_lie_on_the_cpu_whatever_torchs_default(config):
+    bank, window = mel_bank(config), mel_window(config)
+    with torch.device("meta"):
+        assert torch.equal(mel_bank(config), bank)
+        assert torch.equal(mel_window(config), window)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

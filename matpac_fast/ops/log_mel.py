@@ -134,7 +134,8 @@ def _launch_cpp(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tenso
 
     work = torch.float64 if wave.dtype == torch.float64 else torch.float32
     out = wave.new_empty((wave.shape[0], config.n_mels, config.n_frames(wave.shape[1])), dtype=work)
-    _C.log_mel_cpu(_args(wave, out, config, _plan(config, work, wave.device)), torch.get_num_threads())
+    plan = _plan(config, work, wave.device)  # held here: of threads that make one at once the cache keeps one thread's
+    _C.log_mel_cpu(_args(wave, out, config, plan), torch.get_num_threads())
     return out.to(dtype)
 
 
@@ -142,8 +143,8 @@ def _launch_cuda(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tens
     from .. import _C
 
     out = wave.new_empty((wave.shape[0], config.n_mels, config.n_frames(wave.shape[1])), dtype=dtype)
-    args = _args(wave, out, config, _plan(config, torch.float32, wave.device, fours=True))
-    _C.log_mel_cuda(args, wave.device.index, torch.cuda.current_stream(wave.device).cuda_stream)
+    plan = _plan(config, torch.float32, wave.device, fours=True)  # held as above
+    _C.log_mel_cuda(_args(wave, out, config, plan), wave.device.index, torch.cuda.current_stream(wave.device).cuda_stream)
     return out
 
 

@@ -185,6 +185,15 @@ def test_same_bits_for_any_batch_position_and_number_of_threads():
     assert torch.equal(later, together[:, :, 13:])
 
 
+def test_tables_that_are_not_cached_last_as_long_as_the_call(monkeypatch):
+    # As where several threads make the first call at once, each its own tables, of which the cache keeps one.
+    wave = noise(2, 6_000)
+    want = ops.log_mel(wave)
+    monkeypatch.setattr(op_module, "_plan", op_module._plan.__wrapped__)
+    for _ in range(20):
+        assert torch.equal(ops.log_mel(wave), want)
+
+
 def test_strides():
     wave = noise(4, 5_000)
     want = ops.log_mel(wave)
