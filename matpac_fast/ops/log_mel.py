@@ -144,7 +144,8 @@ def _launch_cuda(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tens
 
     out = wave.new_empty((wave.shape[0], config.n_mels, config.n_frames(wave.shape[1])), dtype=dtype)
     plan = _plan(config, torch.float32, wave.device, fours=True)  # held as above
-    _C.log_mel_cuda(_args(wave, out, config, plan), wave.device.index, torch.cuda.current_stream(wave.device).cuda_stream)
+    args = _args(wave, out, config, plan)
+    _C.log_mel_cuda(args, wave.device.index, torch.cuda.current_stream(wave.device).cuda_stream)
     return out
 
 
