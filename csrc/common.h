@@ -1,12 +1,9 @@
-// What every op needs: the dtype switch, parallel_for on the CPU, the error check and the device guard on the GPU.
+// What every op needs: the dtype switch, the error check and the device guard on the GPU.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <thread>
-#include <vector>
 
 #include "ops.h"
 
@@ -37,28 +34,6 @@ template <typename... Ts, typename Fn>
 void dispatch(DType dtype, const char* what, Fn&& fn) {
   const bool found = ((dtype_of<Ts>::value == dtype && (fn(Ts{}), true)) || ...);
   if (!found) throw std::invalid_argument(std::string(what) + ": no kernel for dtype " + std::to_string(int(dtype)));
-}
-
-// Runs fn(begin, end) over [0, n) in at most `threads` contiguous parts of at least `grain` items, the last one on
-// the calling thread. fn must not throw. Threads are started for the call: a pool would not survive a fork, and
-// starting one costs about 20 us, so `grain` should be worth at least that.
-template <typename Fn>
-void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, grain)));
-  std::vector<std::thread> workers;
-  workers.reserve(size_t(parts - 1));
-  int64_t begin = 0;
-  for (int64_t part = 1; part < parts; ++part) {
-    const int64_t end = n * part / parts;
-    try {
-      workers.emplace_back([&fn, begin, end] { fn(begin, end); });
-    } catch (const std::exception&) {
-      break;  // no more threads to be had: the calling thread does the rest
-    }
-    begin = end;
-  }
-  if (begin < n) fn(begin, n);
-  for (std::thread& worker : workers) worker.join();
 }
 
 #ifdef __CUDACC__

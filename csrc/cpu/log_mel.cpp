@@ -15,6 +15,7 @@
 #include "../log_mel_math.h"
 #include "isa.h"
 #include "simd.h"
+#include "threads.h"
 
 MATPAC_DECLARE(void log_mel_spans(const LogMelArgs& args, int64_t begin, int64_t end))
 
@@ -344,8 +345,7 @@ void log_mel_spans(const LogMelArgs& args, int64_t begin, int64_t end) {
 #ifdef MATPAC_PORTABLE
 void matpac::log_mel_cpu(const LogMelArgs& args, int threads) {
   const auto kernel = MATPAC_DISPATCH(log_mel_spans);
-  // Ten seconds are 16 spans and take 0.2 ms, less than it costs to start a thread on a core where one of torch's still
-  // waits for work.
+  // Ten seconds are 16 spans and take 0.2 ms, less than it can cost to wake a thread that sleeps.
   constexpr int64_t spans_worth_a_thread = 24;
   parallel_for(args.batch * spans_of(args), spans_worth_a_thread, threads,
                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

@@ -5,6 +5,7 @@
 
 #include "../common.h"
 #include "../ops.h"
+#include "threads.h"
 
 namespace matpac {
 namespace {

@@ -4,6 +4,7 @@
 #include "../common.h"
 #include "isa.h"
 #include "pack.h"
+#include "threads.h"
 
 MATPAC_DECLARE(void prediction_loss_forward(const PredictionLossArgs& args, int64_t begin, int64_t end))
 MATPAC_DECLARE(void prediction_loss_backward(const PredictionLossArgs& args, int64_t begin, int64_t end))

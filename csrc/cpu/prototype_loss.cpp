@@ -7,6 +7,7 @@
 #include "../common.h"
 #include "isa.h"
 #include "pack.h"
+#include "threads.h"
 
 namespace matpac {
 namespace {
