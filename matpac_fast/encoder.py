@@ -6,7 +6,7 @@ import fnmatch
 import importlib.metadata
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -87,9 +87,9 @@ def list_encoders(pattern: str = "*") -> list[str]:
     docs/encoders.md; and what was registered, with `register_encoder` or in the entry-point group
     `matpac_fast.encoders`.
     """
-    others = sorted(set(_entry_points()) - set(_registry))
-    untrained = [_UNTRAINED + name for name in PRESETS]
-    return fnmatch.filter([*PACKAGED, *untrained, *_ALIASES, *_registry, *others], pattern)
+    own = [*PACKAGED, *(_UNTRAINED + name for name in PRESETS), *_ALIASES, *_registry]
+    others = sorted({entry.name for entry in _entry_points()} - set(own))
+    return fnmatch.filter([*own, *others], pattern)
 
 
 def load_encoder(
@@ -247,13 +247,20 @@ def _own_sizes(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
     return sizes
 
 
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
-
-
 def _find(name: str) -> _Registered | None:
-    entry = None if name in _registry else _entry_points().get(name)
-    return _registry.get(name) if entry is None else _Registered(entry)
+    if name in _registry:
+        return _registry[name]
+    entries = {entry.value: entry for entry in _entry_points() if entry.name == name}
+    if len(entries) > 1:
+        raise ConfigError(
+            f"load_encoder: {name!r} is what several installed packages call an encoder: {', '.join(sorted(entries))}; "
+            "uninstall all but one, or register_encoder the one you mean"
+        )
+    return _Registered(*entries.values()) if entries else None
+
+
+def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    return importlib.metadata.entry_points(group=_ENTRY_POINTS)
 
 
 def _load_registered(

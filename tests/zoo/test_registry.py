@@ -120,10 +120,23 @@ def test_what_is_registered_may_be_a_reference_a_mark_and_an_option(own_names, t
 
 
 def test_this_packages_names_come_before_other_packages(monkeypatch):
-    entries = [importlib.metadata.EntryPoint("logmel-stats", "elsewhere:load", "matpac_fast.encoders")]
+    entries = [
+        importlib.metadata.EntryPoint(name, "elsewhere:load", "matpac_fast.encoders")
+        for name in ("logmel-stats", "matpac-nano")
+    ]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
     assert mf.list_encoders("logmel*") == ["logmel-stats"]
+    assert mf.list_encoders("matpac-nano") == ["matpac-nano"]
     assert mf.load_encoder("logmel-stats", "cpu").embedding_dim == 160
+
+
+def test_a_name_of_several_packages_is_refused(monkeypatch):
+    places = ("one:load", "two:load")
+    entries = [importlib.metadata.EntryPoint("theirs", place, "matpac_fast.encoders") for place in places]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+    assert mf.list_encoders("theirs") == ["theirs"]
+    with pytest.raises(ConfigError, match="'theirs' is what several installed packages call .*: one:load, two:load;"):
+        mf.load_encoder("theirs", "cpu")
 
 
 def test_statistics_are_those_of_the_log_mel():
