@@ -103,8 +103,8 @@ def main(
     if not cost_only and not tasks:
         raise ConfigError("--tasks is missing; expected NAME:FOLDER, or --cost-only to measure costs alone")
     config = StudyConfig(
-        encoders=_words(encoders),
-        tasks=() if cost_only else _words(tasks),
+        encoders=_paths(encoders),
+        tasks=() if cost_only else _paths(tasks),
         temporal_supports=_numbers("--temporal-support", temporal_support),
         hop=hop,
         remainder=remainder,
@@ -139,9 +139,8 @@ def main(
     lines += _unsteady(found, out / "cost.parquet")
     told, files = left_out(cells)
     lines += told
-    if len(files) > _NAMED:
-        write_text(out / "problems.txt", "".join(f"{line}\n" for line in files))
-        lines.append(f"All files that are left out are in {out / 'problems.txt'}.")
+    if cells and (path := _listed(out, files)):
+        lines.append(f"All files that are left out are in {path}.")
     lines += _untold(out / "results.parquet", tables.results)
     if tables.results:
         for name in ("results", "comparisons", "choices"):
@@ -160,11 +159,19 @@ def _checked(config: StudyConfig, out: Path, hear: Progress) -> list[Cell]:
     try:
         return run_study(config, out, hear)
     except DatasetError as error:
-        if len(error.problems) > _NAMED:
-            lines = "".join(f"{name}: {reason}\n" for name, reason in error.problems)
-            write_text(out / "problems.txt", lines)
-            raise DatasetError(f"{error}; all of them are in {out / 'problems.txt'}", error.problems) from None
+        if path := _listed(out, [f"{name}: {reason}" for name, reason in error.problems]):
+            raise DatasetError(f"{error}; all of them are in {path}", error.problems) from None
         raise
+
+
+def _listed(out: Path, lines: Sequence[str]) -> Path | None:
+    """Where the files are that one line cannot name; what an earlier study found there is told no longer."""
+    path = out / "problems.txt"
+    if len(lines) > _NAMED:
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        return path
+    path.unlink(missing_ok=True)
+    return None
 
 
 @contextlib.contextmanager
@@ -358,6 +365,21 @@ def _probe_words(probe: ProbeConfig, attentive: bool) -> str:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _paths(text: str) -> tuple[str, ...]:
+    """Names and paths with commas between them; a path that is there, alone or after "name:", may hold commas."""
+    words, found = text.split(","), []
+    while words:
+        n = next((n for n in range(len(words), 1, -1) if _exists(",".join(words[:n]).strip())), 1)
+        found.append(",".join(words[:n]).strip())
+        del words[:n]
+    return tuple(path for path in found if path)
+
+
+def _exists(path: str) -> bool:
+    name, _, file = path.partition(":")
+    return os.path.exists(path) or ("," not in name and os.path.exists(file))
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

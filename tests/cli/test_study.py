@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from matpac_fast import cli, load_encoder
-from matpac_fast.cli.study import choice_cells
+from matpac_fast.cli.study import _paths, choice_cells
 from matpac_fast.study import sweep
 from matpac_fast.study.cost import Cost, measure_here
 from matpac_fast.study.results import Tables
@@ -200,7 +200,10 @@ def test_without_costs_nothing_is_cheaper_and_what_is_left_out_is_named(
     common = ["--resamples", "20", "--device", "cpu", "--workers", "1", "--seeds", "1", "--partial"]
     arguments = ["--encoders", str(encoder_file), "--tasks", f"folder:{folder}", "--temporal-support", "0.2,0.5"]
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "problems.txt").write_text("of an earlier study, mended since\n")
     assert cli.main(["study", *arguments, "--margin", "0.9", "--no-cost", "--out", str(out), *common]) == 0
+    assert not (out / "problems.txt").exists()
     said = capsys.readouterr().out
     assert "cheap" not in said
     assert "memory" not in said
@@ -288,7 +291,8 @@ def test_errors_are_one_line(arguments, said, clips, tmp_path, capsys):  # noqa:
 
 def test_an_incomplete_data_set_is_named_file_by_file(tmp_path, capsys):
     miniature.esc50(tmp_path / "esc")
-    for path in sorted(Path(tmp_path / "esc/audio").iterdir())[:7]:
+    missing = {path: path.read_bytes() for path in sorted((tmp_path / "esc/audio").iterdir())[:7]}
+    for path in missing:
         path.unlink()
     arguments = [
         "study",
@@ -307,3 +311,16 @@ def test_an_incomplete_data_set_is_named_file_by_file(tmp_path, capsys):
     named = (tmp_path / "out" / "problems.txt").read_text().splitlines()
     assert named[0] == "meta/esc50.csv: altered: 15 clips, officially 2000"
     assert sum(line.endswith(": missing") for line in named) == 7
+    for path in list(missing)[:5]:
+        path.write_bytes(missing[path])
+    assert cli.main([*arguments, "--device", "cpu"]) == 2  # and the few that are left one line names
+    assert "problems.txt" not in capsys.readouterr().err
+    assert not (tmp_path / "out" / "problems.txt").exists()
+
+
+def test_a_path_that_is_there_may_hold_commas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("Smith, J., sounds").mkdir()
+    Path("run,1").touch()
+    assert _paths("folder:Smith, J., sounds, folder:b") == ("folder:Smith, J., sounds", "folder:b")
+    assert _paths("run,1,run,2,beats:run,1,") == ("run,1", "run", "2", "beats:run,1")
