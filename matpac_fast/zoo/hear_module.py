@@ -31,6 +31,7 @@ _log = logging.getLogger("matpac_fast")
 _FUNCTIONS = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
 _ATTRIBUTES = ("sample_rate", "scene_embedding_size", "timestamp_embedding_size")
 _PROBE_SECONDS = 2.0
+_ANY = (Exception, SystemExit)  # another package's code may fail in any way, sys.exit among them
 
 
 class HearEncoder(AudioEncoder):
@@ -84,7 +85,7 @@ class HearEncoder(AudioEncoder):
         if self.model.timestamp_embedding_size == self.embedding_dim:
             try:
                 _, times = self._timestamps(noise)
-            except Exception as error:  # scenes are embedded all the same
+            except _ANY as error:  # scenes are embedded all the same
                 _log.info("hear:%s: no frame embeddings: %s: %s", self._module, type(error).__name__, error)
                 return self
             steps = times.diff() * self.sample_rate / 1000
@@ -99,7 +100,7 @@ class HearEncoder(AudioEncoder):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 finite = torch.isfinite(self._scene(wave)).all()
-        except Exception as error:  # another package's code may fail in any way on what is too short for it
+        except _ANY as error:  # as on what is too short for it
             return f"{type(error).__name__}: {error}"
         return "" if finite else "NaN or infinite numbers"
 
@@ -164,15 +165,16 @@ def load(argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncode
         raise ConfigError(f"hear:{name}: it computes in its own dtype; got {dtype}, expected float32")
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # another package's module may fail in any way at its import
+    except _ANY as error:
         raise CheckpointError(
-            f"hear:{name}: the module cannot be imported ({error}); install the package that has it"
+            f"hear:{name}: the module cannot be imported ({type(error).__name__}: {error}); install the package that "
+            "has it"
         ) from error
     if missing := [function for function in _FUNCTIONS if not callable(getattr(module, function, None))]:
         raise CheckpointError(f"hear:{name}: the module has no {', '.join(missing)}, so it does not speak the HEAR API")
     try:
         model = module.load_model(weights) if weights or _asks_for_one(module.load_model) else module.load_model()
-    except Exception as error:
+    except _ANY as error:
         raise CheckpointError(f"hear:{argument}: load_model failed: {type(error).__name__}: {error}") from error
     if isinstance(model, nn.Module):
         model = model.to(device).requires_grad_(False).eval()

@@ -253,8 +253,11 @@ def test_frames_must_depend_on_the_length_alone(module):
         ("Model.sample_rate = '8k'", "the model has no whole number sample_rate"),
         ("Model.scene_embedding_size = 7", "2 s of noise: CheckpointError: .* gave .*; expected a tensor"),
         ("def get_scene_embeddings(a, m): return m(a).mean(1) / 0", "2 s of noise: NaN or infinite numbers"),
-        ("raise RuntimeError('no licence')", r"cannot be imported \(no licence\)"),
+        ("raise RuntimeError('no licence')", r"cannot be imported \(RuntimeError: no licence\)"),
         ("def load_model(): raise OSError('no weights')", "load_model failed: OSError: no weights"),
+        ("raise SystemExit(2)", r"cannot be imported \(SystemExit: 2\)"),
+        ("def load_model(): raise SystemExit('no weights')", "load_model failed: SystemExit: no weights"),
+        ("def get_scene_embeddings(a, m): raise SystemExit(1)", "2 s of noise: SystemExit: 1"),
     ],
 )
 def test_faults_are_told(module, more, line):
