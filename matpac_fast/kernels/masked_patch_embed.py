@@ -63,11 +63,8 @@ def masked_patch_embed_fwd_kernel(
     patch = spec + (sample * stride_b + corner)[:, None]  # [BM, 1]
     token = pos + (tl.where(is_cls, 0, 1 + patch_id) * width)[:, None]
     known = (found | is_cls)[:, None]
-    out = tl.where(
-        is_visible,
-        visible + (sample * (1 + n_visible) + place) * width,
-        masked + (sample * (1 + N - n_visible) + place - n_visible - 1) * width,
-    )[:, None]
+    to_visible = ((sample * (1 + n_visible) + place) * width)[:, None]  # [BM, 1]
+    to_masked = ((sample * (1 + N - n_visible) + place - n_visible - 1) * width)[:, None]
 
     k = tl.arange(0, BLOCK_K)
     if BLOCK_K >= AREA:
@@ -88,7 +85,10 @@ def masked_patch_embed_fwd_kernel(
             for start in range(0, AREA, BLOCK_K):
                 b = _load_matrix(matrix, in_width, start + k, AREA)
                 acc = _dot(_load_patches(patch, found, start + k, stride_f, PATCH).to(b.dtype), b, acc)
-        tl.store(out + column, acc.to(visible.dtype.element_ty), mask=in_rows[:, None] & in_width)
+        # Two stores, of which a row heeds one: of a choice between two pointers Triton 3.8 does not know the alignment.
+        tokens = acc.to(visible.dtype.element_ty)
+        tl.store(visible + to_visible + column, tokens, mask=(in_rows & is_visible)[:, None] & in_width)
+        tl.store(masked + to_masked + column, tokens, mask=(in_rows & (is_visible == 0))[:, None] & in_width)
 
 
 @triton.jit
