@@ -21,6 +21,7 @@ from .embedding import Embeddings
 from .errors import CheckpointError, ConfigError
 from .intact import intact_named
 from .model import Matpac
+from .nn.initial import in_float32
 from .reference import LogMelConfig
 from .vit_encoder import SIZES, Encoder, encoder_of, sizes_of
 from .weights import DEFAULT, PACKAGED
@@ -182,13 +183,8 @@ def _device(given: str | torch.device | None) -> torch.device:
 
 def _untrained(config: MatpacConfig) -> dict[str, Tensor]:
     """A function of the seed alone, whatever dtype and device the application has made its defaults."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            return Matpac(config).state_dict()
-    finally:
-        torch.set_default_dtype(default)
+    with in_float32(), torch.device("cpu"):
+        return Matpac(config).state_dict()
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -256,7 +252,7 @@ def _find(name: str) -> _Registered | None:
             f"load_encoder: {name!r} is what several installed packages call an encoder: {', '.join(sorted(entries))}; "
             "uninstall all but one, or register_encoder the one you mean"
         )
-    return _Registered(*entries.values()) if entries else None
+    return next(map(_Registered, entries.values()), None)
 
 
 def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:

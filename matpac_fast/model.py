@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,12 +16,11 @@ from .errors import CheckpointError, ConfigError
 from .nn.ema import ema_update, linear_anneal
 from .nn.frontend import Frontend
 from .nn.heads import ClassificationHead
+from .nn.initial import seeded
 from .nn.predictor import Predictor
 from .nn.statistics import Sums, summarise, token_sums
 from .nn.vit import Transformer, init_weights
 from .spans import span
-
-_seeding = threading.Lock()  # torch's random state is one for all threads
 
 
 class MatpacOutput(NamedTuple):
@@ -64,14 +62,7 @@ class Matpac(nn.Module):
     def __init__(self, config: MatpacConfig = MatpacConfig()):
         super().__init__()
         self.config = c = config
-        made_on = torch.get_default_device()
-        gpus = [made_on] if made_on.type == "cuda" else []
-        with _seeding, torch.random.fork_rng(gpus):
-            # Not torch.manual_seed, which seeds every GPU, and they would stay so.
-            torch.default_generator.manual_seed(c.seed)
-            for gpu in gpus:
-                with torch.cuda.device(gpu):
-                    torch.cuda.manual_seed(c.seed)
+        with seeded(c.seed):
             self.frontend = Frontend(c.width, c.patch_size, c.freq, c.time)
             self.student = Transformer(c.width, c.depth, c.num_heads, c.mlp_ratio)
             self.predictor = Predictor(

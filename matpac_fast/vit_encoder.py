@@ -16,6 +16,7 @@ from .audio_encoder import AudioEncoder
 from .config import MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.frontend import Frontend
+from .nn.initial import seeded
 from .nn.vit import Attention, Block, Transformer, is_plain
 from .reference import LogMelConfig
 
@@ -219,7 +220,7 @@ def encoder_of(state: Mapping[str, Tensor], sizes: Mapping[str, Any], side: str,
             f"{source}: damaged: it holds not all numbers of {odd[0]}, which has {kept[odd[0]].numel()}"
         )
     # The small front end is made as it is: without memory, its positions would have torch import its compiler.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with seeded(0), torch.device("cpu"):
         encoder = Encoder(**sizes, student=student)
     whole = {
         name: tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import os
 import pickle
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from torch import Tensor
 from matpac_fast import AudioEncoder, checkpoint, get_matpac, list_encoders, load_encoder, reference
 from matpac_fast.encoder import Encoder, encoder_of
 from matpac_fast.errors import CheckpointError, ConfigError
+from matpac_fast.zoo import cnn14
 
 SECOND = 16_000
 
@@ -216,6 +219,28 @@ def test_loading_and_saving_depend_on_no_default_and_draw_no_random_numbers(tmp_
     half = load_encoder(tmp_path / "again.safetensors", "cpu")
     assert {t.dtype for e in (loaded, untrained, half) for t in e.state_dict().values()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("name", ["matpac-nano", "untrained-nano", "cnn14"])
+def test_loading_and_other_threads_leave_each_other_alone(monkeypatch, name):
+    """Random numbers drawn meanwhile are not in the weights and do not come twice; the default dtype stays as it is."""
+    monkeypatch.setattr(cnn14, "Cnn14", functools.partial(cnn14.Cnn14, (8,) * 6))
+    want, drawn, reset = load_encoder(name, "cpu").id, [], torch.nn.Conv2d.reset_parameters
+
+    def beside(layer):
+        drawn.append(pool.submit(torch.rand, 4).result())
+        reset(layer)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "reset_parameters", beside)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            found = [load_encoder(name, "cpu").id for _ in range(2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == [want, want]
+    assert {numbers.dtype for numbers in drawn} == {torch.float64}
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn) > 1
 
 
 def test_weights_are_copies_and_whole():

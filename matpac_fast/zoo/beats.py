@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, ops
 from ..errors import AudioError, CheckpointError
+from ..nn.initial import in_float32, seeded
 from ..reference import BEATS_LOG_MEL
 from .network import Network, fill, padded, recognised
 
@@ -270,7 +271,6 @@ def load(argument: str, device: torch.device, dtype: torch.dtype, num_heads: int
         state, metadata = checkpoint.load(argument)
         model = from_official(state, argument, num_heads, metadata.get("cfg"))
         return model.ready(device, dtype, os.path.basename(argument))
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+    with seeded(0), in_float32(), torch.device("cpu"):
         model = Beats(num_heads=num_heads or 12)
     return model.ready(device, dtype, "beats, untrained")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..errors import CheckpointError
+from ..nn.initial import in_float32, seeded
 from ..reference import LogMelConfig, mel_bank, mel_window
 from .conv import ConvBlock, power_spectrum
 from .network import Network, fill, recognised
@@ -124,8 +125,7 @@ def load(argument: str, device: torch.device, dtype: torch.dtype) -> Network:
     """`load_encoder("cnn14:FILE")`; without a file untrained, for costs and as a floor."""
     if argument:
         return from_official(checkpoint.load(argument)[0], argument).ready(device, dtype, os.path.basename(argument))
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+    with seeded(0), in_float32(), torch.device("cpu"):
         model = Cnn14()
     with torch.no_grad():
         model.logmel_extractor.melW.copy_(mel_bank(CNN14_LOG_MEL).T)  # type: ignore[operator]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, ops
 from ..errors import CheckpointError
+from ..nn.initial import in_float32, seeded
 from ..nn.vit import Block
 from ..reference import PASST_LOG_MEL
 from .network import Network, fill, recognised
@@ -114,8 +115,7 @@ def load(argument: str, device: torch.device, dtype: torch.dtype, num_heads: int
     if argument:
         model = from_official(checkpoint.load(argument)[0], argument, num_heads)
         return model.ready(device, dtype, os.path.basename(argument))
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+    with seeded(0), in_float32(), torch.device("cpu"):
         model = Passt(num_heads=num_heads or 12)
         for name, position in model.named_parameters():
             if name.endswith(("_token", "pos_embed")):
