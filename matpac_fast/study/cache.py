@@ -208,7 +208,7 @@ def fill(
 
     `audio` are the hashes of `paths`; `done` is told of each number of (clip, cache) pairs that are dealt with. With
     `share` (rank, of how many) only those clips are embedded whose hash falls to this process: whatever is there
-    already when each of them looks, nothing belongs to nobody. `left_out`, where given, takes up hash -> error of each
+    already when each of them looks, nothing belongs to nobody. `left_out`, where given, takes up hash -> reason of each
     file that cannot be decoded, and those in it already are not tried.
 
     Raises:
@@ -240,7 +240,7 @@ def fill(
             elif left_out is None:
                 raise wave
             else:
-                left_out[name] = str(wave)
+                left_out[name] = str(wave).removeprefix(f"{first[name]}: ")  # its copies go by other names
         for cache, names in zip(caches, lacking, strict=True):
             wanted_here = [name for name in part if name in names]
             mine = [name for name in wanted_here if name in heard]

@@ -154,7 +154,7 @@ def embed_share(
 ) -> tuple[dict[str, str], dict[str, list[Cache]]]:
     """Embed what is missing, by every encoder; with `share` (rank, of how many) only that part of the clips.
 
-    Returns hash -> error of the files that a partial study leaves out, as far as they are in this share; and each
+    Returns hash -> reason of the files that a partial study leaves out, as far as they are in this share; and each
     encoder's caches: to load it again might give other weights, as those of a run that is being trained.
     """
     left_out: dict[str, str] = {}
@@ -176,11 +176,7 @@ def _without(task: Task, audio: list[str], left_out: dict[str, str]) -> Task:
     keep = np.array([name not in left_out for name in audio], bool)
     if keep.all():
         return task
-    bad = [
-        (str(path), left_out[name].removeprefix(f"{path}: "))
-        for path, name in zip(task.paths, audio, strict=True)
-        if name in left_out
-    ]
+    bad = [(str(path), left_out[name]) for path, name in zip(task.paths, audio, strict=True) if name in left_out]
     place = np.cumsum(keep) - 1  # of a clip that stays, among those that stay
 
     def rest(part: np.ndarray, number: int, what: str) -> np.ndarray:
