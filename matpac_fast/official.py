@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,11 +196,12 @@ def _attach_audioset_head(model: OfficialMatpac, state: dict[str, Tensor], sourc
     model.head_norm.load_state_dict({"running_mean": mean, "running_var": var, "num_batches_tracked": torch.tensor(0)})
 
 
-def _attach_probe(model: OfficialMatpac, state: dict[str, Tensor], source: str, multi_label: bool | None) -> None:
-    weights = [t for t in state.values() if t.ndim == 2]
-    biases = [t for t in state.values() if t.ndim == 1]
+def _attach_probe(model: OfficialMatpac, state: dict[str, Any], source: str, multi_label: bool | None) -> None:
+    tensors = [t for t in state.values() if isinstance(t, Tensor)]
+    weights, biases = ([t for t in tensors if t.ndim == ndim] for ndim in (2, 1))
     if len(weights) != 1 or len(biases) != 1 or weights[0].shape[0] != len(biases[0]):
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in state.items())
+        kinds = ((name, tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__) for name, t in state.items())
+        shapes = ", ".join(f"{name} {kind}" for name, kind in kinds)
         raise CheckpointError(f"{source}: expected one linear layer's weight and bias, found {shapes}")
     if weights[0].shape[1] != model.encoder.embedding_dim:
         raise CheckpointError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import matpac_fast as mf
-from matpac_fast.errors import AudioError
+from matpac_fast.errors import AudioError, CheckpointError
 from matpac_fast.official import OfficialMatpac, get_matpac
 
 
@@ -42,6 +42,13 @@ def test_any_float_and_arrays_give_the_same(model, as_given):
 def test_what_is_no_mono_audio_is_named(model, x, message):
     with pytest.raises(AudioError, match=message):
         model(x)
+
+
+def test_a_probe_inside_something_else_is_named(tmp_path):
+    layer = {"weight": torch.ones(10, 960), "bias": torch.zeros(10)}
+    torch.save({"state_dict": layer}, tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match="one linear layer's weight and bias, found state_dict dict"):
+        get_matpac("untrained-nano", probe_checkpoint_paths=tmp_path / "whole.pth", device="cpu")
 
 
 @pytest.mark.parametrize("cast", ["double", "half", "bfloat16"])
