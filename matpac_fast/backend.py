@@ -182,11 +182,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> s
 
     Raises BackendError where a backend is forced that cannot serve this op on this device.
     """
-    if _forced == "reference":
+    forced = _forced  # read once: another thread may set it meanwhile
+    if forced == "reference":
         return "reference"
     table = LAUNCHERS[op].get(device.type, ())
-    if _forced != "auto":
-        return _forced_launcher(op, device, dtype, table)
+    if forced != "auto":
+        return _forced_launcher(forced, op, device, dtype, table)
     if transformed():
         if device.type == "cuda":
             _warn_slow(op, "torch.func transforms it")
@@ -249,24 +250,26 @@ def _obstacle(launcher: str, dtype: torch.dtype | None) -> str | None:
     return unavailable(launcher)
 
 
-def _forced_launcher(op: str, device: torch.device, dtype: torch.dtype | None, table: tuple[str, ...]) -> str:
+def _forced_launcher(
+    forced: str, op: str, device: torch.device, dtype: torch.dtype | None, table: tuple[str, ...]
+) -> str:
     if transformed():
         raise BackendError(
-            f"{op}: backend {_forced!r} is forced, and torch.func transforms the reference alone; use auto or reference"
+            f"{op}: backend {forced!r} is forced, and torch.func transforms the reference alone; use auto or reference"
         )
     # "cuda" means the fastest native CUDA path; an op whose only CUDA path is Triton takes it.
-    launcher = "triton" if _forced == "cuda" and table == ("triton",) else _forced
+    launcher = "triton" if forced == "cuda" and table == ("triton",) else forced
     # Triton's interpreter computes on CPU tensors: that is how its kernels are tested without a GPU.
     interpreted = launcher == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if launcher not in table and not interpreted:
         raise BackendError(
-            f"{op}: backend {_forced!r} is forced and has no path for a tensor on {device.type}; "
+            f"{op}: backend {forced!r} is forced and has no path for a tensor on {device.type}; "
             f"move the tensor or use one of: auto, reference{''.join(', ' + b for b in table)}"
         )
     reason = _obstacle(launcher, dtype)
     if reason is not None:
-        through = "" if launcher == _forced else f", its path being {launcher}"
-        raise BackendError(f"{op}: backend {_forced!r} is forced and cannot run here{through}: {reason}")
+        through = "" if launcher == forced else f", its path being {launcher}"
+        raise BackendError(f"{op}: backend {forced!r} is forced and cannot run here{through}: {reason}")
     return launcher
 
 

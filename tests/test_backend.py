@@ -288,6 +288,17 @@ def test_a_setting_made_earlier_holds_in_its_block_and_more_than_once():
         use_backend("auto")
 
 
+def test_a_backend_that_another_thread_sets_during_a_choice_is_for_the_next(monkeypatch):
+    class Interrupted(dict):
+        def get(self, *args):
+            backend._forced = "reference"
+            return super().get(*args)
+
+    monkeypatch.setitem(backend.LAUNCHERS, "log_mel", Interrupted(backend.LAUNCHERS["log_mel"]))
+    with use_backend("cpp"):
+        assert backend.choose("log_mel", CPU) == "cpp"
+
+
 def test_a_refused_backend_changes_nothing():
     with pytest.raises(BackendError, match="unknown backend 'cub'; expected one of auto, reference, cpp, cuda, triton"):
         use_backend("cub")
