@@ -274,7 +274,7 @@ def _load_registered(
         where = load.value
         try:
             load = load.load()
-        except Exception as error:  # another package's module may fail in any way at its import
+        except (Exception, SystemExit) as error:  # another package's module may fail in any way at its import
             raise CheckpointError(f"encoder {name!r}: {where} does not load: {error}") from error
     options = {}
     if num_heads is not None and "num_heads" in inspect.signature(load).parameters:

@@ -130,6 +130,14 @@ def test_this_packages_names_come_before_other_packages(monkeypatch):
     assert mf.load_encoder("logmel-stats", "cpu").embedding_dim == 160
 
 
+def test_a_package_that_exits_when_it_is_imported_ends_nothing(own_names, tmp_path, monkeypatch):
+    (tmp_path / "quits.py").write_text("raise SystemExit('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    mf.register_encoder("quits", "quits:load")
+    with pytest.raises(CheckpointError, match="encoder 'quits': quits:load does not load: no licence"):
+        mf.load_encoder("quits", "cpu")
+
+
 def test_a_name_of_several_packages_is_refused(monkeypatch):
     places = ("one:load", "two:load")
     entries = [importlib.metadata.EntryPoint("theirs", place, "matpac_fast.encoders") for place in places]
