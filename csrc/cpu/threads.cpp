@@ -21,7 +21,7 @@ GompParallel torch_openmp() {
   return torch ? reinterpret_cast<GompParallel>(dlsym(torch, "GOMP_parallel")) : nullptr;
 }
 
-// A forked child has none of OpenMP's threads and would wait for them without end.
+// A child that is forked from here on has none of OpenMP's threads and would wait for them without end.
 const pid_t loaded_in = getpid();
 
 struct Team {
@@ -41,20 +41,21 @@ void member(void* pointer) {
 
 }  // namespace
 
-void run_parts(int64_t parts, void (*work)(const void*, int64_t), const void* context) {
+void run_parts(int64_t parts, int threads, void (*work)(const void*, int64_t), const void* context) {
   static const GompParallel openmp = torch_openmp();
   Team team{parts, work, context};
-  if (openmp && getpid() == loaded_in) return openmp(member, &team, unsigned(parts), 0);
+  // A team of all that torch has, also for fewer parts: OpenMP would end the others, and torch start them again.
+  if (openmp && getpid() == loaded_in) return openmp(member, &team, unsigned(threads), 0);
 
-  std::vector<std::thread> threads;
-  threads.reserve(size_t(parts - 1));
+  std::vector<std::thread> workers;
+  workers.reserve(size_t(parts - 1));
   try {
-    while (int64_t(threads.size()) < parts - 1) threads.emplace_back(member, &team);
+    while (int64_t(workers.size()) < parts - 1) workers.emplace_back(member, &team);
   } catch (const std::exception&) {
     // no more threads to be had: those there are do the rest
   }
   member(&team);
-  for (std::thread& thread : threads) thread.join();
+  for (std::thread& worker : workers) worker.join();
 }
 
 }  // namespace matpac

@@ -6,8 +6,9 @@
 
 namespace matpac {
 
-// Calls work(context, part) once for every part in [0, parts), on at most `parts` threads, the calling one among them.
-void run_parts(int64_t parts, void (*work)(const void* context, int64_t part), const void* context);
+// Calls work(context, part) once for every part in [0, parts), on at most `threads` threads, the calling one among
+// them.
+void run_parts(int64_t parts, int threads, void (*work)(const void* context, int64_t part), const void* context);
 
 // Runs fn(begin, end) over [0, n) in at most `threads` contiguous parts of at least `grain` items. fn must not throw.
 // A second thread costs microseconds where torch's are awake, and what the system takes to wake one where they sleep.
@@ -17,7 +18,7 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Fn& fn) {
   const auto range = [&](int64_t part) { fn(n * part / parts, n * (part + 1) / parts); };
   using Range = decltype(range);
   if (parts == 1) return range(0);
-  run_parts(parts, [](const void* context, int64_t part) { (*static_cast<Range*>(context))(part); }, &range);
+  run_parts(parts, threads, [](const void* context, int64_t part) { (*static_cast<Range*>(context))(part); }, &range);
 }
 
 }  // namespace matpac

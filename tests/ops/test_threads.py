@@ -20,10 +20,10 @@ from matpac_fast import ops
 def threads():
     return set(os.listdir("/proc/self/task"))
 
-torch.set_num_threads(3)
+torch.set_num_threads(6)
 torch.randn(1 << 22).exp()
-assert len(threads()) >= 3
-wave = torch.randn(64, 160_000) / 10
+assert len(threads()) >= 6
+many, few = torch.randn(64, 160_000) / 10, torch.randn(4, 160_000) / 10  # in more and in fewer parts than threads
 done, seen = threading.Event(), set()
 
 def watch():
@@ -33,11 +33,13 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 before = threads()
-for _ in range(5):
+for wave in (many, few) * 3:
     ops.log_mel(wave)
+after = threads()
 done.set()
 watcher.join()
 assert seen and seen <= before, f"{len(seen - before)} threads were started"
+assert after == before, f"{len(before - after)} threads have ended"
 """
 
 FORKED = """
