@@ -10,9 +10,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import floors
@@ -20,8 +21,9 @@ import torch
 
 from matpac_fast import backend, use_backend
 
+Call = Callable[[], Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SAMPLE = 5e-3  # seconds between two events of a GPU, at least: a few thousand times their resolution
+SAMPLE = 5e-3  # seconds that are timed together, at least: a few thousand times the resolution of a GPU's events
 MOST_CALLS = 100  # and calls at most
 CYCLES = 2e9  # of a GPU a second, about; waiting a little long does no harm
 
@@ -41,7 +43,7 @@ class Case:
     op: str
     size: str
     variant: str
-    make: Callable[[], Callable[[], Any]]
+    make: Callable[[], Call]
     work: floors.Work
     dtype: torch.dtype = torch.float32
 
@@ -53,7 +55,7 @@ class Case:
 def variants(
     op: str,
     size: str,
-    make: Callable[[Callable[..., Any]], Callable[[], Any]],
+    make: Callable[[Callable[..., Any]], Call],
     fast: Any,
     plain: Any,
     work: floors.Work,
@@ -64,7 +66,7 @@ def variants(
     `make(function)` builds the inputs and returns the call; `fast` is the op, `plain` its reference.
     """
 
-    def compiled() -> Callable[[], Any]:
+    def compiled() -> Call:
         torch._dynamo.reset()
         return make(torch.compile(plain))
 
@@ -108,23 +110,20 @@ def clock() -> float:
 
 @dataclass(frozen=True)
 class Pace:
-    """How a call is timed on a GPU: how many of it lie between two events, and how long the device waits for them."""
+    """How many calls are timed together, and for how long a GPU waits before the first."""
 
     calls: int = 1
     hold: float = 0.0  # seconds
 
 
-def pace(call: Callable[[], Any]) -> Pace:
-    """For a call that is warm: as many as last some milliseconds; on a CPU one, and it is not called."""
-    if DEVICE.type != "cuda":
-        return Pace()
+def pace(call: Call) -> Pace:
+    """For a call that is warm: as many as last some milliseconds."""
     seconds, host = timed(call)
-    assert host is not None
     calls = min(MOST_CALLS, math.ceil(SAMPLE / max(seconds, 1e-6)))
-    return Pace(calls, 1.2 * calls * host)
+    return Pace(calls, 1.2 * calls * (host or 0))
 
 
-def timed(call: Callable[[], Any], at: Pace = Pace()) -> tuple[float, float | None]:
+def timed(call: Call, at: Pace = Pace()) -> tuple[float, float | None]:
     """Seconds of one call; and on a GPU, of which these are the device's, those in which the host hands it on.
 
     There the calls lie back to back between two events. The device is held up until the host has queued them all: a
@@ -132,8 +131,9 @@ def timed(call: Callable[[], Any], at: Pace = Pace()) -> tuple[float, float | No
     """
     if DEVICE.type != "cuda":
         start = clock()
-        call()
-        return clock() - start, None
+        for _ in range(at.calls):
+            call()
+        return (clock() - start) / at.calls, None
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if at.hold:
@@ -148,25 +148,50 @@ def timed(call: Callable[[], Any], at: Pace = Pace()) -> tuple[float, float | No
     return begin.elapsed_time(end) / 1e3 / at.calls, host / at.calls
 
 
-def timed_on_gpu(call: Callable[[], Any], seconds: float = 0.5) -> dict[str, Any]:
-    """What an op's row has of a call that is warm: the device's times, of five samples or more, and the host's."""
-    at, samples = pace(call), []
-    until = time.perf_counter() + seconds
-    while len(samples) < 5 or (time.perf_counter() < until and len(samples) < 200):
-        samples.append(timed(call, at))
-    device, host = zip(*samples, strict=True)
-    of_device = summary(list(device))
-    return {
-        "median_ms": of_device["ms"],
-        "fastest_ms": 1e3 * min(device),
-        "spread_ms": of_device["spread_ms"],
-        "host_ms": 1e3 * statistics.median(host),
-        "calls": at.calls,
-    }
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call, turn by turn with those of others; `host` is empty on a CPU."""
+
+    calls: int  # that one turn is the mean of
+    device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        return summary(self.device) | ({"host_ms": 1e3 * statistics.median(self.host)} if self.host else {})
+
+    def over(self, other: Times) -> float:
+        """How many times its seconds those of the other are: the median of the turns' ratios."""
+        return statistics.median(theirs / own for theirs, own in zip(other.device, self.device, strict=True))
 
 
-def _best(call: Callable[[], Any], rounds: int) -> float:
-    return min(timed(call, Pace(calls=3))[0] for _ in range(rounds))
+def turn_by_turn(
+    calls: dict[str, Call], more: Callable[[int], bool], served_by: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Times]:
+    """Time calls that are warm for as long as `more(turns so far)`; `served_by` has the backends to force, by name.
+
+    A machine that slows down then slows all of them.
+    """
+    paces: dict[str, Pace] = {}
+    times: dict[str, Times] = {}
+    for name, call in calls.items():
+        with use_backend(served_by.get(name, "auto")):
+            paces[name] = pace(call)
+        times[name] = Times(paces[name].calls)
+    turns = 0
+    while more(turns):
+        for name, call in calls.items():
+            with use_backend(served_by.get(name, "auto")):
+                device, host = timed(call, paces[name])
+            times[name].device.append(device)
+            if host is not None:
+                times[name].host.append(host)
+        turns += 1
+    return times
+
+
+def _best(call: Call, rounds: int) -> float:
+    at = pace(call)
+    return min(timed(call, at)[0] for _ in range(rounds))
 
 
 @functools.cache
@@ -194,7 +219,7 @@ def answer(*command: str) -> str:
     return run.stdout
 
 
-def peak_extra_mib(call: Callable[[], Any]) -> float | None:
+def peak_extra_mib(call: Call) -> float | None:
     """MiB above what was there before the call, its outputs included; None where the system does not tell."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -220,59 +245,72 @@ def _status_kib(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def run(benchmark: Any, case: Case) -> None:
-    """Time `case` with pytest-benchmark and leave all that the table needs in its `extra_info`."""
-    with use_backend(case.variant if case.variant in launchers(case.op) else "auto"):
-        call = case.make()
-        start = clock()
-        call()
-        first = clock() - start
-        call()
-        peak = peak_extra_mib(call)
-        if DEVICE.type == "cuda":
-            benchmark.extra_info.update(timed_on_gpu(call))
-            benchmark.pedantic(call)  # once: its record is what the numbers travel in
-        else:
-            benchmark(call)
-    benchmark.extra_info.update(
-        op=case.op,
-        size=case.size,
-        variant=case.variant,
-        device=DEVICE.type,
-        first_call_ms=1e3 * first,
-        floor_ms=1e3 * case.floor(),
-        bytes=case.work.bytes,
-        flops=case.work.flops,
-        peak_extra_mib=peak,
-    )
+def run(benchmark: Any, cases: list[Case], seconds: float) -> None:
+    """Time the variants of one op at one size turn by turn, and leave their rows in the benchmark's `extra_info`.
+
+    One that fails leaves the others theirs, and is raised after them.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Call] = {}
+    failed: list[Exception] = []
+    served_by = {case.variant: case.variant for case in cases if case.variant in launchers(case.op)}
+    for case in cases:
+        try:
+            with use_backend(served_by.get(case.variant, "auto")):
+                call = case.make()
+                start = clock()
+                call()
+                first = clock() - start
+                call()
+                peak = peak_extra_mib(call)
+        except Exception as error:
+            failed.append(error)
+            continue
+        calls[case.variant] = call
+        rows[case.variant] = {
+            "op": case.op,
+            "size": case.size,
+            "variant": case.variant,
+            "device": DEVICE.type,
+            "first_call_ms": 1e3 * first,
+            "floor_ms": 1e3 * case.floor(),
+            "bytes": case.work.bytes,
+            "flops": case.work.flops,
+            "peak_extra_mib": peak,
+        }
+    until = time.perf_counter() + seconds * len(calls)
+    times = turn_by_turn(calls, lambda turns: turns < 5 or (time.perf_counter() < until and turns < 200), served_by)
+    for name, row in rows.items():
+        own = times[name]
+        found = own.row()
+        row |= {"median_ms": found.pop("ms"), "fastest_ms": 1e3 * min(own.device), "turns": len(own.device), **found}
+        row["over"] = {other: own.over(theirs) for other, theirs in times.items() if other != name}
+    benchmark.pedantic(lambda: None)  # its record is what the rows travel in
+    benchmark.extra_info["rows"] = list(rows.values())
+    if failed:
+        raise failed[0]
 
 
-def told(info: dict[str, Any], median: float, fastest: float) -> tuple[dict[str, Any], float, float]:
-    """A benchmark's numbers for the table: a GPU's own where it has them, else pytest-benchmark's, seconds."""
-    return info, info.get("median_ms", 1e3 * median) / 1e3, info.get("fastest_ms", 1e3 * fastest) / 1e3
-
-
-def table(results: list[tuple[dict[str, Any], float, float]]) -> list[str]:
-    """Lines of the whole table from (extra_info, median, fastest) of each benchmark, seconds."""
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of the whole table."""
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"{name}: copy {bandwidth() / 1e9:.0f} GB/s, float32 product {matrix_rate(torch.float32) / 1e9:.0f} GFLOP/s",
         f"{'op':<20} {'size':<35} {'variant':<20} {'ms':>9} {'fastest':>9} {'rate':>14} {'of floor':>8} "
         f"{'x reference':>11} {'extra MiB':>9}" + f" {'host ms':>9}" * (DEVICE.type == "cuda"),
     ]
-    references = {(i["op"], i["size"]): median for i, median, _ in results if i["variant"] == "reference"}
-    for info, median, fastest in results:
-        work, unit = (info["flops"], "GFLOP/s") if info["flops"] else (info["bytes"], "GB/s")
-        peak = "" if info["peak_extra_mib"] is None else f"{info['peak_extra_mib']:.1f}"
-        against = references.get((info["op"], info["size"]))
-        speedup = "" if against is None else f"{against / median:.2f}"
-        rate = f"{work / median / 1e9:.1f} {unit}"
+    for row in rows:
+        work, unit = (row["flops"], "GFLOP/s") if row["flops"] else (row["bytes"], "GB/s")
+        peak = "" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.1f}"
+        over = row["over"].get("reference")
+        speedup = "" if over is None else f"{over:.2f}"
+        rate = f"{work / row['median_ms'] / 1e6:.1f} {unit}"
         lines.append(
-            f"{info['op']:<20} {info['size']:<35} {info['variant']:<20} {1e3 * median:>9.3f} {1e3 * fastest:>9.3f} "
-            f"{rate:>14} {info['floor_ms'] / 1e3 / median:>8.0%} {speedup:>11} {peak:>9}"
-            + (f" {info['host_ms']:>9.3f}" if "host_ms" in info else "")
+            f"{row['op']:<20} {row['size']:<35} {row['variant']:<20} {row['median_ms']:>9.3f} "
+            f"{row['fastest_ms']:>9.3f} {rate:>14} {row['floor_ms'] / row['median_ms']:>8.0%} {speedup:>11} {peak:>9}"
+            + (f" {row['host_ms']:>9.3f}" if "host_ms" in row else "")
         )
     lines.append("first call, what it compiles included:")
-    for info, _, _ in results:
-        lines.append(f"{info['op']:<20} {info['size']:<35} {info['variant']:<20} {info['first_call_ms']:>9.1f}")
+    for row in rows:
+        lines.append(f"{row['op']:<20} {row['size']:<35} {row['variant']:<20} {row['first_call_ms']:>9.1f}")
     return lines

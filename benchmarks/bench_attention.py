@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -121,20 +120,11 @@ def compare(part: Part, batch: int, dtype: torch.dtype, rounds: int) -> list[dic
         error = difference(result, results["math"])
         if not error <= (1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps):
             sys.exit(f"{part.name}: {name} differs from math by {error:.1e}")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    hosts: dict[str, list[float | None]] = {name: [] for name in calls}
-    paces = {name: _timing.pace(call) for name, call in calls.items()}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds, host = _timing.timed(call, paces[name])
-            times[name].append(seconds)
-            hosts[name].append(host)
-    for name, seconds in times.items():
-        ratio = statistics.median(b / s for b, s in zip(times["default"], seconds, strict=True))
+    times = _timing.turn_by_turn(calls, lambda turns: turns < rounds)
+    for name, own in times.items():
+        ratio = own.over(times["default"])
         row = {"part": part.name, "layers": part.layers, "tokens": part.tokens, "backend": name, "speedup": ratio}
-        row |= _timing.summary(seconds)
-        if None not in hosts[name]:
-            row["host_ms"] = 1e3 * statistics.median(hosts[name])
+        row |= own.row()
         rows.append(row)
         step = f"{row['ms'] * part.layers:>11.2f}"
         print(f"{part.name:<18}{name:<11}{part.tokens:>6}{row['ms']:>10.3f}{step}{ratio:>10.2f}x")

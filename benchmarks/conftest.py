@@ -20,8 +20,8 @@ def cold_caches() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    done = [b for b in session.benchmarks if "op" in b.extra_info and b.stats.data] if session else []
-    if done:
+    rows = [row for b in session.benchmarks for row in b.extra_info.get("rows", ())] if session else []
+    if rows:
         terminalreporter.section("ops")
-        for line in _timing.table([_timing.told(b.extra_info, b.stats.median, b.stats.min) for b in done]):
+        for line in _timing.table(rows):
             terminalreporter.line(line)

@@ -252,14 +252,8 @@ def results(out: Path) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 found[name] = json.loads(text)
     if "ops" in found:
-        found["ops"] = [op_row(bench) for bench in found["ops"]["benchmarks"]]
+        found["ops"] = [row for bench in found["ops"]["benchmarks"] for row in bench["extra_info"].get("rows", ())]
     return found
-
-
-def op_row(bench: dict[str, Any]) -> dict[str, Any]:
-    """Of the times pytest-benchmark's, unless the row has its own: the device's, on a GPU."""
-    median, fastest, q1, q3 = (1e3 * bench["stats"][name] for name in ("median", "min", "q1", "q3"))
-    return {"median_ms": median, "fastest_ms": fastest, "spread_ms": [q1, q3]} | bench["extra_info"]
 
 
 def table_of(said: str) -> list[str]:

@@ -235,37 +235,65 @@ class FakeGpu:
 def test_a_gpu_is_timed_back_to_back_and_its_host_apart(monkeypatch, host, device, calls):
     gpu = FakeGpu(monkeypatch, host, device)
     assert _timing.pace(gpu.call).calls == calls
-    found = _timing.timed_on_gpu(gpu.call)
-    assert found["median_ms"] == pytest.approx(1e3 * device)
-    assert found["fastest_ms"] == pytest.approx(1e3 * device)
-    assert found["host_ms"] == pytest.approx(1e3 * host)
-    assert found["calls"] == calls
+    found = _timing.turn_by_turn({"a": gpu.call}, lambda turns: turns < 3)["a"]
+    assert found.device == pytest.approx([device] * 3)
+    assert found.row()["host_ms"] == pytest.approx(1e3 * host)
+    assert found.calls == calls
     assert min(gpu.held) > calls * host * 2e9  # the device begins when all is queued
 
 
-def test_the_ops_row_of_a_gpu_has_the_devices_time(monkeypatch):
-    gpu = FakeGpu(monkeypatch, 5e-5, 1e-5)
+def test_the_variants_of_an_op_take_turns_and_one_that_fails_leaves_the_others_their_rows(monkeypatch):
+    gpu = FakeGpu(monkeypatch, 1e-5, 0.0)
     monkeypatch.setattr(_timing, "bandwidth", lambda: 50.0)
     monkeypatch.setattr(_timing, "matrix_rate", lambda dtype: 10.0)
     monkeypatch.setattr(_timing, "peak_extra_mib", lambda call: 1.0)
+    order, slowing = [], itertools.count(1)
+
+    def call(name, seconds):
+        order.append((name, _timing.backend._forced))
+        gpu.device = seconds * (next(slowing) // 4)  # the device slows down as the turns go by
+        gpu.call()
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    makes = {
+        "reference": lambda: partial(call, "reference", 0.02),
+        "compiled reference": broken,
+        "cpp": lambda: partial(call, "cpp", 0.01),
+    }
+    monkeypatch.setattr(_timing, "launchers", lambda op: ("cpp",))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     benchmark = SimpleNamespace(extra_info={}, pedantic=lambda call: call())
-    _timing.run(benchmark, Case("an op", "", "reference", lambda: gpu.call, floors.Work(100)))
-    assert benchmark.extra_info["median_ms"] == pytest.approx(1e-2)
-    stats = {"median": 1.0, "min": 1.0, "q1": 1.0, "q3": 1.0}
-    row = importlib.import_module("sheet").op_row({"stats": stats, "extra_info": benchmark.extra_info})
-    assert (row["median_ms"], row["host_ms"]) == (pytest.approx(1e-2), pytest.approx(5e-2))
-    assert _timing.told(benchmark.extra_info, 1.0, 1.0)[1] == pytest.approx(1e-5)
-    assert "host, ms |" in "\n".join(report.op_table([row]))
-    assert _timing.told({}, 2.0, 1.0) == ({}, 2.0, 1.0)
+    cases = [Case("an op", "", variant, make, floors.Work(100)) for variant, make in makes.items()]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        _timing.run(benchmark, cases, 0.1)
+    plain, fast = benchmark.extra_info["rows"]
+    assert order[-4:] == [("reference", "auto"), ("cpp", "cpp")] * 2
+    assert (plain["variant"], fast["variant"]) == ("reference", "cpp")
+    assert fast["over"] == {"reference": pytest.approx(2, rel=0.3)}
+    assert (fast["turns"], fast["floor_ms"]) == (5, 2000)
+    assert "host, ms |" in "\n".join(report.op_table([plain, fast]))
+    assert f"{fast['over']['reference']:.2f}" in "\n".join(_timing.table([fast]))
 
 
-def test_a_cpu_is_timed_call_by_call():
-    calls = []
-    assert _timing.pace(lambda: calls.append(1)) == _timing.Pace()
-    assert calls == []
-    seconds, host = _timing.timed(lambda: calls.append(1))
-    assert (calls, host) == ([1], None)
-    assert seconds > 0
+def test_a_result_with_turns_has_their_ratio_and_an_older_one_that_of_its_medians(result):
+    reference, ours = result["ops"]
+    assert report.speedup(ours, reference) == 8.0
+    assert report.speedup(ours | {"over": {"reference": 7.5}}, reference) == 7.5
+
+
+def test_a_cpu_is_timed_over_some_milliseconds_of_calls(monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
+
+    def call():
+        calls.append(1)
+        now[0] += 2e-3
+
+    assert _timing.pace(call) == _timing.Pace(3)
+    seconds, host = _timing.timed(call, _timing.Pace(3))
+    assert (seconds, host, len(calls)) == (pytest.approx(2e-3), None, 4)
 
 
 def test_attention_may_differ_by_roundings_of_large_numbers():
