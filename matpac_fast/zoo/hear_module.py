@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -194,13 +195,16 @@ def _asks_for_one(load_model: Callable[..., Any]) -> bool:
 
 
 def _settings(name: str, module: ModuleType, weights: str) -> dict[str, Any]:
-    """The module, its package's version or else its file, and the weights' content where they are a file."""
-    settings = {"kind": "hear", "module": name, "weights": weights}
+    """The module, its package's version and its file, and the content of the weights where they are a file or folder."""
+    settings: dict[str, Any] = {"kind": "hear", "module": name, "weights": weights}
     top = name.partition(".")[0]
-    versions = [importlib.metadata.version(p) for p in importlib.metadata.packages_distributions().get(top, ())]
-    settings["version"] = ",".join(versions)
-    if not versions and module.__file__:
-        settings["version"] = sha256(module.__file__)
-    if weights and os.path.isfile(weights):
+    told = [importlib.metadata.version(p) for p in importlib.metadata.packages_distributions().get(top, ())]
+    if module.__file__:  # a package that is being written changes under one version
+        told.append(sha256(module.__file__))
+    settings["version"] = ",".join(told)
+    if os.path.isfile(weights):
         settings["weights"] = sha256(weights)
+    elif os.path.isdir(weights):  # as TensorFlow's
+        inside = sorted(path for path in Path(weights).rglob("*") if path.is_file())
+        settings["weights"] = [(path.relative_to(weights).as_posix(), sha256(path)) for path in inside]
     return settings

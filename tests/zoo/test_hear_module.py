@@ -187,6 +187,33 @@ def test_weights_are_handed_over_and_decide_the_id(module, tmp_path):
         load_encoder(f"hear:{name}:no.pt", "cpu")
 
 
+def test_a_folder_of_weights_and_a_module_that_is_being_written_decide_the_id(module, tmp_path, monkeypatch):
+    """As a SavedModel of TensorFlow, whose numbers torch does not know; and a package installed in place."""
+    unknown = """
+        import pathlib
+        torch_model, torch_scene = load_model, get_scene_embeddings
+        class Plain:
+            sample_rate, scene_embedding_size, timestamp_embedding_size = 8_000, 6, 1
+        def load_model(folder):
+            model = Plain()
+            model.gain = float((pathlib.Path(folder) / "variables" / "gain").read_text())
+            return model
+        def get_scene_embeddings(audio, model):
+            return torch_scene(audio, torch_model()) * model.gain
+    """
+    name = module("fake_hear", unknown)
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: {name: ["torch"]})  # it has a version
+    inside = tmp_path / "saved" / "variables"
+    inside.mkdir(parents=True)
+    ids = []
+    for gain, more in (("1", ""), ("2", ""), ("2", "\n# another way")):
+        (inside / "gain").write_text(gain)
+        (tmp_path / f"{name}.py").write_text((tmp_path / f"{name}.py").read_text() + more)
+        ids += [load_encoder(f"hear:{name}:{tmp_path / 'saved'}", "cpu").id for _ in range(2)]
+    assert ids[::2] == ids[1::2]
+    assert len(set(ids)) == 3
+
+
 def test_no_frames_where_timestamps_have_another_size_or_no_distance(module):
     bigger = "Model.timestamp_embedding_size = 12"
     uneven = """
