@@ -195,7 +195,7 @@ def _asks_for_one(load_model: Callable[..., Any]) -> bool:
 
 
 def _settings(name: str, module: ModuleType, weights: str) -> dict[str, Any]:
-    """The module, its package's version and its file, and the content of the weights where they are a file or folder."""
+    """The module, its package's version and its file, and the content of weights that are a file or a folder."""
     settings: dict[str, Any] = {"kind": "hear", "module": name, "weights": weights}
     top = name.partition(".")[0]
     told = [importlib.metadata.version(p) for p in importlib.metadata.packages_distributions().get(top, ())]
