@@ -179,14 +179,16 @@ class FoldProbes:
             if self.multi:  # without a class that both sides have there is nothing to score
                 trained, validated = (np.nansum(targets[learn[side]], 0) > 0 for side in (~held, held))
                 usable = bool((trained & validated).any())
-            else:  # a class of one group stays with the training clips
-                held &= np.isin(targets[learn], targets[learn[~held]])
+            else:  # a group with a class of its own stays, whole, with the training clips
+                alone = held & ~np.isin(targets[learn], targets[learn[~held]])
+                held &= ~np.isin(groups[learn], groups[learn[alone]])
                 usable = bool(held.any())
             if usable:
                 return np.sort(learn[held])
         raise ConfigError(
-            "probe: no class has training clips in two groups; expected that of one at least, so that some can be held "
-            "out to validate on, or validation clips of the task's own, as the split valid of a clips.csv"
+            "probe: no class has training clips in two groups, or each group has a class of its own; expected a group "
+            "whose classes others have too, to hold out and validate on, or validation clips of the task's own, as the "
+            "split valid of a clips.csv"
         )
 
     def _features(self, values: Tensor, learn: Tensor, test: Tensor) -> None:

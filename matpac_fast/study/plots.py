@@ -221,6 +221,6 @@ def _latency(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> N
         axis.errorbar([c.temporal_support for c in mine], y, bars, capsize=2, elinewidth=1, markersize=5, **style)
     _ts_axis(axis, [c.temporal_support for c in costs])
     _log_axis(axis, "y")
-    axis.set_ylabel("milliseconds")
+    axis.set_ylabel(f"milliseconds for {_windows(costs[0].batch)}")
     _legend(figure, axis)
     _save(figure, path)

@@ -36,7 +36,7 @@ from .cost import Cost, device_name, dtype_name, measure
 from .linear import ProbeConfig, Probed, probe
 from .results import Cell, Progress, add_cost, ignored, read_costs
 
-_PROBES = 2  # raised where stored probes may be wrong: those of 1 may lack clips, or be untrained
+_PROBES = 3  # raised where stored probes may be wrong: those of 2 may be chosen on groups that they learnt from
 _OURS = {"probes", "cost.parquet", "results.parquet", "problems.txt"}  # and embeddings/, the first to be there
 _SHORTEST = 1e-3  # seconds that a window or a hop has at least
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
