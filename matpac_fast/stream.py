@@ -119,8 +119,9 @@ class Stream:
     def _joined(self, found: list[Embeddings]) -> Embeddings:
         if not found:
             layers = (self._encoder.n_layers,) if self._windowing.layers == "all" else ()
-            nothing = torch.empty(0, dtype=torch.float64)
-            empty = torch.empty(0, *layers, self._encoder.embedding_dim, device=self._encoder.device)
+            nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+            shape = (0, *layers, self._encoder.embedding_dim)
+            empty = torch.empty(shape, dtype=torch.float32, device=self._encoder.device)
             return Embeddings(empty, nothing, nothing)
         return Embeddings(*(torch.cat([getattr(f, name) for f in found]) for name in ("values", "start", "end")))
 
@@ -161,7 +162,7 @@ class WholeStream(Stream):
         if not self._finished:
             return self._joined([])
         assert self._sum is not None
-        end = torch.tensor([self._received / rate], dtype=torch.float64)
+        end = torch.tensor([self._received / rate], dtype=torch.float64, device="cpu")
         return Embeddings(self._sum / self._columns, torch.zeros_like(end), end)
 
 

@@ -88,6 +88,21 @@ def test_pcm_and_tensors_stream_alike(encoder):
         torch.testing.assert_close(joined(found)[0], want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("support", [0.5, None])
+def test_the_applications_defaults_change_nothing(encoder, support):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # as torch.set_default_device("cuda") in a service with the encoder on the CPU
+            stream = encoder.stream(SECOND, support)
+            found = [stream.push(noise(100)), stream.push(noise(2 * SECOND)), stream.finish()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not len(found[0])
+    for part in found:
+        assert [part.values.dtype, part.start.dtype, part.end.dtype] == [torch.float32, torch.float64, torch.float64]
+        assert {t.device.type for t in (part.values, part.start, part.end)} == {"cpu"}
+
+
 def test_bad_blocks_and_ended_streams_say_so(encoder):
     stream = encoder.stream(SECOND, temporal_support=0.1)
     with pytest.raises(AudioError, match=r"block is \(2, 800\); expected \(S,\), mono"):
