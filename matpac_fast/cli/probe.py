@@ -15,7 +15,7 @@ from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.loop import pick_device
 from ..weights import DEFAULT
-from .study import _numbers, _stages, check_resamples, left_out
+from .study import _numbers, _stages, check_resamples, copies, left_out
 
 
 def main(
@@ -102,6 +102,6 @@ def main(
             f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f}), "
             f"{row['test_clips']} test clips, {row['folds']} folds, {row['seeds']} seeds"
         )
-    for line in left_out(cells)[0]:
+    for line in [*copies(results), *left_out(cells)[0]]:
         print(line)
     return 0

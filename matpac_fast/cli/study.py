@@ -283,9 +283,13 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
         if beyond:
             text = f"{task}: no clip is longer than {longest:.3g} s; beyond that a longer temporal support {more} "
             found.append(text + f"(here at {', '.join(f'{ts:g}' for ts in beyond)} s).")
-    shared = {row["task"]: row["shared_audio"] for row in tables.results if row["shared_audio"]}
-    found += [f"{task}: {n} test clips are copies of training clips, by their bytes." for task, n in shared.items()]
-    return found
+    return found + copies(tables.results)
+
+
+def copies(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each task that tests on audio that it learns from."""
+    shared = {row["task"]: row["shared_audio"] for row in results if row["shared_audio"]}
+    return [f"{task}: {n} test clips are copies of training clips, by their bytes." for task, n in shared.items()]
 
 
 def _unsteady(costs: Sequence[Cost], path: Path) -> list[str]:

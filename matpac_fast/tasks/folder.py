@@ -46,6 +46,19 @@ def _listed(layout: Layout, seed: int) -> Task:
     rows = layout.rows("clips.csv", ["path", "label"])
     if not rows:
         raise DatasetError(f"{layout.folder / 'clips.csv'} lists no clips")
+    listed: set[str] = set()
+    for row in rows:
+        if any(row.get(None, "")):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            raise DatasetError(
+                f"{layout.folder / 'clips.csv'}: the row of {row['path']} has more fields than the header; expected as "
+                'many, and "" around one that holds a comma'
+            )
+        if (path := os.path.normpath(row["path"])) in listed:
+            raise DatasetError(
+                f"{layout.folder / 'clips.csv'} lists {row['path']} twice; expected each clip in one row, with ; "
+                "between several labels"
+            )
+        listed.add(path)
     for row in rows:  # "piano; drums" has the drums of "drums"
         row["label"] = ";".join(label.strip() for label in row["label"].split(";"))
     multi = any(";" in row["label"] or not row["label"] or row["label"].startswith("?") for row in rows)
@@ -103,6 +116,8 @@ def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strat
         train, valid, test = (np.flatnonzero(splits == part) for part in _SPLITS)
         folds = [Fold(train, test, valid if len(valid) else None)]
     elif any(row.get("fold") for row in rows):
+        if bare := next((row for row in rows if not row["fold"]), None):
+            raise DatasetError(f"{layout.folder / 'clips.csv'}: {bare['path']} has no fold; expected one for each clip")
         folds = rotate_folds(np.array([row.get("fold", "") for row in rows]))
     elif len(np.unique(groups)) < _FOLDS:
         few = len(np.unique(groups))

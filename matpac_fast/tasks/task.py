@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -165,7 +166,7 @@ class Layout:
     ) -> list[dict[str, str]]:
         """The rows of a CSV file that has at least these columns; without a header they are all its columns."""
         reader = csv.DictReader(
-            self.text(name).splitlines(), None if header else list(columns), delimiter=delimiter, restval=""
+            io.StringIO(self.text(name)), None if header else list(columns), delimiter=delimiter, restval=""
         )
         rows = list(reader)
         if lacking := [column for column in columns if column not in (reader.fieldnames or ())]:

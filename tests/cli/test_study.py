@@ -124,6 +124,16 @@ def test_probe_says_the_studys_score(study, encoder_file, clips, capsys, monkeyp
     assert "tones, even" in lines[1]
 
 
+def test_probe_tells_of_copies_among_training_and_test_clips(tmp_path, capsys):
+    for label, pitch in (("low", 200), ("high", 900)):
+        (tmp_path / label).mkdir()
+        for i in range(5):
+            soundfile.write(tmp_path / label / f"{i}.wav", np.sin(pitch * np.arange(1_600) / 16_000), 16_000)
+    arguments = ["probe", "--encoder", "logmel-stats", "--task", f"folder:{tmp_path}", "--temporal-support", "0.1"]
+    assert cli.main([*arguments, "--seeds", "1", "--resamples", "5", "--device", "cpu"]) == 0
+    assert "10 test clips are copies of training clips, by their bytes." in capsys.readouterr().out
+
+
 def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sweep, "measure", measured_here)
     monkeypatch.setattr("matpac_fast.study.cost._SECONDS", 0.0)

@@ -277,6 +277,29 @@ def test_three_clips_of_a_rare_label_are_enough_beside_other_labels(tmp_path):
     assert {f"once {i}" for i in range(45)} <= {name for name, _ in caught.value.problems}
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("path,label\ncat/0.wav,cat\ncat/1.wav,cat, purring\n", "row of cat/1.wav has more fields than the header"),
+        ("path,label\ncat/0.wav,cat\n./cat/0.wav,pet\n", "lists ./cat/0.wav twice; .*, with ; between several"),
+        ("path,label,fold\ncat/0.wav,cat,1\ncat/1.wav,cat,\n", "cat/1.wav has no fold; expected one for each clip"),
+    ],
+)
+def test_a_list_that_would_be_misread_is_an_error(tmp_path, text, line):
+    miniature.folder(tmp_path, clips=2)
+    (tmp_path / "clips.csv").write_text(text + "dog/0.wav,dog,\n")
+    with pytest.raises(DatasetError, match=line):
+        load_task(f"folder:{tmp_path}")
+
+
+def test_a_label_may_hold_what_ends_lines_elsewhere(tmp_path):
+    miniature.folder(tmp_path, clips=5)
+    labels = {"cat": "cat,\u2028old", "dog": "dog\x85old", "owl": "owl\nold"}
+    rows = [dict(path=f"{name}/{i}.wav", label=label) for name, label in labels.items() for i in range(5)]
+    miniature.table(tmp_path / "clips.csv", rows)
+    assert load_task(f"folder:{tmp_path}").classes == tuple(labels.values())
+
+
 @pytest.mark.parametrize(("split", "word"), [("test", "test"), ("valid", "validation")])
 def test_clips_of_no_class_have_no_mean_average_precision(tmp_path, split, word):
     miniature.folder(tmp_path, clips=6)
