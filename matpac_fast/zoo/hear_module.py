@@ -39,8 +39,8 @@ class HearEncoder(AudioEncoder):
     """A model of a HEAR module; what the API does not tell is found by asking it.
 
     The shortest window is the fewest samples for which the module gives finite numbers. There are frame embeddings
-    where scene and timestamp embeddings have one size and the timestamps of two seconds of noise come at one distance;
-    a frame is told to start `frame_samples` after the one before, the first at 0.
+    where scene and timestamp embeddings have one size and the timestamps of two seconds of noise, in milliseconds, come
+    at one distance; a frame is told to start `frame_samples` after the one before, the first at 0.
 
     Args:
         module: the name of one with the functions of the API.
@@ -88,6 +88,14 @@ class HearEncoder(AudioEncoder):
                 _, times = self._timestamps(noise)
             except _ANY as error:  # scenes are embedded all the same
                 _log.info("hear:%s: no frame embeddings: %s: %s", self._module, type(error).__name__, error)
+                return self
+            if len(times) > 1 and times[-1] < 10 * _PROBE_SECONDS:  # a hundredth of what was heard
+                _log.info(
+                    "hear:%s: no frame embeddings: timestamps of %g s end at %g; the API has milliseconds",
+                    self._module,
+                    _PROBE_SECONDS,
+                    times[-1].item(),
+                )
                 return self
             steps = times.diff() * self.sample_rate / 1000
             if len(steps) and (steps - steps[0]).abs().max() < 1 and round(steps[0].item()) > 0:

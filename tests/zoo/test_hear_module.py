@@ -214,14 +214,21 @@ def test_a_folder_of_weights_and_a_module_that_is_being_written_decide_the_id(mo
     assert len(set(ids)) == 3
 
 
-def test_no_frames_where_timestamps_have_another_size_or_no_distance(module):
+def test_no_frames_where_timestamps_have_another_size_no_distance_or_no_milliseconds(module):
     bigger = "Model.timestamp_embedding_size = 12"
     uneven = """
         def get_timestamp_embeddings(audio, model):
             found = model(audio)
             return found, (torch.arange(found.shape[1]) ** 2.0).expand(len(audio), -1)
     """
-    for i, more in enumerate((bigger, uneven)):
+    seconds = """
+        Model.sample_rate = 16_000
+        in_ms = get_timestamp_embeddings
+        def get_timestamp_embeddings(audio, model):
+            found, times = in_ms(audio, model)
+            return found, times / 1000
+    """
+    for i, more in enumerate((bigger, uneven, seconds)):
         encoder = load_encoder(f"hear:{module(f'fake_hear_{i}', more)}", "cpu")
         assert encoder.frame_samples is None
         assert encoder.embed(noise(8_000), 8_000).values.shape == (1, 6)
