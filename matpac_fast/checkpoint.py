@@ -360,7 +360,7 @@ def read_latest(run: Path) -> str:
         CheckpointError: `latest` is there and cannot be read.
     """
     try:
-        name = (run / "latest").read_text(encoding="utf-8").strip()
+        name = (run / "latest").read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         name = ""
     except OSError as error:

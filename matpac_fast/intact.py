@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from . import checkpoint, distcp
 from .errors import CheckpointError
@@ -22,10 +23,29 @@ def _is_whole(folder: Path) -> bool:
         else:
             for name in ("model", "optimizer"):
                 checkpoint.load(folder / f"{name}.safetensors")
-        json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (CheckpointError, OSError, json.JSONDecodeError):
+        read_state(folder)
+    except CheckpointError:
         return False
     return True
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json holds: its step, which is the folder's, and the seconds until then.
+
+    Raises:
+        CheckpointError: it cannot be read, or is another checkpoint's.
+    """
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        name = f"step-{state['step']:08d}"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    if name != folder.name:
+        raise CheckpointError(f"{path}: damaged: it is that of {name}")
+    return state
 
 
 @contextlib.contextmanager

@@ -73,17 +73,15 @@ def versions() -> dict[str, str]:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a log; a last line that a killed process left unfinished is not one."""
+    """The records of a log; a line that is none, as a killed process leaves its last one, is passed over."""
     records = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return records
 
 

@@ -31,7 +31,7 @@ from .. import checkpoint, distcp
 from ..config import PRESETS, MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
-from ..intact import intact_named
+from ..intact import intact_named, read_state
 from ..model import Matpac
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, cut_like, is_sharded
@@ -52,7 +52,9 @@ def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
         return config
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, KeyError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: no JSON, or no UTF-8
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
@@ -99,6 +101,7 @@ class RunFolder:
         if others and not (self.path / "config.json").exists():
             raise ConfigError(f"{self.path} is not empty and holds no run; give a new folder")
         self._checkpoints = self.path / "checkpoints"
+        self._held: int | None = None  # the folder, opened while it is locked
 
     @property
     def log(self) -> Path:
@@ -120,7 +123,21 @@ class RunFolder:
                     f"{self.path} cannot be locked ({error.strerror}): see to it that no second run writes there",
                     stacklevel=2,
                 )
-            yield
+            self._held = os.open(self.path, os.O_RDONLY)
+            try:
+                yield
+            finally:
+                os.close(self._held)
+                self._held = None
+
+    def _check_still_there(self) -> None:
+        """That no checkpoint lands in the run of somebody who has removed this one and begun again."""
+        if self._held is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._held), os.stat(self.path)):
+                return
+        raise CheckpointError(f"{self.path} was removed, moved or replaced since this run began to train into it")
 
     def latest(self) -> Path | None:
         """Folder of the newest checkpoint, or None where there is none yet."""
@@ -133,10 +150,12 @@ class RunFolder:
         Rank 0 alone calls it, or every rank where each has a part.
 
         Raises:
-            CheckpointError: the disk is full or failing; the checkpoint before is untouched.
+            CheckpointError: the disk is full or failing, and the checkpoint before is untouched; or the folder is no
+                longer this run's.
         """
         from safetensors import SafetensorError
 
+        self._check_still_there()
         name = f"step-{snapshot.state['step']:08d}"
         done = self._checkpoints / name
         part = self._checkpoints / (name + _PART)
@@ -211,11 +230,7 @@ class RunFolder:
                 moments.update(checkpoint.load(folder / "optimizer.safetensors")[0])
             checkpoint.check_fits(model.state_dict(), weights, str(folder))
             check_optimizer_tensors(model, moments, str(folder))
-            try:
-                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            except (OSError, json.JSONDecodeError) as error:
-                raise CheckpointError(f"{folder / 'state.json'}: cannot be read: {error}") from None
-            return state, list(moments), parts if in_parts else None
+            return read_state(folder), list(moments), parts if in_parts else None
 
         def read_or_name_another() -> tuple[dict[str, Any], list[str], Path | None] | None:
             with intact_named(self.path, "to go on from it, echo {name} > {run}/latest"):
@@ -234,15 +249,14 @@ class RunFolder:
         return state
 
     def _prune(self, keep_last: int, keep_every: int | None) -> None:
-        """Remove what is neither among the newest nor a multiple of `keep_every`, and what killed processes left."""
+        """Remove the checkpoints that are neither among the newest nor of a multiple of `keep_every`."""
         latest = self.latest()
-        folders = sorted(self._checkpoints.glob("step-*"))
-        whole = [p for p in folders if not p.name.endswith(_PART)]
+        whole = sorted(p for p in self._checkpoints.glob("step-*") if p.name[5:].isdigit())  # not somebody's copies
         older = [p for p in whole if p != latest]
         kept = {latest, *older[max(0, len(older) - keep_last + 1) :]}
         if keep_every:
             kept |= {p for p in whole if int(p.name.removeprefix("step-")) % keep_every == 0}
-        for folder in folders:
+        for folder in whole:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -177,6 +177,53 @@ def test_the_newest_intact_checkpoint_is_named_beside_a_damaged_one(tmp_path, co
         pretrain(corpus, run, model_config, config)
 
 
+@pytest.mark.parametrize("held", [b"{}", b"[]", b"\xff", b'{"step": 4, "seconds": 1.0}'])
+def test_a_state_that_is_not_the_checkpoints_is_no_first_step(tmp_path, corpus, model_config, train_config, held):
+    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(5))
+    (tmp_path / "run" / "checkpoints" / "step-00000005" / "state.json").write_bytes(held)
+    with pytest.raises(CheckpointError, match=r"step-00000005/state.json: .*step-00000004 is intact"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)
+
+
+@pytest.mark.parametrize(
+    "config", [b"\xff", b"[]", b'{"model": null, "train": {}}', b'{"model": {}, "train": {"lr": ""}}']
+)
+def test_a_damaged_config_is_named(tmp_path, config):
+    (tmp_path / "config.json").write_bytes(config)
+    with pytest.raises(CheckpointError, match="config.json: damaged: "):
+        state.read_config(tmp_path)
+
+
+def test_damaged_bytes_in_latest_and_log_are_no_traceback(tmp_path, corpus, model_config, train_config):
+    run = tmp_path / "run"
+    pretrain(corpus, run, model_config, train_config, stop=after(5))
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "log.jsonl").write_bytes(b"".join([lines[0], b"\xff\n", *lines[1:]]))
+    (run / "latest").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="step-00000005 is intact"):
+        pretrain(corpus, run, model_config, train_config)
+    (run / "latest").write_text("step-00000005")
+    pretrain(corpus, run, model_config, train_config)
+    assert [record["step"] for record in curve(run)] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_no_longer_the_runs_is_not_written_to(tmp_path, corpus, model_config, train_config, replaced):
+    run, asked = tmp_path / "run", iter(range(1, 1_000))
+
+    def remove():
+        if next(asked) == 1:  # nothing is being saved yet
+            shutil.rmtree(run)
+            if replaced:
+                pretrain(corpus, run, model_config, train_config, stop=after(2))
+        return False
+
+    with pytest.raises(CheckpointError, match="was removed, moved or replaced"):
+        pretrain(corpus, run, model_config, train_config, stop=remove)
+    assert run.exists() == replaced
+    assert not replaced or [path.name for path in run.glob("checkpoints/*")] == ["step-00000002"]
+
+
 def test_a_shard_that_cannot_be_read_is_named_once_and_the_run_goes_on(tmp_path, corpus, model_config, train_config):
     corpus.gone = {2, 4}
     assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished

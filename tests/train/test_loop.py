@@ -204,6 +204,18 @@ def test_checkpoints_to_keep_are_kept(tmp_path, corpus, model_config, train_conf
     assert sorted(kept) == [4, 8, 10, 12]
 
 
+@pytest.mark.parametrize("keep_every", [None, 4])
+def test_copies_that_somebody_made_beside_the_checkpoints_stay(
+    tmp_path, corpus, model_config, train_config, keep_every
+):
+    config = dataclasses.replace(train_config, keep_last=1, keep_every=keep_every)
+    pretrain(corpus, tmp_path, model_config, config, stop=after(4))
+    for name in ("step-00000004-best", "step-00000004.bak"):
+        shutil.copytree(tmp_path / "checkpoints" / "step-00000004", tmp_path / "checkpoints" / name)
+    assert pretrain(corpus, tmp_path, model_config, config).finished
+    assert {"step-00000004-best", "step-00000004.bak"} < {p.name for p in tmp_path.glob("checkpoints/*")}
+
+
 def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_config):
     pretrain(corpus, tmp_path / "a", model_config, train_config)
     longer = model_config.replace(n_frames=48)  # another crop length than the weights were trained on
