@@ -189,11 +189,13 @@ class Matpac(nn.Module):
 
         The averages skip step 0, as official; the centre does not. Where `skip`, a bool scalar on the model's device,
         is true the step counts for nothing: teachers and centre stay as they are. The centre also stays where no
-        forward pass in training mode came before. `schedule` gives the decays in place of those of `step`.
+        forward pass in training mode came before, or one that was not finite. `schedule` gives the decays in place of
+        those of `step`.
         """
         c = self.config
         schedule = schedule or self.schedule(step)
-        mean, stays = self.center_sum / self.center_count, self.center_count == 0
+        mean = self.center_sum / self.center_count
+        stays = ~mean.isfinite().all()  # of no pass it is 0 / 0
         self.center_sum.zero_()
         self.center_count.zero_()
         for teacher, student, decay in (

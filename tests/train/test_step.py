@@ -181,3 +181,16 @@ def test_no_host_synchronisation(model_config, train_config, batch):
             train_step(model, optimizer, [piece], step, 1e-3, 3.0, "bf16", statistics=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_pass_that_was_not_finite_leaves_the_centre_as_it_is(trained, batch):
+    """Also where a loop of one's own left that step out, and the next update comes after a good one."""
+    model, center = trained[0], trained[0].center.clone()
+    model(batch[0] * float("nan"), step=3)
+    model(batch[0], step=4)
+    model.update_teachers(4)
+    assert torch.equal(model.center, center)
+    model(batch[0], step=5)
+    model.update_teachers(5)
+    assert model.center.isfinite().all()
+    assert not torch.equal(model.center, center)
