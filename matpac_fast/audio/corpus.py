@@ -186,7 +186,12 @@ class Corpus:
     def _column(self, name: str) -> list[Any]:
         import pyarrow.parquet as pq
 
-        return pq.read_table(Path(self.folder or "") / INDEX, columns=[name])[name].to_pylist()
+        table = pq.read_table(Path(self.folder or "") / INDEX, columns=["shard", "offset", name])
+        # The corpus may have been prepared again since it was opened; a clip keeps its place, which no other one gets.
+        shards, offsets, values = (table[column].to_pylist() for column in ("shard", "offset", name))
+        found = dict(zip(zip(shards, offsets, strict=True), values, strict=True))
+        places = zip(self._shard.tolist(), self._offset.tolist(), strict=True)
+        return [found.get(place, f"{place}, no longer in {INDEX}") for place in places]
 
 
 class _Opened:

@@ -132,7 +132,7 @@ def prepare(
                 progress(done, len(todo))
 
         try:
-            _write_shards(store, changes(), round(shard_seconds * sample_rate))
+            _write_shards(store, changes(), shard_seconds * sample_rate)
         finally:
             loaded.close()
 
@@ -161,7 +161,7 @@ def prepare(
     )
 
 
-def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: int) -> None:
+def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: float) -> None:
     """Write clips into shards of at least `limit` samples, but for the last."""
     rows: list[Row] = []
     for first in loaded:

@@ -136,6 +136,19 @@ def test_the_fingerprint_is_of_what_training_sees(folder, tmp_path, waves):
     assert Corpus.from_arrays(waves).fingerprint != Corpus.from_arrays(waves, 8000).fingerprint
 
 
+def test_an_open_corpus_keeps_its_names_while_it_is_prepared_again(folder, tmp_path, waves):
+    fresh, opened, grown = Corpus(folder), Corpus(folder), Corpus(folder)
+    names, fingerprint = fresh.paths, fresh.fingerprint
+    soundfile.write(tmp_path / "source" / "0a.wav", waves[0], RATE)
+    prepare(tmp_path / "source", folder, shard_seconds=1.0)
+    assert (grown.paths, grown.fingerprint) == (names, fingerprint)
+    soundfile.write(tmp_path / "source" / "0.wav", waves[1], RATE)
+    prepare(tmp_path / "source", folder, shard_seconds=1.0)
+    assert [opened.name(i) for i in range(1, len(names))] == names[1:]
+    assert opened.name(0) not in Corpus(folder).paths
+    assert opened.fingerprint not in (fingerprint, Corpus(folder).fingerprint)
+
+
 def test_a_broken_shard_is_named(folder):
     path = folder / "shards" / "00001.i16"
     data = path.read_bytes()

@@ -252,6 +252,10 @@ def test_numbers_that_cannot_be_are_refused(audio, tmp_path, option):
         prepare(audio, tmp_path / "corpus", **option)
 
 
+def test_one_shard_may_hold_all(audio, tmp_path):
+    assert prepare(audio, tmp_path, shard_seconds=float("inf")).shards == 1
+
+
 @pytest.mark.parametrize(
     "option", [{"min_seconds": -1}, {"min_seconds": np.nan}, {"silence_db": np.nan}, {"silence_db": 0.0}]
 )
