@@ -41,7 +41,8 @@ class Exportable(nn.Module):
         self.encoder, self.config = encoder, config
         window, bank = reference.mel_window(config) * config.gain, reference.mel_bank(config)
         used = bank.any(0).nonzero()[:, 0]  # the bins that some filter sees
-        angle = 2 * torch.pi / config.n_fft * (torch.arange(config.n_fft)[:, None] * used % config.n_fft).double()
+        turn = torch.arange(config.n_fft, device="cpu")[:, None] * used % config.n_fft
+        angle = 2 * torch.pi / config.n_fft * turn.double()
         dft = torch.cat([angle.cos(), angle.sin()], dim=1) * window[:, None]
         self.register_buffer("dft", dft.float())  # (n_fft, 2 * bins)
         self.register_buffer("bank", bank[:, used].T.contiguous().float())  # (bins, n_mels)
@@ -197,7 +198,7 @@ def _about(encoder: Encoder) -> dict[str, Any]:
 
 def _opaque(n: Any, most: int | None = None) -> int:
     """`n`, hidden from the tracer, which would else make special cases of 0 and 1 and refuse the general one."""
-    n = cast(int, torch.scalar_tensor(n, dtype=torch.int64).item())  # no int(): that would pin it
+    n = cast(int, torch.scalar_tensor(n, dtype=torch.int64, device="cpu").item())  # no int(): that would pin it
     torch._check(n >= 1)
     if most is not None:
         torch._check(n <= most)

@@ -42,6 +42,13 @@ def test_the_graph_is_the_encoder(shape, framing):
     torch.testing.assert_close(got, encoder.embed(waves, SECOND).values[:, 0], rtol=0, atol=1e-5)
 
 
+def test_the_applications_default_device_changes_nothing(encoder):
+    waves = noise(2, 10_641)
+    with torch.device("meta"):  # as torch.set_default_device("cuda") with the encoder on the CPU
+        got = export.Exportable(encoder)(waves)
+    torch.testing.assert_close(got, encoder.embed(waves, SECOND).values[:, 0], rtol=0, atol=1e-5)
+
+
 def test_log_mel_as_matrix_products(encoder):
     graph = export.Exportable(encoder)
     silence, full, quiet = torch.zeros(1, 4_000), noise(1, 4_000).sign(), noise(1, 4_000) * 1e-4

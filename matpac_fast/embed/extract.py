@@ -162,6 +162,9 @@ def embed_collection(
         "encoder": encoder.id,
         "encoder_name": encoder.name,
         **options,
+        # JSON knows no numbers of numpy's.
+        "temporal_support": None if temporal_support is None else float(temporal_support),
+        "hop": None if hop is None else float(hop),
         "channels": "mean",
         "dtype": dtype,
         "format": format,

@@ -63,6 +63,12 @@ def rows(out: Path) -> list[dict]:
     return [row for shard in sorted(out.glob("shard-*.parquet")) for row in pq.read_table(shard).to_pylist()]
 
 
+def test_seconds_may_be_numbers_of_numpys(collection, encoder, tmp_path):
+    embed_collection(collection, tmp_path, encoder, np.int64(1), np.float32(0.5))
+    assert embed_collection(collection, tmp_path, encoder, 1.0, 0.5).before == 8
+    assert {row["temporal_support"] for row in rows(tmp_path)} == {1.0}
+
+
 @pytest.mark.parametrize(("pool", "layers"), [("mean", "last"), ("none", "last"), ("mean", "all")])
 def test_rows_are_what_the_encoder_gives(collection, encoder, tmp_path, pool, layers):
     from matpac_fast.audio.decode import read_audio
