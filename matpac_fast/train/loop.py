@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..audio.corpus import Corpus
 from ..config import MatpacConfig
-from ..errors import CheckpointError
 from ..model import Matpac
 from ..nn.statistics import effective_rank
 from ..oom import is_out_of_memory
@@ -128,8 +127,8 @@ def pretrain(
 
 
 def _tell_failure(folder: RunFolder, run: _Run | None, error: Exception) -> None:
-    """The log's last line; where it cannot be written, that is why the run has failed."""
-    with contextlib.suppress(OSError, CheckpointError):
+    """The log's last line; what fails in telling it, log or reporter, takes not the place of the run's own error."""
+    with contextlib.suppress(Exception):
         if run is not None:
             run.tell({"event": "failed", "step": run.done, "text": str(error)})
             return

@@ -203,6 +203,17 @@ def test_a_failure_before_the_first_step_is_in_the_log(tmp_path, corpus, model_c
     assert read_log(tmp_path / "run" / "log.jsonl") == [{"event": "failed", "text": "no room for Adam"}]
 
 
+def test_a_reporter_that_fails_at_the_end_hides_no_error(tmp_path, corpus, model_config, train_config, monkeypatch):
+    class Board(Reporter):
+        def record(self, record):
+            if record.get("event") == "failed":
+                raise RuntimeError("the board is offline")
+
+    monkeypatch.setattr(loop, "train_step", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, reporter=Board())
+
+
 def test_the_mfu_is_that_of_the_crops_that_were_drawn(tmp_path, corpus, model_config, train_config, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda device, precision: 1e9)
     config = dataclasses.replace(train_config, crop_frames=(16, 32), log_every=12)
