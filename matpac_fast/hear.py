@@ -61,11 +61,11 @@ def get_timestamp_embeddings(audio: Tensor | np.ndarray, model: HearModel) -> tu
     shifts = [frame * i // passes for i in range(passes)]
     shifts = [s for s in shifts if s == 0 or s + encoder.min_samples <= audio.shape[1]]
     n_frames = sum(sum(encoder.rows(audio.shape[1] - shift)) for shift in shifts)
-    values = torch.empty(len(audio), n_frames, encoder.embedding_dim, device=encoder.device)
+    values = torch.empty(len(audio), n_frames, encoder.embedding_dim, dtype=torch.float32, device=encoder.device)
     for i, shift in enumerate(shifts):
         values[:, i :: len(shifts)] = encoder.embed(audio[:, shift:], model.sample_rate, pool="none").values
-    number = torch.arange(n_frames)
-    begin = number // len(shifts) * frame + torch.tensor(shifts)[number % len(shifts)]
+    number = torch.arange(n_frames, device="cpu")
+    begin = number // len(shifts) * frame + torch.tensor(shifts, device="cpu")[number % len(shifts)]
     middle = frame / 2 if encoder.frame_middle is None else encoder.frame_middle
     times = ((begin.double() + middle) * 1000 / encoder.sample_rate).float().to(encoder.device)
     return values, times.expand(len(audio), -1).contiguous()

@@ -121,6 +121,18 @@ def test_sixteen_bits_and_arrays_are_the_same_sounds(model):
         assert hear.get_timestamp_embeddings(sounds, model)[0].shape == (2, 12, model.timestamp_embedding_size)
 
 
+@pytest.mark.parametrize("set_default", [torch.set_default_dtype, torch.set_default_device])
+def test_an_application_s_defaults_change_nothing(model, set_default):
+    audio = noise(2, SECOND)
+    want = hear.get_timestamp_embeddings(audio, model)
+    set_default(torch.float16 if set_default is torch.set_default_dtype else "meta")
+    try:
+        found = hear.get_timestamp_embeddings(audio, model)
+    finally:
+        set_default(torch.float32 if set_default is torch.set_default_dtype else None)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_frames_that_are_centred_are_told_at_their_middle():
     times = hear.get_timestamp_embeddings(noise(1, 4_000), hear.HearModel(Crepe("tiny").eval()))[1]
     assert times[0].tolist() == [0.0, 50.0, 100.0, 150.0, 200.0, 250.0]
