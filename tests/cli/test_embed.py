@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_said_with_one_that_is_whole(source, tmp_path, c
         folder.mkdir(parents=True)
         Matpac(MatpacConfig.preset("nano")).save(folder / "model.safetensors")
         Matpac(MatpacConfig.preset("nano")).save(folder / "optimizer.safetensors")  # any file that is whole
-        (folder / "state.json").write_text("{}")
+        (folder / "state.json").write_text(f'{{"step": {step}}}')
     (run / "latest").write_text("step-00000002")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-20])
     assert cli.main(command(source, tmp_path / "out", "--encoder", str(run))) == cli.FAILED
