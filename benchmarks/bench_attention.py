@@ -31,14 +31,16 @@ import _options
 import _timing
 
 from matpac_fast import ops
+from matpac_fast.backend import unavailable
 from matpac_fast.config import PRESETS, MatpacConfig
 from matpac_fast.ops.attention import is_fused
 from matpac_fast.train.config import resolve_precision
 
 BACKENDS = {"default": None, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 if _timing.DEVICE.type == "cuda":
-    BACKENDS |= {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    BACKENDS |= {"triton": "triton"}
+    BACKENDS |= {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "triton": "triton"}
+else:
+    BACKENDS |= {"cpp": "cpp"}
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,10 @@ def attention(part: Part, batch: int, dtype: torch.dtype, backend: SDPBackend | 
             out = F.scaled_dot_product_attention(q[:, :, part.first_query :], k, v)
         return out.detach(), *(torch.autograd.grad(out, qkv, upstream) if part.backward else ())
 
-    if backend == "triton":
-        if not is_fused(qkv.device, dtype, part.tokens, part.head_width):
-            raise RuntimeError("no kernel for this dtype or shape")
+    if isinstance(backend, str):
+        fused = is_fused(qkv.device, dtype, part.tokens, part.head_width)
+        if not (fused if backend == "triton" else dtype == torch.float32 and unavailable("cpp") is None):
+            raise RuntimeError(unavailable(backend) or "no kernel for this dtype or shape")
         return ours
     return run
 

@@ -79,6 +79,13 @@ matpac::PredictionLossArgs prediction_loss_args(Address prediction, Address targ
           pointer(loss),       pointer(stats),  pointer(grad),        pointer(out)};
 }
 
+// Positional arguments in the order of AttentionArgs.
+matpac::AttentionArgs attention_args(Address qkv, int dtype, int64_t batch, int64_t tokens, int64_t heads,
+                                     int64_t width, Address out, Address stats, Address result, Address grad) {
+  return {pointer(qkv), matpac::DType(dtype), batch,          tokens,          heads,
+          width,        pointer(out),         pointer(stats), pointer(result), pointer(grad)};
+}
+
 }  // namespace
 
 #ifndef MATPAC_FAST_WITH_CUDA
@@ -142,5 +149,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<matpac::PredictionLossArgs>(m, "PredictionLossArgs").def(py::init(&prediction_loss_args));
   m.def("prediction_loss_cpu", &matpac::prediction_loss_cpu, py::arg("args"), py::arg("backward"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+
+  py::class_<matpac::AttentionArgs>(m, "AttentionArgs").def(py::init(&attention_args));
+  m.def("attention_cpu", &matpac::attention_cpu, py::arg("args"), py::arg("backward"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
 }

@@ -110,4 +110,18 @@ struct PredictionLossArgs {
 };
 void prediction_loss_cpu(const PredictionLossArgs& args, bool backward, int threads);
 
+// attention: softmax(q k / sqrt(width)) v of every head.
+//   forward:  out = the result, and the statistics where `stats` is not null
+//   backward: out = the gradient of qkv, from the result, its gradient and the statistics
+struct AttentionArgs {
+  const void* qkv;  // (batch, tokens, 3, heads, width) contiguous, of `dtype`, as is all the rest
+  DType dtype;      // float32 or float64
+  int64_t batch, tokens, heads, width;
+  void* out;           // (batch, tokens, heads, width); backward: as qkv
+  void* stats;         // (batch, heads, tokens, 2): the largest q k of a query, and 1 / its sum of exponentials
+  const void* result;  // (batch, tokens, heads, width)
+  const void* grad;    // (batch, tokens, heads, width)
+};
+void attention_cpu(const AttentionArgs& args, bool backward, int threads);
+
 }  // namespace matpac

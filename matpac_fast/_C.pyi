@@ -101,3 +101,21 @@ class PredictionLossArgs:
     ) -> None: ...
 
 def prediction_loss_cpu(args: PredictionLossArgs, backward: bool, threads: int) -> None: ...
+
+class AttentionArgs:
+    def __init__(
+        self,
+        qkv: int,
+        dtype: int,
+        batch: int,
+        tokens: int,
+        heads: int,
+        width: int,
+        out: int,
+        stats: int,
+        result: int,
+        grad: int,
+        /,
+    ) -> None: ...
+
+def attention_cpu(args: AttentionArgs, backward: bool, threads: int) -> None: ...

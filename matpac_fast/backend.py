@@ -37,7 +37,7 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "prototype_loss": {"cpu": ("cpp",), "cuda": ("cuda", "triton")},
     # Without a kernel these are a few functions of torch's: see `fuses`.
     "prediction_loss": {"cpu": ("cpp",), "cuda": ("triton",)},
-    "attention": {"cpu": (), "cuda": ("triton",)},
+    "attention": {"cpu": ("cpp",), "cuda": ("triton",)},
     "bias_gelu": {"cpu": (), "cuda": ("triton",)},
     "add_layer_norm": {"cpu": (), "cuda": ("triton",)},
 }

@@ -74,7 +74,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def on_cpu(op: str) -> str:
-    """The first of its table; attention's is torch's own."""
+    """The first of its table; some ops are torch's own there."""
     return next(iter(backend.LAUNCHERS[op]["cpu"]), "reference")
 
 

@@ -7,24 +7,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import device_guard, fuses
+from .. import backend, reference
+from ..backend import choose, device_guard, dtype_of_products, fuses
 from ._check import check_tensor, shape_of
 from ._once import once_differentiable
 
 _OP = "attention"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# What the kernels take: see kernels/attention.py, which imports Triton.
+_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1}  # as csrc/ops.h numbers them
+# What the Triton kernels take: see kernels/attention.py, which imports Triton.
 MAX_TOKENS, HEAD_WIDTHS = 256, (32, 64)
 
 
 def is_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_width: int) -> bool:
-    """Whether `attention` of such a tensor is ours to compute; torch's own serves the rest."""
+    """Whether Triton's kernels compute `attention` of such a tensor, on a GPU."""
     fits = dtype in (torch.bfloat16, torch.float16) and 0 < tokens <= MAX_TOKENS and head_width in HEAD_WIDTHS
     return fits and fuses(_OP, device, dtype)
 
 
+def _is_native(qkv: Tensor) -> bool:
+    """Whether it is C++ that has kernels for it."""
+    return qkv.device.type == "cpu" and qkv.dtype in _NATIVE_DTYPE
+
+
+def _takes_native(qkv: Tensor) -> bool:
+    """Whether C++ computes it; under autocast, which casts, torch's own does."""
+    if not _is_native(qkv) or dtype_of_products(qkv) != qkv.dtype or backend._forced not in ("auto", "cpp"):
+        return False
+    return choose(_OP, qkv.device) == "cpp"
+
+
+def _launch_cpp(
+    qkv: Tensor, out: Tensor, stats: Tensor | None, result: Tensor | None = None, grad: Tensor | None = None
+) -> None:
+    """Fill out, and stats where they are given; or, from result and grad, out with the gradient of qkv."""
+    from .. import _C
+
+    b, n, _, h, d = qkv.shape
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (out, stats, result, grad)]
+    args = _C.AttentionArgs(qkv.data_ptr(), _NATIVE_DTYPE[qkv.dtype], b, n, h, d, *addresses)
+    _C.attention_cpu(args, grad is not None, torch.get_num_threads())
+
+
 def _impl(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    if _is_native(qkv):
+        out, stats = _fake(qkv, keep)
+        _launch_cpp(qkv.contiguous(), out, stats if keep else None)
+        return out, stats
     from ..kernels.attention import forward
 
     with device_guard(qkv):
@@ -33,39 +62,47 @@ def _impl(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 def _fake(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     b, n, _, h, d = qkv.shape
-    return qkv.new_empty((b, n, h, d)), qkv.new_empty((b, h, n) if keep else (0,), dtype=torch.float32)
+    shape = (b, h, n, 2) if qkv.dtype in _NATIVE_DTYPE else (b, h, n)
+    stats = qkv.new_empty(shape if keep else (0,), dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return qkv.new_empty((b, n, h, d)), stats
 
 
-def _backward_impl(grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor) -> Tensor:
+def _backward_impl(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor) -> Tensor:
+    if _is_native(qkv):
+        found = qkv.new_empty(qkv.shape)
+        _launch_cpp(qkv.contiguous(), found, stats.contiguous(), out.contiguous(), grad.contiguous())
+        return found
     from ..kernels.attention import backward
 
     with device_guard(qkv):
-        return backward(grad.contiguous(), qkv.contiguous(), out, sums)
+        return backward(grad.contiguous(), qkv.contiguous(), out, stats)
 
 
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define(f"{_OP}(Tensor qkv, bool keep) -> (Tensor, Tensor)")
-_LIB.define(f"{_OP}_backward(Tensor grad, Tensor qkv, Tensor out, Tensor sums) -> Tensor")
+_LIB.define(f"{_OP}_backward(Tensor grad, Tensor qkv, Tensor out, Tensor stats) -> Tensor")
 for _device in ("CPU", "CUDA"):
     _LIB.impl(_OP, _impl, _device)
     _LIB.impl(f"{_OP}_backward", _backward_impl, _device)
 torch.library.register_fake(f"matpac_fast::{_OP}", _fake, lib=_LIB)
 torch.library.register_fake(
-    f"matpac_fast::{_OP}_backward", lambda grad, qkv, out, sums: qkv.new_empty(qkv.shape), lib=_LIB
+    f"matpac_fast::{_OP}_backward", lambda grad, qkv, out, stats: qkv.new_empty(qkv.shape), lib=_LIB
 )
 
 
 class _Attention(torch.autograd.Function):
-    """Kept for the gradient: the argument, the result and log2 of each row's sum of exponentials."""
+    """Kept for the gradient: the argument, the result and what each row's exponentials sum to: log2 of it from Triton,
+    the largest logit and 1 / the sum of what is left of the others from C++, whose probabilities are then the same
+    bits again."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         with torch._C._AutoDispatchBelowAutograd():
-            out, sums = torch.ops.matpac_fast.attention(qkv, keep)
-        ctx.save_for_backward(qkv, out, sums)
-        ctx.mark_non_differentiable(sums)
+            out, stats = torch.ops.matpac_fast.attention(qkv, keep)
+        ctx.save_for_backward(qkv, out, stats)
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        return out, sums
+        return out, stats
 
     @staticmethod
     @once_differentiable
@@ -81,9 +118,10 @@ _LIB.impl(_OP, lambda *args: _Attention.apply(*args), "Autograd")
 def attention(qkv: Tensor) -> Tensor:
     """Softmax attention of every token to every token of its sample, head by head, scaled by d ** -0.5.
 
-    On a GPU, in 16 bits and for up to 256 tokens with heads of 32 or 64 channels, a Triton kernel that keeps all keys
-    and values of a head on the chip: queries, keys and values are read where the qkv layer wrote them, and the gradient
-    is written packed like them. Everything else is `torch.nn.functional.scaled_dot_product_attention`.
+    Queries, keys and values are read where the qkv layer wrote them, and the gradient is written packed like them. On a
+    CPU, in float32 and float64, C++ whose scores stay in a cache; on a GPU, in 16 bits and for up to 256 tokens with
+    heads of 32 or 64 channels, a Triton kernel that keeps all keys and values of a head on the chip. Everything else is
+    `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         qkv: (B, N, 3, H, d): queries, keys and values; float32, float64, bfloat16 or float16.
@@ -95,11 +133,12 @@ def attention(qkv: Tensor) -> Tensor:
         TypeError: no tensor, or a dtype that is not listed.
         ValueError: another shape.
 
-    The gradient is once differentiable where the kernel runs, and has the same bits every time.
+    The gradient is once differentiable where a kernel runs, and has the same bits every time; on a CPU so have the
+    results, for any number of threads.
     """
     check_tensor(_OP, "qkv", qkv, 5, _DTYPES)
     if qkv.shape[2] != 3:
         raise ValueError(f"{_OP}: qkv is {shape_of(qkv)}; expected (B, N, 3, H, d)")
-    if not is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4]):
+    if not (_takes_native(qkv) or is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4])):
         return reference.attention(qkv)
     return torch.ops.matpac_fast.attention(qkv, torch.is_grad_enabled() and qkv.requires_grad)[0]
