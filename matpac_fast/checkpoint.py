@@ -202,15 +202,19 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         return distcp.load(path, "model.")
     try:
         with open(path, "rb") as file:
-            start = file.read(9)
+            start = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(start) == 9 and start[8:] == b"{":
+    if start[8:9] == b"{":
         return _load_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return _load_pickle(path)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path}: Git LFS's pointer to the file and not the file itself; git lfs pull brings that"
+        )
     raise CheckpointError(f"{path}: neither a safetensors file nor a torch checkpoint")
 
 

@@ -125,6 +125,7 @@ def test_threads_load_and_what_the_application_allows_stays(tmp_path):
     [
         (b"", "neither a safetensors file nor a torch checkpoint"),
         (b"<html>not found</html>", "neither a safetensors file nor a torch checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS.s pointer .* git lfs pull"),
         (b"PK\x03\x04 and then rubbish", "damaged torch checkpoint"),
         (b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}", "damaged safetensors file"),
     ],

@@ -187,9 +187,8 @@ MATPAC_INLINE double dot(const T* x, const T* y, int64_t n) {
   P sum = P::fill(T(0));
   const int64_t whole = n / P::lanes * P::lanes;
   for (int64_t i = 0; i < whole; i += P::lanes) sum = sum + P::load(x + i) * P::load(y + i);
-  double out = sum.sum();
-  for (int64_t i = whole; i < n; ++i) out += double(x[i]) * double(y[i]);
-  return out;
+  if (const int rest = int(n - whole)) sum = sum + P::load(x + whole, rest, T(0)) * P::load(y + whole, rest, T(0));
+  return sum.sum();
 }
 
 // Of the blocks of queries of all heads those from `begin` to `end`.
