@@ -205,6 +205,7 @@ class FakeGpu:
         self.now = self.free = 0.0
         self.host, self.device, self.held, self.calls = host, device, [], 0
         monkeypatch.setattr(_timing, "DEVICE", torch.device("cuda"))
+        monkeypatch.setattr(_timing, "SAMPLE", 5e-3)
         monkeypatch.setattr(_timing.time, "perf_counter", lambda: self.now)
         for name, fake in (("Event", self.event), ("synchronize", self.wait), ("_sleep", self.hold)):
             monkeypatch.setattr(torch.cuda, name, fake)
@@ -291,7 +292,7 @@ def test_a_cpu_is_timed_over_some_milliseconds_of_calls(monkeypatch):
         calls.append(1)
         now[0] += 2e-3
 
-    assert _timing.pace(call) == _timing.Pace(3)
+    assert _timing.pace(call) == _timing.Pace(20)
     seconds, host = _timing.timed(call, _timing.Pace(3))
     assert (seconds, host, len(calls)) == (pytest.approx(2e-3), None, 4)
 
