@@ -15,6 +15,8 @@ from ._once import once_differentiable
 _OP = "attention"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1}  # as csrc/ops.h numbers them
+# Multiply-adds of a product, below which C++ gains less than the dispatcher takes for one more op, some 60 us.
+_LEAST = 10_000_000
 # What the Triton kernels take: see kernels/attention.py, which imports Triton.
 MAX_TOKENS, HEAD_WIDTHS = 256, (32, 64)
 
@@ -34,7 +36,8 @@ def _takes_native(qkv: Tensor) -> bool:
     """Whether C++ computes it; under autocast, which casts, torch's own does."""
     if not _is_native(qkv) or dtype_of_products(qkv) != qkv.dtype or backend._forced not in ("auto", "cpp"):
         return False
-    return choose(_OP, qkv.device) == "cpp"
+    large = qkv.numel() // 3 * qkv.shape[1] >= _LEAST
+    return (large or backend._forced == "cpp") and choose(_OP, qkv.device) == "cpp"
 
 
 def _launch_cpp(
@@ -119,8 +122,9 @@ def attention(qkv: Tensor) -> Tensor:
     """Softmax attention of every token to every token of its sample, head by head, scaled by d ** -0.5.
 
     Queries, keys and values are read where the qkv layer wrote them, and the gradient is written packed like them. On a
-    CPU, in float32 and float64, C++ whose scores stay in a cache; on a GPU, in 16 bits and for up to 256 tokens with
-    heads of 32 or 64 channels, a Triton kernel that keeps all keys and values of a head on the chip. Everything else is
+    CPU, in float32 and float64 and from ten million multiply-adds on, C++ whose scores stay in a cache; on a GPU, in 16
+    bits and for up to 256 tokens with heads of 32 or 64 channels, a Triton kernel that keeps all keys and values of a
+    head on the chip. Everything else is
     `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:

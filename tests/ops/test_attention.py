@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -11,11 +12,13 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from matpac_fast import backend, ops, reference, use_backend
 
+op_module = importlib.import_module("matpac_fast.ops.attention")
 SHAPES = [(2, 58, 3, 64), (1, 134, 2, 64), (2, 191, 2, 32), (1, 97, 2, 48), (3, 5, 1, 7), (1, 1, 1, 1), (1, 16, 2, 128)]
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
-def isa(request: pytest.FixtureRequest, instruction_set) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest, instruction_set, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(op_module, "_LEAST", 0)
     with instruction_set(request.param):
         yield request.param
 
@@ -116,6 +119,15 @@ def test_c_plus_plus_is_what_computes(monkeypatch):
     with use_backend("cpp"):
         ops.attention(qkv)
     assert called == [False, True, False]
+    monkeypatch.setattr(op_module, "_LEAST", 1 + 4 * 4 * 2)
+    ops.attention(qkv)  # too little to gain anything
+    assert len(called) == 3
+    with use_backend("cpp"):
+        ops.attention(qkv)
+    assert called.pop() is False
+    monkeypatch.setattr(op_module, "_LEAST", 4 * 4 * 2)
+    ops.attention(qkv)
+    assert called.pop() is False
     with use_backend("reference"):
         ops.attention(qkv)
     with torch.autocast("cpu", torch.bfloat16):  # which casts
