@@ -244,6 +244,13 @@ def fuses(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     return (device.type == "cuda" or interpreted) and choose(op, device, dtype) == "triton"
 
 
+def takes_cpp(op: str, device: torch.device, worthwhile: bool = True) -> bool:
+    """Whether an op that is a few functions of torch's runs in C++ here; where not worthwhile, only if forced."""
+    if device.type != "cpu" or not (_forced == "cpp" or (_forced == "auto" and worthwhile)):
+        return False
+    return choose(op, device) == "cpp"
+
+
 def _obstacle(launcher: str, dtype: torch.dtype | None) -> str | None:
     if launcher == "triton" and dtype == torch.float64:
         return "it has no float64"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend, reference
-from ..backend import choose, device_guard, dtype_of_products, fuses
+from .. import reference
+from ..backend import device_guard, dtype_of_products, fuses, takes_cpp
 from ._check import check_tensor, shape_of
 from ._once import once_differentiable
 
@@ -34,10 +34,9 @@ def _is_native(qkv: Tensor) -> bool:
 
 def _takes_native(qkv: Tensor) -> bool:
     """Whether C++ computes it; under autocast, which casts, torch's own does."""
-    if not _is_native(qkv) or dtype_of_products(qkv) != qkv.dtype or backend._forced not in ("auto", "cpp"):
+    if not _is_native(qkv) or dtype_of_products(qkv) != qkv.dtype:
         return False
-    large = qkv.numel() // 3 * qkv.shape[1] >= _LEAST
-    return (large or backend._forced == "cpp") and choose(_OP, qkv.device) == "cpp"
+    return takes_cpp(_OP, qkv.device, worthwhile=qkv.numel() // 3 * qkv.shape[1] >= _LEAST)
 
 
 def _launch_cpp(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend, reference
-from ..backend import choose, device_guard, fuses, without_autocast
+from ..backend import device_guard, fuses, takes_cpp, without_autocast
 from ._check import check_shape, check_tensor
 from ._once import once_differentiable
 
@@ -80,9 +80,8 @@ def _is_native(tensor: Tensor) -> bool:
 
 
 def _is_fused(prediction: Tensor, target: Tensor) -> bool:
-    if _is_native(prediction) and backend._forced in ("auto", "cpp"):
-        return choose(_OP, prediction.device) == "cpp"
-    return fuses(_OP, prediction.device, torch.promote_types(prediction.dtype, target.dtype))
+    dtype = torch.promote_types(prediction.dtype, target.dtype)
+    return takes_cpp(_OP, prediction.device) or fuses(_OP, prediction.device, dtype)
 
 
 def _launch_cpp(
