@@ -91,7 +91,8 @@ def attention(part: Part, batch: int, dtype: torch.dtype, backend: SDPBackend | 
 
     if isinstance(backend, str):
         fused = is_fused(qkv.device, dtype, part.tokens, part.head_width)
-        if not (fused if backend == "triton" else dtype == torch.float32 and unavailable("cpp") is None):
+        native = dtype != torch.float16 and unavailable("cpp") is None
+        if not (fused if backend == "triton" else native):
             raise RuntimeError(unavailable(backend) or "no kernel for this dtype or shape")
         return ours
     return run

@@ -41,6 +41,7 @@ from matpac_fast.files import write_text
 from matpac_fast.model import Matpac
 from matpac_fast.oom import is_out_of_memory
 from matpac_fast.reference import LogMelConfig
+from matpac_fast.study.cost import macs_of
 from matpac_fast.train.config import TrainConfig, resolve_precision
 from matpac_fast.train.flops import step_flops
 from matpac_fast.train.step import make_optimizer, train_step
@@ -200,7 +201,7 @@ def make(kind: str, frames: int, preset: str, device: torch.device) -> Made:
                 groups = [torch.zeros(batch * n, *shape, device=device) for shape, n in shapes.items()]
                 return encoder.forward_groups(groups, "mean", "last")
 
-        return Made(embed, network, count_macs(lambda: embed(one)) / 1e9)
+        return Made(embed, network, macs_of(lambda: embed(one)) / 1e9)
     config = MatpacConfig.preset(preset, n_frames=frames)
     model = Matpac(config).to(device).train()
     optimizer = make_optimizer(model, TrainConfig())
@@ -239,15 +240,6 @@ def largest_that_fits(fits: Callable[[int], Any], guess: float) -> int:
         torch.cuda.empty_cache()
         batch = min(batch - 1, int(0.97 * batch))
     return batch
-
-
-def count_macs(call: Callable[[], Any]) -> float:
-    """Multiply-adds of the matrix products and attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 2
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float:

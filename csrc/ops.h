@@ -15,6 +15,7 @@ enum class DType : int { float32 = 0, float64 = 1, int16 = 2, bfloat16 = 3, int6
 // benchmarks: it throws for one that this CPU lacks.
 std::string cpu_isa();
 void set_cpu_isa(const std::string& name);
+bool cpu_is_amd();
 
 // CUDA versions as 1000 * major + 10 * minor: what the driver supports (0 without a driver) and what the static
 // runtime in this binary is. Both 0 in a build without CUDA.
@@ -115,7 +116,7 @@ void prediction_loss_cpu(const PredictionLossArgs& args, bool backward, int thre
 //   backward: out = the gradient of qkv, from the result, its gradient and the statistics
 struct AttentionArgs {
   const void* qkv;  // (batch, tokens, 3, heads, width) contiguous, of `dtype`, as is all the rest
-  DType dtype;      // float32 or float64
+  DType dtype;      // float32, float64, or bfloat16, which is computed in float32, as are the statistics
   int64_t batch, tokens, heads, width;
   void* out;           // (batch, tokens, heads, width); backward: as qkv
   void* stats;         // (batch, heads, tokens, 2): the largest q k of a query, and 1 / its sum of exponentials

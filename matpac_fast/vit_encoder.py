@@ -17,7 +17,8 @@ from .config import MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.frontend import Frontend
 from .nn.initial import seeded
-from .nn.vit import Attention, Block, Transformer, is_plain
+from .nn.linear import is_plain, linear
+from .nn.vit import Attention, Block, Transformer
 from .reference import LogMelConfig
 
 SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
@@ -255,7 +256,9 @@ def _through(block: nn.Module, x: Tensor, shapes: list[tuple[int, int]]) -> Tens
 def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     """`Attention.forward` for such sequences: (N, D)."""
     out = []
-    for part, (n, length) in zip(attention.qkv(x).split([n * length for n, length in shapes]), shapes, strict=True):
+    for part, (n, length) in zip(
+        linear(attention.qkv, x).split([n * length for n, length in shapes]), shapes, strict=True
+    ):
         qkv = part.reshape(n, length, 3, attention.num_heads, -1)
         out.append(ops.attention(qkv).reshape(n * length, -1))
-    return attention.proj(torch.cat(out))
+    return linear(attention.proj, torch.cat(out))

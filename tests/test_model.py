@@ -17,7 +17,8 @@ from matpac_fast import model as model_module
 from matpac_fast.config import PRESETS, MatpacConfig
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
-from matpac_fast.nn.vit import is_plain, shorten_positions
+from matpac_fast.nn.linear import is_plain
+from matpac_fast.nn.vit import shorten_positions
 
 # What no checkpoint holds, from the golden files' own description.
 GOLDEN_OPTIONS = dict(num_heads=2, predictor_heads=4, max_steps=1000, teacher_temp_warmup=100)

@@ -1,9 +1,11 @@
 // Softmax attention on the CPU, a head of a sample at a time. Its keys and values are packed once, for products whose
-// tiles stay in registers; queries go by in blocks whose scores stay in a cache.
+// tiles stay in registers; queries go by in blocks whose scores stay in a cache. What is stored as S is computed as T:
+// bfloat16 is widened where it is packed, and rounded once, in the result.
 #include <cmath>
 #include <memory>
 
 #include "../common.h"
+#include "bfloat16.h"
 #include "isa.h"
 #include "pack.h"
 #include "threads.h"
@@ -82,31 +84,32 @@ void product(Left<T> a, Panels<T> b, int64_t rows, int64_t columns, T* c, int64_
 }
 
 // Panels of x (rows, width), whose rows are `row` apart.
-template <typename T>
-void pack(const T* x, int64_t row, int64_t rows, int64_t width, int64_t stride, T* out) {
+template <typename S, typename T>
+void pack(const S* x, int64_t row, int64_t rows, int64_t width, int64_t stride, T* out) {
   for (int64_t j = 0; j < width; j += kColumns<T>) {
     const int64_t count = width - j < kColumns<T> ? width - j : int64_t(kColumns<T>);
     for (int64_t k = 0; k < rows; ++k) {
-      const T* from = x + k * row + j;
+      const S* from = x + k * row + j;
       T* to = out + j * stride + k * kColumns<T>;
       if (count == kColumns<T>) {
-        store(to, load(from));
-        store(to + kLanes<T>, load(from + kLanes<T>));
+        store(to, load_wide(from));
+        store(to + kLanes<T>, load_wide(from + kLanes<T>));
         continue;
       }
-      for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+      for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
       for (int64_t i = count; i < kColumns<T>; ++i) to[i] = T(0);
     }
   }
 }
 
 // Four rows of x, `row` apart, become four columns of `out`, whose rows are kColumns apart. How many of `width` it did.
-MATPAC_INLINE int64_t turn_four(const float* x, int64_t row, int64_t width, float* out) {
+template <typename S>
+MATPAC_INLINE int64_t turn_four(const S* x, int64_t row, int64_t width, float* out) {
   constexpr int lanes = kLanes<float>;
   int64_t k = 0;
   for (; k + lanes <= width; k += lanes) {
     Vector<float> rows[4];
-    for (int r = 0; r < 4; ++r) rows[r] = load(x + r * row + k);
+    for (int r = 0; r < 4; ++r) rows[r] = load_wide(x + r * row + k);
     turn(rows);
     for (int r = 0; r < 4; ++r) {
       float lane[lanes];
@@ -121,22 +124,22 @@ MATPAC_INLINE int64_t turn_four(const float* x, int64_t row, int64_t width, floa
 MATPAC_INLINE int64_t turn_four(const double*, int64_t, int64_t, double*) { return 0; }
 
 // Panels of x's transpose (width, rows).
-template <typename T>
-void pack_turned(const T* x, int64_t row, int64_t rows, int64_t width, T* out) {
+template <typename S, typename T>
+void pack_turned(const S* x, int64_t row, int64_t rows, int64_t width, T* out) {
   for (int64_t first = 0; first < up(rows, kColumns<T>); first += 4) {
     T* to = out + first / kColumns<T> * kColumns<T> * width + first % kColumns<T>;
     const int64_t count = rows - first < 4 ? rows - first : 4;
     for (int64_t k = count == 4 ? turn_four(x + first * row, row, width, to) : 0; k < width; ++k) {
-      for (int64_t i = 0; i < 4; ++i) to[k * kColumns<T> + i] = i < count ? x[(first + i) * row + k] : T(0);
+      for (int64_t i = 0; i < 4; ++i) to[k * kColumns<T> + i] = i < count ? widen(x[(first + i) * row + k]) : T(0);
     }
   }
 }
 
 // x (rows, width), rows next to each other, and zeros up to whole tiles.
-template <typename T>
-void copy(const T* x, int64_t row, int64_t rows, int64_t width, T* out) {
+template <typename S, typename T>
+void copy(const S* x, int64_t row, int64_t rows, int64_t width, T* out) {
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < width; ++k) out[i * width + k] = x[i * row + k];
+    for (int64_t k = 0; k < width; ++k) out[i * width + k] = widen(x[i * row + k]);
   }
   for (int64_t i = rows * width; i < up(rows, kRows) * width; ++i) out[i] = T(0);
 }
@@ -164,9 +167,9 @@ struct Room {
 };
 
 // One head of one sample.
-template <typename T>
+template <typename S>
 struct Head {
-  const T *query, *key, *value;  // rows `row` apart
+  const S *query, *key, *value;  // rows `row` apart
   int64_t row, out_row;
   int64_t out_at, stats_at, qkv_at;
 
@@ -176,7 +179,7 @@ struct Head {
     qkv_at = sample * a.tokens * row + head * a.width;
     out_at = sample * a.tokens * out_row + head * a.width;
     stats_at = item * a.tokens;
-    query = static_cast<const T*>(a.qkv) + qkv_at, key = query + channels, value = key + channels;
+    query = static_cast<const S*>(a.qkv) + qkv_at, key = query + channels, value = key + channels;
   }
 };
 
@@ -192,7 +195,7 @@ MATPAC_INLINE double dot(const T* x, const T* y, int64_t n) {
 }
 
 // Of the blocks of queries of all heads those from `begin` to `end`.
-template <typename T>
+template <typename S, typename T = Computed<S>>
 void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) {
   using P = Pack<T>;
   const Room<T> at(args);
@@ -202,7 +205,7 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) 
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t item = i / blocks, first = i % blocks * kBlock, rows = n - first < kBlock ? n - first : kBlock;
-    const Head<T> head(args, item);
+    const Head<S> head(args, item);
     if (i == begin || first == 0) {
       pack_turned(head.key, head.row, n, width, scratch + at.keys_turned);
       pack(head.value, head.row, n, width, n, scratch + at.values);
@@ -230,9 +233,9 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) 
       }
     }
     product<false>(Left<T>{scores, at.columns, 1}, Panels<T>{scratch + at.values, n, n}, rows, width, weighed, at.wide);
-    T* out = static_cast<T*>(args.out) + head.out_at + first * head.out_row;
+    S* out = static_cast<S*>(args.out) + head.out_at + first * head.out_row;
     for (int64_t q = 0; q < rows; ++q) {
-      for (int64_t k = 0; k < width; ++k) out[q * head.out_row + k] = total[q] * weighed[q * at.wide + k];
+      for (int64_t k = 0; k < width; ++k) narrow(total[q] * weighed[q * at.wide + k], out[q * head.out_row + k]);
     }
   }
 }
@@ -241,7 +244,7 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) 
 //
 // With p the probabilities, g the gradient of a query's result and o that result: the gradient of a score is
 // p (g v - g o), and those of queries, keys and values are products of it, and of p, with keys, queries and g.
-template <typename T>
+template <typename S, typename T = Computed<S>>
 void backward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) {
   using P = Pack<T>;
   const Room<T> at(args);
@@ -250,20 +253,22 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch)
   const P factor = P::fill(T(kLog2e / root));
   T *queries = scratch + at.queries, *scores = scratch + at.scores, *slopes = scratch + at.slopes;
   T *grads = scratch + at.grads, *query_grads = scratch + at.out;
+  T* const results = query_grads;  // which are read before those are written
   T *key_grads = scratch + at.key_grads, *value_grads = scratch + at.value_grads;
   for (int64_t item = begin; item < end; ++item) {
-    const Head<T> head(args, item);
+    const Head<S> head(args, item);
     pack_turned(head.key, head.row, n, width, scratch + at.keys_turned);
     pack_turned(head.value, head.row, n, width, scratch + at.values);
     pack(head.key, head.row, n, width, n, scratch + at.keys);
     for (int64_t i = 0; i < at.all * at.wide; ++i) key_grads[i] = value_grads[i] = T(0);
-    T* out = static_cast<T*>(args.out) + head.qkv_at;
+    S* out = static_cast<S*>(args.out) + head.qkv_at;
     for (int64_t first = 0; first < n; first += kBlock) {
       const int64_t rows = n - first < kBlock ? n - first : kBlock;
-      const T* grad = static_cast<const T*>(args.grad) + head.out_at + first * head.out_row;
-      const T* result = static_cast<const T*>(args.result) + head.out_at + first * head.out_row;
+      const S* grad = static_cast<const S*>(args.grad) + head.out_at + first * head.out_row;
+      const S* result = static_cast<const S*>(args.result) + head.out_at + first * head.out_row;
       copy(head.query + first * head.row, head.row, rows, width, queries);
       copy(grad, head.out_row, rows, width, grads);
+      copy(result, head.out_row, rows, width, results);
       pack(queries, width, rows, width, rows, scratch + at.query_panels);
       pack(grads, width, rows, width, rows, scratch + at.grad_panels);
       product<false>(Left<T>{queries, width, 1}, Panels<T>{scratch + at.keys_turned, width, width}, rows, n, scores,
@@ -271,7 +276,7 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch)
       product<false>(Left<T>{grads, width, 1}, Panels<T>{scratch + at.values, width, width}, rows, n, slopes,
                      at.columns);
       for (int64_t i = 0; i < rows; ++i) {
-        const double along = dot(grads + i * width, result + i * head.out_row, width);
+        const double along = dot(grads + i * width, results + i * width, width);
         const T* stats = static_cast<const T*>(args.stats) + 2 * (head.stats_at + first + i);
         const P largest = P::fill(stats[0]), share = P::fill(stats[1]), mean = P::fill(T(along));
         T *row = scores + i * at.columns, *slope = slopes + i * at.columns;
@@ -288,14 +293,14 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch)
       product<false>(Left<T>{slopes, at.columns, 1}, Panels<T>{scratch + at.keys, n, n}, rows, width, query_grads,
                      at.wide);
       for (int64_t i = 0; i < rows; ++i) {
-        T* to = out + (first + i) * head.row;
-        for (int64_t k = 0; k < width; ++k) to[k] = T(1 / root) * query_grads[i * at.wide + k];
+        S* to = out + (first + i) * head.row;
+        for (int64_t k = 0; k < width; ++k) narrow(T(1 / root) * query_grads[i * at.wide + k], to[k]);
       }
     }
     for (int64_t i = 0; i < n; ++i) {
-      T* to = out + i * head.row + channels;
-      for (int64_t k = 0; k < width; ++k) to[k] = T(1 / root) * key_grads[i * at.wide + k];
-      for (int64_t k = 0; k < width; ++k) to[channels + k] = value_grads[i * at.wide + k];
+      S* to = out + i * head.row + channels;
+      for (int64_t k = 0; k < width; ++k) narrow(T(1 / root) * key_grads[i * at.wide + k], to[k]);
+      for (int64_t k = 0; k < width; ++k) narrow(value_grads[i * at.wide + k], to[channels + k]);
     }
   }
 }
@@ -303,13 +308,15 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch)
 }  // namespace
 
 void attention_forward(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch) {
-  if (args.dtype == DType::float64) return forward(args, begin, end, static_cast<double*>(scratch));
-  forward(args, begin, end, static_cast<float*>(scratch));
+  if (args.dtype == DType::float64) return forward<double>(args, begin, end, static_cast<double*>(scratch));
+  if (args.dtype == DType::float32) return forward<float>(args, begin, end, static_cast<float*>(scratch));
+  forward<BFloat16>(args, begin, end, static_cast<float*>(scratch));
 }
 
 void attention_backward(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch) {
-  if (args.dtype == DType::float64) return backward(args, begin, end, static_cast<double*>(scratch));
-  backward(args, begin, end, static_cast<float*>(scratch));
+  if (args.dtype == DType::float64) return backward<double>(args, begin, end, static_cast<double*>(scratch));
+  if (args.dtype == DType::float32) return backward<float>(args, begin, end, static_cast<float*>(scratch));
+  backward<BFloat16>(args, begin, end, static_cast<float*>(scratch));
 }
 
 int64_t attention_scratch(const AttentionArgs& args, bool backward) {

@@ -36,6 +36,15 @@ Isa isa() { return Isa(current().load(std::memory_order_relaxed)); }
 
 std::string cpu_isa() { return kNames[int(isa())]; }
 
+bool cpu_is_amd() {
+#if defined(MATPAC_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 void set_cpu_isa(const std::string& name) {
   for (int i = 0; i <= int(best()); ++i) {
     if (name == kNames[i]) {

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..backend import dtype_of_products, fuses
 from ..ops.add_layer_norm import MAX_WIDTH
-from .vit import Attention, Block, Mlp, is_plain
+from .linear import is_plain
+from .vit import Attention, Block, Mlp
 
 Pending = tuple[Tensor, Tensor] | tuple[None, None]  # a product without its bias, and that
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vit import linear_gelu
+from .linear import linear, linear_gelu
 
 
 class Prototypes(nn.Module):
@@ -40,5 +40,5 @@ class ClassificationHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Latents (..., D) -> unit features (..., bottleneck), to be multiplied with `last_layer.matrix()`."""
         first, _, second, _, last = self.mlp
-        x = last(linear_gelu(second, linear_gelu(first, x)))  # pyright: ignore[reportArgumentType]
+        x = linear(last, linear_gelu(second, linear_gelu(first, x)))  # pyright: ignore[reportArgumentType]
         return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .linear import linear
 from .vit import Block, init_weights, shorten_positions, sincos_positions, through
 
 
@@ -60,11 +61,11 @@ class Predictor(nn.Module):
         v = visible.shape[1] - 1
         pos = shorten_positions(self.pos_embed, self.freq, n // self.freq)
         shuffled_pos = pos[0, 1:][ids_shuffle]  # (B, N, P)
-        x = self.embed(visible)
+        x = linear(self.embed, visible)
         seen = x[:, 1:] + shuffled_pos[:, :v]
         hidden = self.mask_token + shuffled_pos[:, v:]
         x = torch.cat([x[:, :1] + pos[:, :1], seen, hidden], dim=1)  # (B, 1 + N, P)
         x = through(self.blocks, self.norm, x, first_query=1 + v)  # (B, M, P)
         if not self.mcl_heads:
-            return self.out(x)
-        return torch.stack([head(x) for head in self.mcl_heads], dim=2)
+            return linear(self.out, x)
+        return torch.stack([linear(head, x) for head in self.mcl_heads], dim=2)  # pyright: ignore[reportArgumentType]

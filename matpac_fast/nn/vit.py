@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import types
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..backend import dtype_of_products, fuses
-from ..ops.attention import is_fused
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether to read the weights of `module` is to call it: a `kind` and none of its subclasses, as LoRA, FSDP and
-    parametrizations make them, neither hooked, compiled nor wrapped, with its own forward pass, as off-loading and
-    checkpointing replace it, and with its weights here and whole."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
-        return False
-    # In a graph, torch 2.6 finds nothing in the dictionary.
-    if "forward" in module.__dict__ or not isinstance(module.forward, types.MethodType):
-        return False
-    return not any(hasattr(weight, "to_local") for weight in module.parameters(recurse=False))  # FSDP's
-
-
-def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The exact GELU of a linear layer's output; its bias is added with it where a kernel does both."""
-    dtype = dtype_of_products(x)
-    plain = is_plain(layer, nn.Linear) and layer.bias is not None
-    if plain and dtype.itemsize == 2 and fuses("bias_gelu", x.device, dtype):
-        return ops.bias_gelu(F.linear(x, layer.weight), layer.bias)
-    return F.gelu(layer(x))
+from ..backend import dtype_of_products
+from ..ops.attention import has_kernel
+from .linear import is_plain, linear, linear_gelu
 
 
 class Attention(nn.Module):
@@ -46,15 +23,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
         """(B, N, D) -> (B, N - first_query, D): every token is a key, only those from `first_query` on are queries."""
-        return self.proj(self.attend(x, first_query))
+        return linear(self.proj, self.attend(x, first_query))
 
     def attend(self, x: Tensor, first_query: int = 0) -> Tensor:
         """`forward` without its last layer."""
         b, n, d = x.shape
         heads = (self.num_heads, d // self.num_heads)
-        if first_query == 0 or self._is_fused(x) or not is_plain(self.qkv, nn.Linear):
-            # The kernel's queries cost less than taking queries and keys apart.
-            out = ops.attention(self.qkv(x).view(b, n, 3, *heads))[:, first_query:]  # (B, N, H, D/H)
+        one = first_query == 0 or has_kernel(x.device, dtype_of_products(x), b, n, *heads)
+        if one or not is_plain(self.qkv, nn.Linear):  # a kernel's queries cost less than taking them apart from keys
+            out = ops.attention(linear(self.qkv, x).view(b, n, 3, *heads))[:, first_query:]  # (B, N, H, D/H)
         else:
             q = F.linear(x[:, first_query:], self.qkv.weight[:d], self.qkv.bias[:d])
             q = q.reshape(b, n - first_query, *heads).transpose(1, 2)
@@ -62,9 +39,6 @@ class Attention(nn.Module):
             k, v = kv.reshape(b, n, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
             out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return out.reshape(b, n - first_query, d)
-
-    def _is_fused(self, x: Tensor) -> bool:
-        return is_fused(x.device, dtype_of_products(x), x.shape[1], x.shape[2] // self.num_heads)
 
 
 class Mlp(nn.Module):
@@ -76,7 +50,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.hidden(x))
+        return linear(self.fc2, self.hidden(x))
 
     def hidden(self, x: Tensor) -> Tensor:
         """(..., D) -> the activated hidden layer (..., hidden)."""

@@ -14,8 +14,9 @@ from ._once import once_differentiable
 
 _OP = "attention"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1}  # as csrc/ops.h numbers them
-# Multiply-adds of a product, below which C++ gains less than the dispatcher takes for one more op, some 60 us.
+_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3}  # as csrc/ops.h numbers them
+# Multiply-adds of a product, below which C++ gains less than the dispatcher takes for one more op, some 60 us; a
+# quarter of them in bfloat16, where torch's own takes twice as long.
 _LEAST = 10_000_000
 # What the Triton kernels take: see kernels/attention.py, which imports Triton.
 MAX_TOKENS, HEAD_WIDTHS = 256, (32, 64)
@@ -27,16 +28,18 @@ def is_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_width: 
     return fits and fuses(_OP, device, dtype)
 
 
+def has_kernel(device: torch.device, dtype: torch.dtype, b: int, n: int, h: int, d: int) -> bool:
+    """Whether `attention` of (B, N, 3, H, d) is one kernel, Triton's or C++, and not torch's own."""
+    worthwhile = b * n * n * h * d >= (_LEAST // 4 if dtype == torch.bfloat16 else _LEAST)
+    native = dtype in _NATIVE_DTYPE and takes_cpp(_OP, device, worthwhile)
+    return native or is_fused(device, dtype, n, d)
+
+
 def _is_native(qkv: Tensor) -> bool:
-    """Whether it is C++ that has kernels for it."""
-    return qkv.device.type == "cpu" and qkv.dtype in _NATIVE_DTYPE
-
-
-def _takes_native(qkv: Tensor) -> bool:
-    """Whether C++ computes it; under autocast, which casts, torch's own does."""
-    if not _is_native(qkv) or dtype_of_products(qkv) != qkv.dtype:
-        return False
-    return takes_cpp(_OP, qkv.device, worthwhile=qkv.numel() // 3 * qkv.shape[1] >= _LEAST)
+    """Whether it is C++ whose kernel computes it."""
+    _, n, _, _, d = qkv.shape
+    cpu = qkv.device.type == "cpu" and qkv.dtype in _NATIVE_DTYPE
+    return cpu and not is_fused(qkv.device, qkv.dtype, n, d)  # under Triton's interpreter
 
 
 def _launch_cpp(
@@ -64,7 +67,7 @@ def _impl(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
 
 def _fake(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     b, n, _, h, d = qkv.shape
-    shape = (b, h, n, 2) if qkv.dtype in _NATIVE_DTYPE else (b, h, n)
+    shape = (b, h, n, 2) if _is_native(qkv) else (b, h, n)
     stats = qkv.new_empty(shape if keep else (0,), dtype=torch.promote_types(qkv.dtype, torch.float32))
     return qkv.new_empty((b, n, h, d)), stats
 
@@ -121,10 +124,9 @@ def attention(qkv: Tensor) -> Tensor:
     """Softmax attention of every token to every token of its sample, head by head, scaled by d ** -0.5.
 
     Queries, keys and values are read where the qkv layer wrote them, and the gradient is written packed like them. On a
-    CPU, in float32 and float64 and from ten million multiply-adds on, C++ whose scores stay in a cache; on a GPU, in 16
-    bits and for up to 256 tokens with heads of 32 or 64 channels, a Triton kernel that keeps all keys and values of a
-    head on the chip. Everything else is
-    `torch.nn.functional.scaled_dot_product_attention`.
+    CPU, in all but float16 and from ten million multiply-adds on, C++ whose scores stay in a cache, in float32 for
+    bfloat16; on a GPU, in 16 bits and for up to 256 tokens with heads of 32 or 64 channels, a Triton kernel that keeps
+    all keys and values of a head on the chip. Everything else is `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         qkv: (B, N, 3, H, d): queries, keys and values; float32, float64, bfloat16 or float16.
@@ -142,6 +144,8 @@ def attention(qkv: Tensor) -> Tensor:
     check_tensor(_OP, "qkv", qkv, 5, _DTYPES)
     if qkv.shape[2] != 3:
         raise ValueError(f"{_OP}: qkv is {shape_of(qkv)}; expected (B, N, 3, H, d)")
-    if not (_takes_native(qkv) or is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[4])):
+    b, n, _, h, d = qkv.shape
+    casts = qkv.device.type == "cpu" and dtype_of_products(qkv) != qkv.dtype  # under autocast torch's own does
+    if casts or not has_kernel(qkv.device, qkv.dtype, b, n, h, d):
         return reference.attention(qkv)
     return torch.ops.matpac_fast.attention(qkv, torch.is_grad_enabled() and qkv.requires_grad)[0]

@@ -14,8 +14,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -159,6 +161,11 @@ def measure_here(encoder: AudioEncoder, name: str, ts: float, batch: int) -> Cos
 
 def count_macs(encoder: AudioEncoder, waves: torch.Tensor) -> int:
     """Multiply-adds of the matrix products and convolutions for these waves (N, S), counted as they run."""
+    return macs_of(lambda: encoder.embed_windows(waves, batch_size=len(waves)))
+
+
+def macs_of(call: Callable[[], Any]) -> int:
+    """`count_macs` of whatever `call` runs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -169,7 +176,7 @@ def count_macs(encoder: AudioEncoder, waves: torch.Tensor) -> int:
     # torch's attention as plain products: the counter does not know every fused kernel, nor ours.
     mapping = {torch.ops.matpac_fast.attention: attention}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
-        encoder.embed_windows(waves, batch_size=len(waves))
+        call()
     return counter.get_total_flops() // 2
 
 

@@ -61,6 +61,26 @@ def test_as_near_to_float64_as_the_reference(shape, scale, dtype, poisoned):
     assert torch.equal(ops.attention(tensors[0]), out[0])  # without a gradient
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_is_float32_rounded_once(shape, poisoned):
+    """Results and gradients, given the same statistics and the same result."""
+    qkv, grad = problem(shape, torch.bfloat16)
+    out, slopes = run(ops.attention, qkv, grad)
+    assert out.dtype == slopes.dtype == torch.bfloat16
+    wide, stats = torch.ops.matpac_fast.attention(qkv.float(), True)
+    assert torch.equal(out, wide.bfloat16())
+    wide = torch.ops.matpac_fast.attention_backward(grad.float(), qkv.float(), out.float(), stats)
+    assert torch.equal(slopes, wide.bfloat16())
+    assert torch.equal(ops.attention(qkv), out)  # without a gradient
+
+
+def test_bfloat16_keeps_infinity_and_nan():
+    qkv = torch.zeros(1, 2, 3, 1, 4, dtype=torch.bfloat16)
+    qkv[0, :, 2, 0] = torch.tensor([torch.inf, torch.finfo(torch.bfloat16).max, torch.nan, -0.0]).bfloat16()
+    want = torch.tensor([torch.inf, torch.finfo(torch.bfloat16).max, torch.nan, -0.0]).bfloat16().expand(1, 2, 1, 4)
+    assert torch.equal(ops.attention(qkv).nan_to_num(7.0), want.nan_to_num(7.0))
+
+
 def test_gradcheck():
     qkv, _ = problem((2, 5, 2, 3))
     assert torch.autograd.gradcheck(ops.attention, qkv.requires_grad_())
@@ -96,9 +116,10 @@ def test_same_bits_for_any_number_of_threads(monkeypatch):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", ["avx512"], indirect=True)
-def test_avx512_has_the_bits_of_avx2(isa, instruction_set):
-    tensors = problem((2, 101, 2, 32), torch.float32)
+def test_avx512_has_the_bits_of_avx2(isa, dtype, instruction_set):
+    tensors = problem((2, 101, 2, 32), dtype)
     wide = run(ops.attention, *tensors)
     with instruction_set("avx2"):
         assert all(torch.equal(a, b) for a, b in zip(run(ops.attention, *tensors), wide, strict=True))
@@ -132,7 +153,10 @@ def test_c_plus_plus_is_what_computes(monkeypatch):
         ops.attention(qkv)
     with torch.autocast("cpu", torch.bfloat16):  # which casts
         assert ops.attention(qkv).dtype == torch.bfloat16
-    ops.attention(qkv.bfloat16())
+        assert len(called) == 3
+        ops.attention(qkv.bfloat16())  # as the qkv layer leaves it
+    assert called.pop() is False
+    ops.attention(qkv.half())
     monkeypatch.setitem(backend._reasons, "cpp", "not built")
     ops.attention(qkv)
     assert len(called) == 3
@@ -147,7 +171,7 @@ def test_nothing_to_attend_to(shape):
 
 @pytest.mark.parametrize("isa", ["portable"], indirect=True)
 def test_opcheck(isa):
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
         qkv, grad = problem((2, 5, 2, 3), dtype)
         torch.library.opcheck(torch.ops.matpac_fast.attention.default, (qkv.requires_grad_(), True))
         torch.library.opcheck(torch.ops.matpac_fast.attention.default, (qkv.detach().mT.contiguous().mT, False))

@@ -1,0 +1,54 @@
+// bfloat16 as a type to store: it is read as float32, which it is the upper half of, and rounded to when written.
+#pragma once
+
+#include "simd.h"
+
+namespace matpac::MATPAC_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What is stored as S is computed in.
+template <typename S>
+struct ComputedIn {
+  using type = S;
+};
+template <>
+struct ComputedIn<BFloat16> {
+  using type = float;
+};
+template <typename S>
+using Computed = typename ComputedIn<S>::type;
+
+MATPAC_INLINE float widen(float x) { return x; }
+MATPAC_INLINE double widen(double x) { return x; }
+MATPAC_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// A vector of what is stored, as what it is computed in.
+MATPAC_INLINE Vector<float> load_wide(const float* from) { return load(from); }
+MATPAC_INLINE Vector<double> load_wide(const double* from) { return load(from); }
+MATPAC_INLINE Vector<float> load_wide(const BFloat16* from) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Whole __attribute__((vector_size(kVectorBytes)));
+  Half half;
+  std::memcpy(&half, from, sizeof(half));
+  return (Vector<float>)(__builtin_convertvector(half, Whole) << 16);
+}
+
+// To the nearest, of two as near to the even one, as torch rounds; NaN stays NaN.
+MATPAC_INLINE void narrow(float x, float& out) { out = x; }
+MATPAC_INLINE void narrow(double x, double& out) { out = x; }
+MATPAC_INLINE void narrow(float x, BFloat16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  out.bits = uint16_t(x == x ? nearest : 0x7fc0);
+}
+
+}  // namespace matpac::MATPAC_ISA

@@ -1,0 +1,87 @@
+"""Linear layers, by whichever of torch's libraries multiplies faster on this CPU, and with their GELU."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..backend import dtype_of_products, fuses, prefers_onednn, transformed
+
+# Multiply-adds, below which oneDNN's product gains less than calling it takes.
+_LEAST = 10_000_000
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether to read the weights of `module` is to call it: a `kind` and none of its subclasses, as LoRA, FSDP and
+    parametrizations make them, neither hooked, compiled nor wrapped, with its own forward pass, as off-loading and
+    checkpointing replace it, and with its weights here and whole."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
+        return False
+    # In a graph, torch 2.6 finds nothing in the dictionary.
+    if "forward" in module.__dict__ or not isinstance(module.forward, types.MethodType):
+        return False
+    return not any(hasattr(weight, "to_local") for weight in module.parameters(recurse=False))  # FSDP's
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer's output; in float32, where oneDNN multiplies faster than what torch takes by itself, by oneDNN."""
+    if not _takes_onednn(layer, x):
+        return layer(x)
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, layer.weight, layer.bias)  # pyright: ignore[reportReturnType]
+    return _product(x, layer.weight, layer.bias)
+
+
+def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The exact GELU of a linear layer's output; its bias is added with it where a kernel does both."""
+    dtype = dtype_of_products(x)
+    plain = is_plain(layer, nn.Linear) and layer.bias is not None
+    if plain and dtype.itemsize == 2 and fuses("bias_gelu", x.device, dtype):
+        return ops.bias_gelu(F.linear(x, layer.weight), layer.bias)
+    return F.gelu(linear(layer, x))
+
+
+def _takes_onednn(layer: nn.Linear, x: Tensor) -> bool:
+    if _is_watched() or not prefers_onednn(x.device) or x.numel() * layer.out_features < _LEAST:
+        return False
+    # The plain thing alone: no quantised weights or other subclasses.
+    plain = is_plain(layer, nn.Linear) and type(x) is Tensor and type(layer.weight) is nn.Parameter
+    return plain and dtype_of_products(x) == x.dtype == layer.weight.dtype == torch.float32
+
+
+def _is_watched() -> bool:
+    """Whether something traces, transforms or counts what runs, and so wants to see the products that torch knows."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or transformed() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's products forwards and for the argument's gradient. The weight's gradient is torch's: oneDNN would first
+    copy one of its factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        if torch.is_grad_enabled():  # for a second derivative
+            dx = grad @ weight if need_x else None
+        else:
+            dx = _product(grad, weight.t(), None) if need_x else None
+        dw = rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None
+        return dx, dw, rows.sum(0) if need_bias else None
