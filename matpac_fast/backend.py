@@ -253,20 +253,25 @@ def takes_cpp(op: str, device: torch.device, worthwhile: bool = True) -> bool:
 
 def prefers_onednn(device: torch.device) -> bool:
     """Whether to ask oneDNN for a float32 product, where torch asks MKL by itself."""
-    return device.type == "cpu" and _forced != "reference" and _mkl_lags() and torch._C._get_mkldnn_enabled()
+    return device.type == "cpu" and _forced != "reference" and _onednn_leads()
+
+
+def _onednn_leads() -> bool:
+    return _mkl_lags() and torch._C._get_mkldnn_enabled()
+
+
+_onednn_leads._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 @functools.cache
 def _mkl_lags() -> bool:
     """MKL has AVX2 kernels alone for AMD's CPUs; with AVX-512 oneDNN's are faster (benchmarks/RECORDS.md)."""
-    if _native_missing() is not None or not (
-        torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    ):
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512" or _native_missing() is not None:
         return False
     from . import _C
 
-    found = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return found and _C.cpu_is_amd()
+    return _C.cpu_is_amd() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _obstacle(launcher: str, dtype: torch.dtype | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backend import dtype_of_products, fuses, prefers_onednn, transformed
+from ..ops._onednn import onednn_linear
 
 # Multiply-adds, below which oneDNN's product gains less than calling it takes.
-_LEAST = 10_000_000
+_LEAST = 20_000_000
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -31,11 +31,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer's output; in float32, where oneDNN multiplies faster than what torch takes by itself, by oneDNN."""
-    if not _takes_onednn(layer, x):
-        return layer(x)
-    if torch.is_grad_enabled():
-        return _Linear.apply(x, layer.weight, layer.bias)  # pyright: ignore[reportReturnType]
-    return _product(x, layer.weight, layer.bias)
+    return onednn_linear(x, layer.weight, layer.bias) if _takes_onednn(layer, x) else layer(x)
 
 
 def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -48,7 +44,7 @@ def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _takes_onednn(layer: nn.Linear, x: Tensor) -> bool:
-    if _is_watched() or not prefers_onednn(x.device) or x.numel() * layer.out_features < _LEAST:
+    if not prefers_onednn(x.device) or _is_watched() or x.numel() * layer.out_features < _LEAST:
         return False
     # The plain thing alone: no quantised weights or other subclasses.
     plain = is_plain(layer, nn.Linear) and type(x) is Tensor and type(layer.weight) is nn.Parameter
@@ -56,32 +52,8 @@ def _takes_onednn(layer: nn.Linear, x: Tensor) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether something traces, transforms or counts what runs, and so wants to see the products that torch knows."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return traced or transformed() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class _Linear(torch.autograd.Function):
-    """oneDNN's products forwards and for the argument's gradient. The weight's gradient is torch's: oneDNN would first
-    copy one of its factors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        if torch.is_grad_enabled():  # for a second derivative
-            dx = grad @ weight if need_x else None
-        else:
-            dx = _product(grad, weight.t(), None) if need_x else None
-        dw = rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None
-        return dx, dw, rows.sum(0) if need_bias else None
+    """Whether something transforms, traces or counts what runs, and so wants to see the products that torch knows."""
+    if transformed():
+        return True
+    # torch.compile knows the operator.
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0)
