@@ -20,6 +20,7 @@ import floors
 import torch
 
 from matpac_fast import backend, use_backend
+from matpac_fast.train.memory import freed_memory_kept
 
 Call = Callable[[], Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,23 +172,25 @@ def turn_by_turn(
 ) -> dict[str, Times]:
     """Time calls that are warm for as long as `more(turns so far)`; `served_by` has the backends to force, by name.
 
-    A machine that slows down then slows all of them.
+    A machine that slows down then slows all of them. On a CPU malloc keeps what is freed, as in `pretrain`: otherwise
+    whose memory comes from the system anew would depend on what the others leave behind.
     """
     paces: dict[str, Pace] = {}
     times: dict[str, Times] = {}
-    for name, call in calls.items():
-        with use_backend(served_by.get(name, "auto")):
-            paces[name] = pace(call)
-        times[name] = Times(paces[name].calls)
-    turns = 0
-    while more(turns):
+    with freed_memory_kept(DEVICE):
         for name, call in calls.items():
             with use_backend(served_by.get(name, "auto")):
-                device, host = timed(call, paces[name])
-            times[name].device.append(device)
-            if host is not None:
-                times[name].host.append(host)
-        turns += 1
+                paces[name] = pace(call)
+            times[name] = Times(paces[name].calls)
+        turns = 0
+        while more(turns):
+            for name, call in calls.items():
+                with use_backend(served_by.get(name, "auto")):
+                    device, host = timed(call, paces[name])
+                times[name].device.append(device)
+                if host is not None:
+                    times[name].host.append(host)
+            turns += 1
     return times
 
 
