@@ -21,6 +21,9 @@ from .nn.linear import is_plain, linear
 from .nn.vit import Attention, Block, Transformer
 from .reference import LogMelConfig
 
+# Bytes of an MLP's hidden layer on a CPU, for the pieces that go through the network at a time. With more, activations
+# no longer stay in the last cache: eight clips of 10 s at once take a sixth longer than four and four (RECORDS.md).
+_HIDDEN_BYTES = 2**24
 SIZES = ("n_mels", "n_frames", "patch_size", "width", "depth", "num_heads", "mlp_ratio")
 
 
@@ -132,7 +135,30 @@ class Encoder(AudioEncoder):
             if self._compiles:  # a graph for each shape, not for each company that shapes may have
                 self._compiled = self._compiled or torch.compile(self._forward)
                 return [self._compiled([pieces], pool, layers)[0] for pieces in groups]
-            return self._forward(groups, pool, layers)
+            if self.device.type != "cpu":
+                return self._forward(groups, pool, layers)
+            found: list[list[Tensor]] = [[] for _ in groups]
+            for portion in self._portions(groups, dtype.itemsize):
+                results = self._forward([groups[i][some] for i, some in portion], pool, layers)
+                for (i, _), result in zip(portion, results, strict=True):
+                    found[i].append(result)
+            return [torch.cat(parts) for parts in found]
+
+    def _portions(self, groups: list[Tensor], itemsize: int) -> Iterator[list[tuple[int, slice]]]:
+        """The groups' pieces, by group and slice, in portions of much the same size, `_HIDDEN_BYTES` or little more."""
+        tokens = [1 + self.freq * (spec.shape[-1] // self.patch_size) for spec in groups]
+        ends = np.cumsum([0, *(n * len(spec) for n, spec in zip(tokens, groups, strict=True))])
+        hidden = int(self.sizes["width"] * self.sizes["mlp_ratio"]) * itemsize
+        count = max(1, -(-int(ends[-1]) * hidden // _HIDDEN_BYTES))
+        # The portion of each piece, by the tokens before it.
+        owner = [
+            (end + n * np.arange(len(spec))) * count // ends[-1]
+            for end, n, spec in zip(ends, tokens, groups, strict=False)
+        ]
+        for portion in range(count):
+            slices = [slice(*np.searchsorted(o, [portion, portion + 1])) for o in owner]
+            if found := [(i, some) for i, some in enumerate(slices) if some.start < some.stop]:  # not within one piece
+                yield found
 
     def _forward(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
         """All tokens go through the linear layers together, so that each weight is read once whatever the lengths."""

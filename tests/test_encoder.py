@@ -96,6 +96,23 @@ def test_batches_and_batch_sizes_change_nothing(encoder):
     torch.testing.assert_close(together.values, torch.stack(alone), rtol=1e-5, atol=1e-6)
 
 
+def test_on_a_cpu_few_tokens_go_through_the_network_at_a_time(encoder, monkeypatch):
+    groups = [torch.randn(n, 80, frames) for n, frames in ((5, 64), (1, 16), (7, 48))]
+    tokens = [1 + encoder.freq * spec.shape[-1] // 16 for spec in groups]
+    hidden = 4 * encoder.sizes["width"] * encoder.sizes["mlp_ratio"]
+    whole = encoder.forward_groups(groups, "mean", "all")
+    for most in (1, 40, 100, 1000):
+        monkeypatch.setattr("matpac_fast.vit_encoder._HIDDEN_BYTES", most * hidden)
+        portions = list(encoder._portions(groups, 4))
+        sizes = [sum(tokens[i] * (some.stop - some.start) for i, some in portion) for portion in portions]
+        assert max(sizes) < most + max(tokens)
+        assert (len(sizes) == 1) == (most == 1000)
+        pieces = [(i, n) for portion in portions for i, some in portion for n in range(some.start, some.stop)]
+        assert pieces == [(i, n) for i, spec in enumerate(groups) for n in range(len(spec))]
+        for parts, found in zip(whole, encoder.forward_groups(groups, "mean", "all"), strict=True):
+            torch.testing.assert_close(found, parts, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("remainder", "ends"), [("keep", 1.25), ("pad", 1.25), ("merge", 1.25), ("drop", 1.0)])
 def test_remainders(encoder, remainder, ends):
     wave = noise(20_000)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import checkpoint, ops
 from ..errors import AudioError, CheckpointError
 from ..nn.initial import in_float32, seeded
+from ..nn.linear import linear, linear_gelu
 from ..reference import BEATS_LOG_MEL
 from .network import Network, fill, padded, recognised
 
@@ -61,14 +62,15 @@ class GatedAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
         """x (N, T, D), bias (H, T, T), keep (N, T) bool of tokens that are audio -> (N, T, D)."""
         q, k, v = (
-            f(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+            linear(f, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
         )  # (N, H, T, D/H)
         open_, reset = self.grep_linear(q).unflatten(3, (2, 4)).sum(-1).sigmoid().chunk(2, dim=-1)  # (N, H, T, 1)
         mask = (open_ * (reset * self.grep_a - 1.0) + 2.0) * bias
         if keep is not None:
             mask = mask.masked_fill(~keep[:, None, None], -torch.inf)
         out = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype))
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return linear(self.out_proj, out.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
@@ -85,7 +87,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
         x = self.self_attn_layer_norm(self.alpha * x + self.self_attn(x, bias, keep))
-        return self.final_layer_norm(self.alpha * x + self.fc2(F.gelu(self.fc1(x))))
+        return self.final_layer_norm(self.alpha * x + linear(self.fc2, linear_gelu(self.fc1, x)))
 
 
 class PositionConv(nn.Module):
