@@ -5,19 +5,20 @@
 
 Every variant starts from the same weights and takes the same spectrograms and masks; before anything is timed their
 first losses are compared, and the run fails where they differ. The rounds are interleaved and the ratio is the median
-of the rounds' ratios, so that a machine that slows down slows all of them. On a CPU the official code has a process of
-its own: `pretrain`, and so this script, changes how malloc gives memory back, which would speed up both.
+of the rounds' ratios, so that a machine that slows down slows all of them.
 
-On a GPU each precision has its turn alone, since the models of both beside the memory of a graph would fill it, and
-its speed-ups are over the first in that precision. The JSON is written anew after every round, so that what is known
-is there however the script ends.
+Each precision has its turn alone, or the models of both would fill the memory. On a CPU every variant has a process of
+its own, as training has: beside two other models in one process a step takes 5 to 8 % longer, for its memory is in
+pieces; and `pretrain`, and so ours here, changes how malloc gives memory back, which would speed up the official code
+too. The first variant takes its turn in both precisions, and all speed-ups are over it; on a GPU they are over the
+first in the same precision. The JSON is written anew after every round, so that what is known is there however the
+script ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import gc
 import json
 import multiprocessing
@@ -74,28 +75,24 @@ def main() -> None:
     precisions = options.precision or (["float32"] if native == "float32" else ["float32", "bf16"])
 
     config = MatpacConfig.preset(options.preset, mcl_heads=options.mcl_heads)
-    wave, index = batch(config, options.batch_size, device)
-    start = Matpac(config)
-    groups = [variants(options, precision, precisions, start, wave, index) for precision in precisions]
+    groups = [variants(options, precision, precisions, config, device) for precision in precisions]
+    base = next(iter(groups[0]))  # the official code where it is at hand, else ours on the reference
     on_gpu = device.type == "cuda"
     if not on_gpu:
-        # All of them turn by turn, built before malloc is told to keep what is freed.
-        built = {name: make() for group in groups for name, make in group.items()}
-        groups = [{name: lambda run=run: run for name, run in built.items()}]
-    del start
+        groups = [{base: groups[0][base]} | group for group in groups]
 
     rows: dict[str, dict[str, Any]] = {}
     losses: dict[str, float] = {}
-    base = next(iter(groups[0]))  # the official code where it is at hand, else ours on the reference
     header = {"preset": options.preset, "batch_size": options.batch_size, "device": device_name(device)}
-    header["speedup_over"] = base if len(groups) == 1 else f"{base.rsplit(' ', 1)[0]}, same precision"
+    header["speedup_over"] = f"{base.rsplit(' ', 1)[0]}, same precision" if on_gpu and len(groups) > 1 else base
     header |= {"torch": torch.__version__, "matpac_fast": __version__}
     for makers in groups:
-        with freed_memory_kept(device):
-            for times, first in measure(makers, options.rounds, on_gpu, losses):
-                rows |= rows_of(times, first, config, options.batch_size, device)
-                if options.json:
-                    write_text(options.json, json.dumps({**header, "rows": rows}, indent=2) + "\n")
+        before = rows
+        for times, first in measure(makers, options.rounds, on_gpu, losses):
+            rows = rows_of(times, first, config, options.batch_size, device) | before  # the base as it was first
+            rows = {name: rows[name] for name in [*before, *(name for name in rows if name not in before)]}
+            if options.json:
+                write_text(options.json, json.dumps({**header, "rows": rows}, indent=2) + "\n")
         if on_gpu:  # before the models of the next precision come
             gc.collect()
             torch.cuda.empty_cache()
@@ -103,37 +100,26 @@ def main() -> None:
 
 
 def variants(
-    options: argparse.Namespace,
-    precision: str,
-    precisions: list[str],
-    start: Matpac,
-    wave: torch.Tensor,
-    index: torch.Tensor,
+    options: argparse.Namespace, precision: str, precisions: list[str], config: MatpacConfig, device: torch.device
 ) -> dict[str, Make]:
     """What is to be timed in one precision, in order, each still to be built."""
-    device, found = wave.device, {}
+    found: dict[str, Make] = {}
 
-    def ours(backend: str = "auto", compiled: bool = False, graph: bool = False) -> Run:
-        model = copy.deepcopy(start).to(device).train()
-        if compiled:
-            # Of this run alone, or the first step would be that of another day.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp())
-            compile_blocks(model)
-        return our_step(model, wave, index, precision, backend, graph)
+    def add(name: str, step: Callable[..., Run], *arguments: Any) -> None:
+        arguments = config, options.batch_size, device, precision, *arguments
+        found[name] = partial(InAProcess, step, *arguments) if device.type == "cpu" else partial(step, *arguments)
 
     if checkout := os.environ.get("MATPAC_OFFICIAL"):
-        make = in_a_process if device.type == "cpu" else official_step
-        found[f"official {precision}"] = partial(make, checkout, start.config, len(wave), precision, device)
+        add(f"official {precision}", official_step, checkout)
     for backend in ("auto",) if options.skip_reference else ("reference", "auto"):
-        name = f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}"
-        found[name] = partial(ours, backend)
+        add(f"{'ours' if backend == 'auto' else 'ours on the reference'} {precision}", our_step, backend)
     # Nobody trains in float32 on a GPU that has better: it is there to compare with, and compiling takes a minute.
     if device.type == "cuda" and precision == "float32" and len(precisions) > 1:
         return found
     for compiled in [False] + [True] * options.compile:
         for graph in [False] * compiled + [True] * (options.cuda_graph and device.type == "cuda"):
             name = f"ours {precision}{', compiled' * compiled}{', graph' * graph}"
-            found[name] = partial(ours, "auto", compiled, graph)
+            add(name, our_step, "auto", compiled, graph)
     return found
 
 
@@ -145,10 +131,19 @@ def measure(
     One by one, where a round is short beside building and compiling: a variant is built when those before it have been
     timed, and then all that are there go round again. Otherwise only all of them together.
     """
+    with contextlib.ExitStack() as stack:
+        yield from _measure(makers, rounds, one_by_one, losses, stack)
+
+
+def _measure(
+    makers: dict[str, Make], rounds: int, one_by_one: bool, losses: dict[str, float], stack: contextlib.ExitStack
+) -> Iterator[tuple[dict[str, list[float]], dict[str, float]]]:
     runs: dict[str, Run] = {}
     first: dict[str, float] = {}
     for name, make in makers.items():
         runs[name] = run = make()
+        if isinstance(run, InAProcess):
+            stack.callback(run.close)
         began = time.perf_counter()
         losses[name] = run()  # the first step warms up, and compiles
         first[name] = time.perf_counter() - began
@@ -177,15 +172,27 @@ def batch(config: MatpacConfig, rows: int, device: torch.device) -> tuple[torch.
 
 
 def our_step(
-    model: Matpac, wave: torch.Tensor, index: torch.Tensor, precision: str, backend: str, graph: bool = False
+    config: MatpacConfig,
+    crops: int,
+    device: torch.device,
+    precision: str,
+    backend: str = "auto",
+    compiled: bool = False,
+    graph: bool = False,
 ) -> Run:
     """From int16 crops on the device to new weights, as the training loop does it."""
+    model = Matpac(config).to(device).train()
+    if compiled:
+        # Of this run alone, or the first step would be that of another day.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp())
+        compile_blocks(model)
+    wave, index = batch(config, crops, device)
     optimizer = make_optimizer(model, TrainConfig())
     graphed = GraphedStep(model, optimizer, 3.0, precision) if graph else None
 
     def run() -> float:
         with use_backend(backend):
-            pieces = [(ops.log_mel(wave), ops.mask_shuffle(0, STEP, index, model.config.n_tokens))]
+            pieces = [(ops.log_mel(wave), ops.mask_shuffle(0, STEP, index, config.n_tokens))]
             if graphed:
                 step = graphed(pieces, STEP, 3e-4)
             else:
@@ -195,11 +202,11 @@ def our_step(
     return run
 
 
-def official_step(checkout: str, config: MatpacConfig, rows: int, precision: str, device: torch.device):
+def official_step(config: MatpacConfig, crops: int, device: torch.device, precision: str, checkout: str) -> Run:
     """From log-mels, which the official code reads from disk, to new weights, with torch's AdamW as it comes."""
     model = _official_training.load(Path(checkout), config).to(device)
     model.load_state_dict(Matpac(config).official_state_dict())
-    wave, index = batch(config, rows, device)
+    wave, index = batch(config, crops, device)
     spec, ids_shuffle = ops.log_mel(wave), ops.mask_shuffle(0, STEP, index, config.n_tokens)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 3e-4, (0.9, 0.95), 1e-6, 0.05)
@@ -222,27 +229,34 @@ def official_step(checkout: str, config: MatpacConfig, rows: int, precision: str
     return run
 
 
-def in_a_process(*arguments: Any) -> Callable[[], float]:
-    """`official_step` in a process of its own, which does a step and says its loss whenever it is asked."""
-    here, there = multiprocessing.Pipe()
-    spawn = multiprocessing.get_context("spawn")
-    spawn.Process(target=_answer, args=(there, *arguments), daemon=True).start()
-    there.close()  # so that the end of either process is the end of the other's wait
-    here.recv()  # imported and built
+class InAProcess:
+    """A step in a process of its own, which does one and says its loss whenever it is called."""
 
-    def run() -> float:
-        here.send("step")
-        return here.recv()
+    def __init__(self, step: Callable[..., Run], *arguments: Any):
+        self._here, there = multiprocessing.Pipe()
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=_answer, args=(there, step, *arguments), daemon=True)
+        self._process.start()
+        there.close()  # so that the end of either process is the end of the other's wait
+        self._here.recv()  # imported and built
 
-    return run
+    def __call__(self) -> float:
+        self._here.send("step")
+        return self._here.recv()
+
+    def close(self) -> None:
+        """The end of the process, and of its memory."""
+        self._here.close()
+        self._process.join()
 
 
-def _answer(pipe: Connection, *arguments: Any) -> None:
-    step = official_step(*arguments)
+def _answer(pipe: Connection, step: Callable[..., Run], *arguments: Any) -> None:
+    run = step(*arguments)
     pipe.send("ready")
-    with contextlib.suppress(EOFError):
+    kept = freed_memory_kept(torch.device("cpu")) if step is our_step else contextlib.nullcontext()
+    with kept, contextlib.suppress(EOFError):
         while pipe.recv():
-            pipe.send(step())
+            pipe.send(run())
 
 
 def rows_of(

@@ -319,8 +319,7 @@ def test_what_a_step_is_compared_with(monkeypatch):
     monkeypatch.delenv("MATPAC_OFFICIAL", raising=False)
 
     def names(device, precision, precisions):
-        wave = SimpleNamespace(device=torch.device(device))
-        return list(bench_step.variants(step_options(), precision, precisions, None, wave, None))
+        return list(bench_step.variants(step_options(batch_size=1), precision, precisions, None, torch.device(device)))
 
     both = ["float32", "bf16"]
     assert names("cuda", "float32", both) == ["ours on the reference float32", "ours float32"]
