@@ -155,6 +155,7 @@ def test_what_is_left_to_torch(asked, monkeypatch):
     with torch.no_grad():
         program = torch.export.export(nn.Sequential(Called(still)), (x,), strict=False)
     assert "aten.linear" in str(program.graph)
+    assert torch.equal(left(nn.Sequential(layer)), want)  # type: ignore[arg-type]  # in its place, without its sizes
     hooked = problem((4, 6), 3)[0]
     hooked.register_forward_hook(lambda *_: None)
     left(hooked)

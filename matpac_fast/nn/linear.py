@@ -37,18 +37,19 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
     """The exact GELU of a linear layer's output; its bias is added with it where a kernel does both."""
     dtype = dtype_of_products(x)
-    plain = is_plain(layer, nn.Linear) and layer.bias is not None
-    if plain and dtype.itemsize == 2 and fuses("bias_gelu", x.device, dtype):
+    fused = dtype.itemsize == 2 and fuses("bias_gelu", x.device, dtype)
+    if fused and is_plain(layer, nn.Linear) and layer.bias is not None:
         return ops.bias_gelu(F.linear(x, layer.weight), layer.bias)
     return F.gelu(linear(layer, x))
 
 
 def _takes_onednn(layer: nn.Linear, x: Tensor) -> bool:
-    if not prefers_onednn(x.device) or _is_watched() or x.numel() * layer.out_features < _LEAST:
+    if not prefers_onednn(x.device) or _is_watched() or not is_plain(layer, nn.Linear):
         return False
-    # The plain thing alone: no quantised weights or other subclasses.
-    plain = is_plain(layer, nn.Linear) and type(x) is Tensor and type(layer.weight) is nn.Parameter
-    return plain and dtype_of_products(x) == x.dtype == layer.weight.dtype == torch.float32
+    # Of tensors the plain ones alone: no quantised weights or other subclasses.
+    plain = type(x) is Tensor and type(layer.weight) is nn.Parameter
+    floats = dtype_of_products(x) == x.dtype == layer.weight.dtype == torch.float32
+    return plain and floats and x.numel() * layer.out_features >= _LEAST
 
 
 def _is_watched() -> bool:
