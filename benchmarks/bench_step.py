@@ -89,8 +89,8 @@ def main() -> None:
     for makers in groups:
         before = rows
         for times, first in measure(makers, options.rounds, on_gpu, losses):
-            rows = rows_of(times, first, config, options.batch_size, device) | before  # the base as it was first
-            rows = {name: rows[name] for name in [*before, *(name for name in rows if name not in before)]}
+            found = rows_of(times, first, config, options.batch_size, device)
+            rows = before | {name: row for name, row in found.items() if name not in before}  # the base as it was first
             if options.json:
                 write_text(options.json, json.dumps({**header, "rows": rows}, indent=2) + "\n")
         if on_gpu:  # before the models of the next precision come
@@ -131,37 +131,31 @@ def measure(
     One by one, where a round is short beside building and compiling: a variant is built when those before it have been
     timed, and then all that are there go round again. Otherwise only all of them together.
     """
-    with contextlib.ExitStack() as stack:
-        yield from _measure(makers, rounds, one_by_one, losses, stack)
-
-
-def _measure(
-    makers: dict[str, Make], rounds: int, one_by_one: bool, losses: dict[str, float], stack: contextlib.ExitStack
-) -> Iterator[tuple[dict[str, list[float]], dict[str, float]]]:
-    runs: dict[str, Run] = {}
-    first: dict[str, float] = {}
-    for name, make in makers.items():
-        runs[name] = run = make()
-        if isinstance(run, InAProcess):
-            stack.callback(run.close)
-        began = time.perf_counter()
-        losses[name] = run()  # the first step warms up, and compiles
-        first[name] = time.perf_counter() - began
-        if name.endswith("graph"):  # recorded on the third
-            run(), run()
-        tolerance = 1e-4 if "float32" in name else 2e-2
-        if not abs(losses[name] / next(iter(losses.values())) - 1) <= tolerance:
-            sys.exit(f"the first losses differ: {losses}")
-        if len(runs) < len(makers) and not one_by_one:
-            continue
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - began)
-                print(f"{name:<32}{1e3 * times[name][-1]:>10.1f} ms", file=sys.stderr)
-            yield times, first
+    with contextlib.ExitStack() as stack:  # ends their processes
+        runs: dict[str, Run] = {}
+        first: dict[str, float] = {}
+        for name, make in makers.items():
+            runs[name] = run = make()
+            if isinstance(run, InAProcess):
+                stack.callback(run.close)
+            began = time.perf_counter()
+            losses[name] = run()  # the first step warms up, and compiles
+            first[name] = time.perf_counter() - began
+            if name.endswith("graph"):  # recorded on the third
+                run(), run()
+            tolerance = 1e-4 if "float32" in name else 2e-2
+            if not abs(losses[name] / next(iter(losses.values())) - 1) <= tolerance:
+                sys.exit(f"the first losses differ: {losses}")
+            if len(runs) < len(makers) and not one_by_one:
+                continue
+            times: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(rounds):
+                for name, run in runs.items():
+                    began = time.perf_counter()
+                    run()
+                    times[name].append(time.perf_counter() - began)
+                    print(f"{name:<32}{1e3 * times[name][-1]:>10.1f} ms", file=sys.stderr)
+                yield times, first
 
 
 def batch(config: MatpacConfig, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
