@@ -12,42 +12,17 @@ import importlib
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from _official_block import Block
 from torch import Tensor, nn
 
 from matpac_fast import checkpoint
 from matpac_fast.encoder import Encoder
-from matpac_fast.nn.vit import Block
 from matpac_fast.reference import LogMelConfig, mel_bank
-
-
-class PlainAttention(nn.Module):
-    """Attention as timm 0.4.12 computes it: scores and their softmax are stored."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, n, d))
-
-
-class PlainBlock(Block):
-    def __init__(self, width: int, num_heads: int, mlp_ratio: int):
-        super().__init__(width, num_heads, mlp_ratio)
-        self.attn = PlainAttention(width, num_heads)
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 class MelSpectrogram(nn.Module):
@@ -93,11 +68,7 @@ def load(checkout: Path, encoder: Encoder, attention: Literal["plain", "fused"])
     folder = checkout / "inference_matpac" / "matpac"
     if not (folder / "model.py").is_file():
         raise FileNotFoundError(f"{checkout} is no checkout of aurianworld/matpac: it has no inference_matpac/matpac")
-    kind = PlainBlock if attention == "plain" else Block
-
-    def block(dim: int, num_heads: int, mlp_ratio: int, qkv_bias: bool, norm_layer: Any) -> Block:
-        return kind(dim, num_heads, mlp_ratio)
-
+    block = partial(Block, fused=attention == "fused")
     package = _module("matpac")
     package.__path__ = [str(folder)]
     stubs = {

@@ -1,8 +1,8 @@
 """The official training model, imported as it stands from a checkout of aurianworld/matpac, for comparisons.
 
 Nothing of it is kept here. What its files import is replaced by the least that does the same: fairseq's averages, one
-parameter at a time as there, and where timm is not installed its block, with the fused attention of a current timm
-(0.4.12, which the official environment pins, has the slower plain one).
+parameter at a time as there, and timm's block, with the fused attention of a current timm (0.4.12, which the official
+inference package pins, has the slower plain one).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _official_block import Block
 from torch import nn
 
 from matpac_fast.config import MatpacConfig
-from matpac_fast.nn.vit import Block
 
 
 @dataclass
@@ -72,28 +72,20 @@ def _stubs() -> dict[str, types.ModuleType]:
     def register(*args: Any, **kwargs: Any):
         return lambda thing: thing
 
-    stubs = {
+    return {
         "fairseq": _module("fairseq"),
         "fairseq.modules": _module("fairseq.modules", EMAModule=EMAModule, EMAModuleConfig=EMAModuleConfig),
         "fairseq.dataclass": _module("fairseq.dataclass", FairseqDataclass=type("FairseqDataclass", (), {})),
         "fairseq.models": _module("fairseq.models", BaseFairseqModel=BaseFairseqModel, register_model=register),
         "omegaconf": _module("omegaconf", II=lambda text: text, MISSING=None),
+        "timm": _module("timm"),
+        "timm.models": _module("timm.models"),
+        "timm.models.vision_transformer": _module("timm.models.vision_transformer", Block=Block),
         # The task reads data sets; the model only names its classes.
         "training_matpac.tasks.pretraining": _module(
             "training_matpac.tasks.pretraining", PretrainingConfig=object, LogmelPretrainingTask=object
         ),
     }
-    try:
-        import timm.models.vision_transformer  # pyright: ignore[reportMissingImports]  # noqa: F401
-    except ImportError:
-
-        def block(dim: int, num_heads: int, mlp_ratio: int, qkv_bias: bool, norm_layer: Any) -> Block:
-            return Block(dim, num_heads, mlp_ratio)
-
-        stubs["timm"] = _module("timm")
-        stubs["timm.models"] = _module("timm.models")
-        stubs["timm.models.vision_transformer"] = _module("timm.models.vision_transformer", Block=block)
-    return stubs
 
 
 def load(checkout: Path, config: MatpacConfig) -> nn.Module:

@@ -19,9 +19,12 @@ import floors
 import pytest
 import report
 import torch
+from _official_block import Block
 from _timing import Case, summary
+from torch import nn
 
 from matpac_fast.encoder import Encoder
+from matpac_fast.nn import vit
 
 
 def test_bytes_and_flops_against_counts_by_hand():
@@ -44,6 +47,27 @@ def test_bytes_and_flops_against_counts_by_hand():
     alone, five = floors.prediction_loss(10, 8), floors.prediction_loss(10, 8, heads=5, backward=True)
     assert alone == (4 * 10 * 8 * 2, 0)
     assert five == (4 * 10 * 8 * (6 + 6 + 5), 0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_official_block_is_ours_in_numbers_and_torch_s_alone_in_what_runs(fused):
+    torch.manual_seed(0)
+    ours = vit.Block(256, 8, 4)
+    official = Block(256, 8, 4, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), fused=fused)
+    official.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 191, 256)  # enough for each of our kernels
+
+    def ran(block: nn.Module) -> tuple[torch.Tensor, set[str]]:
+        with torch.profiler.profile() as profile:
+            out = block(x)
+            out.sum().backward()
+        return out, {event.key for event in profile.key_averages() if event.key.startswith(("matpac_fast", "mkldnn"))}
+
+    expected, kernels = ran(ours)
+    assert kernels, "nothing of ours ran, so that this test could not fail"
+    out, kernels = ran(official)
+    assert not kernels
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_narrower_limit_is_the_floor():
