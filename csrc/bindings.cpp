@@ -86,6 +86,11 @@ matpac::AttentionArgs attention_args(Address qkv, int dtype, int64_t batch, int6
           width,        pointer(out),         pointer(stats), pointer(result), pointer(grad)};
 }
 
+// Positional arguments in the order of TransposedArgs.
+matpac::TransposedArgs transposed_args(Address x, int64_t rows, int64_t width, Address out, Address sums) {
+  return {pointer<float>(x), rows, width, pointer<float>(out), pointer<float>(sums)};
+}
+
 }  // namespace
 
 #ifndef MATPAC_FAST_WITH_CUDA
@@ -154,5 +159,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<matpac::AttentionArgs>(m, "AttentionArgs").def(py::init(&attention_args));
   m.def("attention_cpu", &matpac::attention_cpu, py::arg("args"), py::arg("backward"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+
+  py::class_<matpac::TransposedArgs>(m, "TransposedArgs").def(py::init(&transposed_args));
+  m.def("transposed_cpu", &matpac::transposed_cpu, py::arg("args"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
 }

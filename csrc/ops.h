@@ -125,4 +125,13 @@ struct AttentionArgs {
 };
 void attention_cpu(const AttentionArgs& args, bool backward, int threads);
 
+// A matrix's transpose and the sums of its columns.
+struct TransposedArgs {
+  const float* x;  // (rows, width) contiguous
+  int64_t rows, width;
+  float* out;   // (width, rows)
+  float* sums;  // (width,)
+};
+void transposed_cpu(const TransposedArgs& args, int threads);
+
 }  // namespace matpac

@@ -102,34 +102,13 @@ void pack(const S* x, int64_t row, int64_t rows, int64_t width, int64_t stride, 
   }
 }
 
-// Four rows of x, `row` apart, become four columns of `out`, whose rows are kColumns apart. How many of `width` it did.
-template <typename S>
-MATPAC_INLINE int64_t turn_four(const S* x, int64_t row, int64_t width, float* out) {
-  constexpr int lanes = kLanes<float>;
-  int64_t k = 0;
-  for (; k + lanes <= width; k += lanes) {
-    Vector<float> rows[4];
-    for (int r = 0; r < 4; ++r) rows[r] = load_wide(x + r * row + k);
-    turn(rows);
-    for (int r = 0; r < 4; ++r) {
-      float lane[lanes];
-      store(lane, rows[r]);
-      for (int q = 0; q < lanes / 4; ++q) {
-        std::memcpy(out + (k + 4 * q + r) * kColumns<float>, lane + 4 * q, 4 * sizeof(float));
-      }
-    }
-  }
-  return k;
-}
-MATPAC_INLINE int64_t turn_four(const double*, int64_t, int64_t, double*) { return 0; }
-
 // Panels of x's transpose (width, rows).
 template <typename S, typename T>
 void pack_turned(const S* x, int64_t row, int64_t rows, int64_t width, T* out) {
   for (int64_t first = 0; first < up(rows, kColumns<T>); first += 4) {
     T* to = out + first / kColumns<T> * kColumns<T> * width + first % kColumns<T>;
     const int64_t count = rows - first < 4 ? rows - first : 4;
-    for (int64_t k = count == 4 ? turn_four(x + first * row, row, width, to) : 0; k < width; ++k) {
+    for (int64_t k = count == 4 ? turn_four(x + first * row, row, width, to, kColumns<T>) : 0; k < width; ++k) {
       for (int64_t i = 0; i < 4; ++i) to[k * kColumns<T> + i] = i < count ? widen(x[(first + i) * row + k]) : T(0);
     }
   }

@@ -51,4 +51,24 @@ MATPAC_INLINE void narrow(float x, BFloat16& out) {
   out.bits = uint16_t(x == x ? nearest : 0x7fc0);
 }
 
+// Four rows of x, `row` apart, become four columns of `out`, whose rows are `out_row` apart. How many of `width` it
+// did.
+template <typename S>
+MATPAC_INLINE int64_t turn_four(const S* x, int64_t row, int64_t width, float* out, int64_t out_row) {
+  constexpr int lanes = kLanes<float>;
+  int64_t k = 0;
+  for (; k + lanes <= width; k += lanes) {
+    Vector<float> rows[4];
+    for (int r = 0; r < 4; ++r) rows[r] = load_wide(x + r * row + k);
+    turn(rows);
+    for (int r = 0; r < 4; ++r) {
+      float lane[lanes];
+      store(lane, rows[r]);
+      for (int q = 0; q < lanes / 4; ++q) std::memcpy(out + (k + 4 * q + r) * out_row, lane + 4 * q, 4 * sizeof(float));
+    }
+  }
+  return k;
+}
+MATPAC_INLINE int64_t turn_four(const double*, int64_t, int64_t, double*, int64_t) { return 0; }
+
 }  // namespace matpac::MATPAC_ISA
