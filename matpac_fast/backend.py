@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .errors import BackendError
 
@@ -190,7 +191,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> s
         return _forced_launcher(forced, op, device, dtype, table)
     if transformed():
         if device.type == "cuda":
-            _warn_slow(op, "torch.func transforms it")
+            _warn_slow(op, "torch.func or forward mode transforms it")
         return "reference"
     for launcher in table:
         if _obstacle(launcher, dtype) is None:
@@ -201,8 +202,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> s
 
 
 def transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp) transforms what runs, which it can with formulas and cannot with kernels."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation transforms what runs, which they can with
+    formulas and cannot with kernels."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above; guarded by torch's own
@@ -285,7 +287,8 @@ def _forced_launcher(
 ) -> str:
     if transformed():
         raise BackendError(
-            f"{op}: backend {forced!r} is forced, and torch.func transforms the reference alone; use auto or reference"
+            f"{op}: backend {forced!r} is forced, and torch.func and forward mode transform the reference alone; "
+            "use auto or reference"
         )
     # "cuda" means the fastest native CUDA path; an op whose only CUDA path is Triton takes it.
     launcher = "triton" if forced == "cuda" and table == ("triton",) else forced

@@ -46,29 +46,28 @@ _NESTED = ("_ema", "_cls_head_ema")
 PARTS = "parts"  # in a checkpoint's folder, what the processes of a sharded training wrote
 
 
-def from_official_names(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Official names, nested or flat, -> ours. A name that is not known raises CheckpointError."""
+def from_official_names(state: Mapping[str, Any], name: str = "the checkpoint") -> dict[str, Tensor]:
+    """Official names, nested or flat, -> ours. A name that is not known raises CheckpointError, which `name` begins."""
     flat: dict[str, Tensor] = {}
-    for name, value in state.items():
+    for key, value in state.items():
         if isinstance(value, Mapping):
-            flat.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
+            flat.update({f"{key}.{inner}": tensor for inner, tensor in value.items()})
         else:
-            flat[name] = value
-    if odd := [name for name, value in flat.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(
-            f"not an official MATPAC checkpoint: {len(odd)} of its names hold no tensor: {_some(odd)}"
-        )
+            flat[key] = value
+    not_official = f"{name}: not an official MATPAC checkpoint"
+    if odd := [key for key, value in flat.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{not_official}: {len(odd)} of its names hold no tensor: {_some(odd)}")
     ours: dict[str, Tensor] = {}
     unknown: list[str] = []
-    for name, tensor in flat.items():
+    for key, tensor in flat.items():
         for theirs, mine in _PREFIXES:
-            if name.startswith(theirs):
-                ours[mine + name[len(theirs) :]] = tensor
+            if key.startswith(theirs):
+                ours[mine + key[len(theirs) :]] = tensor
                 break
         else:
-            unknown.append(name)
+            unknown.append(key)
     if unknown:
-        raise CheckpointError(f"not an official MATPAC checkpoint: {len(unknown)} unknown names: {_some(unknown)}")
+        raise CheckpointError(f"{not_official}: {len(unknown)} unknown names: {_some(unknown)}")
     if "center" in ours:
         ours["center"] = ours["center"].reshape(-1)
     return ours

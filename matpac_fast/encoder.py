@@ -216,7 +216,7 @@ def _interpret(
         state, sizes = m2d.from_m2d(state, path)
     else:
         heads = ("head.", "head_norm.")
-        state = checkpoint.from_official_names({k: v for k, v in state.items() if not k.startswith(heads)})
+        state = checkpoint.from_official_names({k: v for k, v in state.items() if not k.startswith(heads)}, path)
         sizes = checkpoint.read_sizes(state)
     sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
     kept = (*SIZES, "mean", "std", "framing")

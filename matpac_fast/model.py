@@ -270,7 +270,7 @@ class Matpac(nn.Module):
         """
         state = source if isinstance(source, Mapping) else checkpoint.load(source)[0]
         name = "the checkpoint" if isinstance(source, Mapping) else str(source)
-        ours = checkpoint.from_official_names(state)
+        ours = checkpoint.from_official_names(state, name)
         sizes: dict[str, Any] = checkpoint.read_sizes(ours)
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
         sizes["predictor_heads"] = 16 if predictor_heads is None else predictor_heads

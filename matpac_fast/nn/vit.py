@@ -114,7 +114,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def sincos_positions(width: int, freq: int, time: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions, (1, 1 + freq * time, width) float32, frequency-major, a zero row for CLS first.
+    """Fixed 2-D sine-cosine positions, (1, 1 + freq * time, width), frequency-major, a zero row for CLS first.
 
     The first half of the channels encodes time, the second frequency; each half is sines, then cosines, of the position
     times 10000 ** (-i / (width / 4)).
@@ -128,7 +128,7 @@ def sincos_positions(width: int, freq: int, time: int) -> Tensor:
     time_code = code(torch.arange(time)).repeat(freq, 1)
     freq_code = code(torch.arange(freq)).repeat_interleave(time, 0)
     grid = torch.cat([time_code, freq_code], dim=1)
-    return torch.cat([grid.new_zeros(1, width), grid])[None].float()
+    return torch.cat([grid.new_zeros(1, width), grid])[None].to(torch.get_default_dtype())
 
 
 def shorten_positions(pos: Tensor, freq: int, time: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The fused ops: tensors in, tensors out, on whatever backend fits the device.
 
-Under a transform of torch.func (grad, vmap, jvp and what is made of them) the PyTorch reference serves them all, which
-is differentiable as often as one likes.
+Under a transform of torch.func (grad, vmap, jvp and what is made of them) and in forward mode the PyTorch reference
+serves them all, which is differentiable as often as one likes.
 """
 
 from .add_layer_norm import add_layer_norm

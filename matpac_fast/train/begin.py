@@ -148,7 +148,10 @@ def refusal(run: Path, different: Mapping[str, tuple[Any, Any]]) -> str:
     options: dict[str, list[str]] = {}
     for name, (old, new) in different.items():
         if name not in corpus:
-            options.setdefault(_OPTIONS.get(name, ""), []).append(f"{name} is {old!r} there and {new!r} here")
+            option = _OPTIONS.get(name, "")
+            if new is False:
+                option = option.replace("--", "--no-", 1)
+            options.setdefault(option, []).append(f"{name} is {old!r} there and {new!r} here")
     told = [", ".join(phrases) + (f" ({option})" if option else "") for option, phrases in options.items()]
     advice = []
     if corpus:

@@ -323,7 +323,7 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     with intact_named(source, _INIT):
         state, _ = checkpoint.load(path)
     if checkpoint.is_official(state):
-        state = checkpoint.from_official_names(state)
+        state = checkpoint.from_official_names(state, str(path))
     if not any(name.startswith("predictor.") for name in state):
         raise CheckpointError(
             f"{path}: an encoder alone; expected a training checkpoint, which holds teacher, predictor and heads too"
@@ -336,12 +336,14 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
 def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them."""
     with intact_named(source, _INIT):
-        state, metadata = checkpoint.load(checkpoint.find_weights(source))
+        path = checkpoint.find_weights(source)
+        state, metadata = checkpoint.load(path)
     if "config" in metadata:
         sizes = metadata["config"]
     else:
-        official = checkpoint.is_official(state)
-        sizes = checkpoint.read_sizes(checkpoint.from_official_names(state) if official else state)
+        if checkpoint.is_official(state):
+            state = checkpoint.from_official_names(state, str(path))
+        sizes = checkpoint.read_sizes(state)
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], None)
     wanted = {"patch_size", "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
     return {name: value for name, value in sizes.items() if name in wanted}

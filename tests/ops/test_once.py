@@ -1,4 +1,4 @@
-"""What a gradient by hand cannot give is refused: a second derivative, and one in forward mode; torch.func has all."""
+"""What a gradient by hand cannot give: a second derivative is refused; torch.func and forward mode have all."""
 
 from __future__ import annotations
 
@@ -55,10 +55,16 @@ def test_a_second_derivative_is_refused(make):
 
 
 @OPS
-def test_forward_mode_is_refused(make):
+def test_forward_mode_takes_the_reference(make):
+    torch.manual_seed(0)
     function, x = make()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        function(forward_ad.make_dual(x, torch.ones_like(x)))
+    v = torch.ones_like(x)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(function(forward_ad.make_dual(x, v)))
+        with use_backend("cpp"), pytest.raises(BackendError, match="'cpp' is forced, and torch.func and forward mode"):
+            function(forward_ad.make_dual(x, v))
+    want = torch.func.jvp(function, (x,), (v,))
+    assert all(map(torch.equal, found, want))
 
 
 @OPS
@@ -81,5 +87,5 @@ def test_torch_func_transforms_the_reference(make):
     torch.testing.assert_close(found[0][1], function(x.flip(0)), rtol=1e-4, atol=1e-4)
     with use_backend("reference"):
         assert all(map(torch.equal, found, all_of_them()))
-    with use_backend("cpp"), pytest.raises(BackendError, match=r"'cpp' is forced, and torch\.func transforms"):
+    with use_backend("cpp"), pytest.raises(BackendError, match=r"'cpp' is forced, and torch\.func and forward mode transform"):
         torch.vmap(function)(both)
