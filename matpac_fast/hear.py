@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .audio_encoder import AudioEncoder
@@ -51,24 +53,49 @@ def get_scene_embeddings(audio: Tensor | np.ndarray, model: HearModel) -> Tensor
 
 
 def get_timestamp_embeddings(audio: Tensor | np.ndarray, model: HearModel) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, T, E) float32, and (N, T) float32 the milliseconds at the middle of what each one sees."""
+    """Embeddings (N, T, E) float32, and (N, T) float32 the milliseconds at the middle of what each one sees.
+
+    The first stands at 0 ms where the model's passes allow it, and sees silence before the sound; none stands past the
+    sound's end but where it is the only one.
+    """
     audio, encoder = _checked(audio), model.encoder
-    frame, passes = encoder.frame_samples, model.passes
+    frame, passes, n = encoder.frame_samples, model.passes, audio.shape[1]
     if frame is None:
         raise ConfigError(f"get_timestamp_embeddings: {encoder.name} has no frame embeddings")
     if not (isinstance(passes, int) and 1 <= passes <= frame):
         raise ConfigError(f"get_timestamp_embeddings: model.passes is {passes}; expected a whole number, 1 to {frame}")
-    shifts = [frame * i // passes for i in range(passes)]
-    shifts = [s for s in shifts if s == 0 or s + encoder.min_samples <= audio.shape[1]]
-    n_frames = sum(sum(encoder.rows(audio.shape[1] - shift)) for shift in shifts)
-    values = torch.empty(len(audio), n_frames, encoder.embedding_dim, dtype=torch.float32, device=encoder.device)
-    for i, shift in enumerate(shifts):
-        values[:, i :: len(shifts)] = encoder.embed(audio[:, shift:], model.sample_rate, pool="none").values
-    number = torch.arange(n_frames, device="cpu")
-    begin = number // len(shifts) * frame + torch.tensor(shifts, device="cpu")[number % len(shifts)]
     middle = frame / 2 if encoder.frame_middle is None else encoder.frame_middle
-    times = ((begin.double() + middle) * 1000 / encoder.sample_rate).float().to(encoder.device)
+    shifts = _shifts(frame, passes, middle)
+    shifts = [s for s in shifts if s <= 0 or s + encoder.min_samples <= n]
+    counts = [min(sum(encoder.rows(n - s)), max(0, math.floor((n - middle - s) / frame) + 1)) for s in shifts]
+    if not any(counts):
+        counts[0] = 1
+    begins = torch.cat([s + frame * torch.arange(c, device="cpu") for s, c in zip(shifts, counts, strict=True)])
+    begins, order = begins.sort()
+    places = order.argsort().split(counts)
+    values = torch.empty(len(audio), len(begins), encoder.embedding_dim, dtype=torch.float32, device=encoder.device)
+    for shift, count, place in zip(shifts, counts, places, strict=True):
+        if count:
+            found = encoder.embed(_from(audio, shift), model.sample_rate, pool="none").values
+            values[:, place.to(values.device)] = found[:, :count]
+    times = ((begins.double() + middle) * 1000 / encoder.sample_rate).float().to(encoder.device)
     return values, times.expand(len(audio), -1).contiguous()
+
+
+def _shifts(frame: int, passes: int, middle: float) -> list[int]:
+    """Samples that each pass begins after the sound, or before it, in order: frames of all passes are equally far
+    apart, and of those whose middle the sound has none is missing."""
+    later = [frame * i // passes for i in range(passes)]
+    return sorted(s - frame if s > 0 and s - frame + middle >= 0 else s for s in later)
+
+
+def _from(audio: Tensor | np.ndarray, shift: int) -> Tensor | np.ndarray:
+    """The sounds from sample `shift` on, with as much silence before them where it is negative."""
+    if shift >= 0:
+        return audio[:, shift:]
+    if isinstance(audio, np.ndarray):
+        return np.pad(audio, ((0, 0), (-shift, 0)))
+    return F.pad(audio, (-shift, 0))
 
 
 def _checked(audio: Tensor | np.ndarray) -> Tensor | np.ndarray:

@@ -87,5 +87,8 @@ def test_torch_func_transforms_the_reference(make):
     torch.testing.assert_close(found[0][1], function(x.flip(0)), rtol=1e-4, atol=1e-4)
     with use_backend("reference"):
         assert all(map(torch.equal, found, all_of_them()))
-    with use_backend("cpp"), pytest.raises(BackendError, match=r"'cpp' is forced, and torch\.func and forward mode transform"):
+    with (
+        use_backend("cpp"),
+        pytest.raises(BackendError, match=r"'cpp' is forced, and torch\.func and forward mode transform"),
+    ):
         torch.vmap(function)(both)
