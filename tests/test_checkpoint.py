@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from matpac_fast import checkpoint
+from matpac_fast import checkpoint, load_encoder
 from matpac_fast.errors import CheckpointError
 from matpac_fast.model import Matpac, MatpacConfig
 
@@ -158,6 +158,15 @@ def test_what_does_not_fit_is_listed(model):
     assert "1 missing: student.norm.bias" in message
     assert "1 unexpected: student.norm.extra" in message
     assert "1 of another shape: predictor.norm.weight (25,) for (24,)" in message
+
+
+def test_what_is_not_official_is_named(model, tmp_path):
+    path = tmp_path / "theirs.pt"
+    for odd, message in (({"extra": torch.zeros(3)}, "1 unknown names: extra"), ({"step": 7}, "1 of its names hold no")):
+        torch.save(model.official_state_dict() | odd, path)
+        for load in (Matpac.from_official, load_encoder):
+            with pytest.raises(CheckpointError, match=f"theirs.pt: not an official MATPAC checkpoint: {message}"):
+                load(path)
 
 
 def test_heads_follow_the_official_rule_or_are_given():

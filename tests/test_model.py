@@ -327,6 +327,24 @@ def test_without_a_training_pass_the_centre_stays():
     assert torch.equal(model.center, center)
 
 
+def test_a_model_made_where_float64_is_the_default_is_of_float64():
+    plain = Matpac(MatpacConfig(**TINY)).double()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = Matpac(MatpacConfig(**TINY))
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float64}
+        model.load_state_dict(plain.state_dict())
+        spec = torch.randn(2, 80, 64)
+        out = model(spec, step=1)
+        out.loss.backward()
+        model.update_teachers(1)
+    finally:
+        torch.set_default_dtype(before)
+    assert out.loss.dtype == torch.float64
+    torch.testing.assert_close(out.loss, plain(spec, step=1).loss)
+
+
 def test_annealing_ends_as_official_unless_asked_otherwise():
     official = Matpac(MatpacConfig(max_steps=10, **TINY))
     assert official.ema_decay(10) == official.ema_decay(99) == 0.99999
