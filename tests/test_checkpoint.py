@@ -161,9 +161,12 @@ def test_what_does_not_fit_is_listed(model):
 
 
 def test_what_is_not_official_is_named(model, tmp_path):
-    path = tmp_path / "theirs.pt"
-    for odd, message in (({"extra": torch.zeros(3)}, "1 unknown names: extra"), ({"step": 7}, "1 of its names hold no")):
-        torch.save(model.official_state_dict() | odd, path)
+    path, official = tmp_path / "theirs.pt", model.official_state_dict()
+    for odd, message in (
+        ({"extra": torch.zeros(3)}, "1 unknown names: extra"),
+        ({"_ema": official["_ema"] | {"n": 7}}, "1 of its names hold no tensor: _ema.n"),
+    ):
+        torch.save(official | odd, path)
         for load in (Matpac.from_official, load_encoder):
             with pytest.raises(CheckpointError, match=f"theirs.pt: not an official MATPAC checkpoint: {message}"):
                 load(path)
