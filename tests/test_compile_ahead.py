@@ -27,9 +27,11 @@ MODULES = [
 ]
 LAUNCHES: dict[str, Launch] = {launch.name: launch for module in MODULES for launch in module.AOT}
 # Launch options are chosen for the pinned Triton; another allocates registers in its own way.
-SPILLS = 0 if triton.__version__.startswith("3.7.") else 64
+SPILLS = 0 if triton.__version__.startswith("3.7.") else 128
 Key = tuple[str, int]  # a launch's name and a compute capability
-KEYS: list[Key] = [(name, capability) for name, launch in LAUNCHES.items() for capability in launch.capabilities]
+# Triton 3.2, which torch 2.6 brings, knows no Blackwell.
+NEWEST = 90 if triton.__version__.startswith("3.2.") else 120
+KEYS: list[Key] = [(name, each) for name, launch in LAUNCHES.items() for each in launch.capabilities if each <= NEWEST]
 
 
 def compile_one(key: Key) -> Cost:
@@ -48,9 +50,9 @@ def costs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             return {key: pool.submit(compile_one, key) for key in KEYS}
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", dict(KEYS))
 def test_compiles_without_spills(name: str, costs: dict[Key, Future[Cost]], capsys: pytest.CaptureFixture[str]) -> None:
-    by_capability = {capability: costs[name, capability].result() for capability in LAUNCHES[name].capabilities}
+    by_capability = {capability: costs[key, capability].result() for key, capability in KEYS if key == name}
     with capsys.disabled():
         cells = [
             f"sm_{capability}: {cost.registers:>3} regs {cost.shared:>6} B {cost.spills} spilt"

@@ -98,7 +98,9 @@ class _Lines:
         if time.monotonic() - self._last < _EVERY_SECONDS:
             return
         self._last = time.monotonic()
-        speed = f", {told_rate(rate)}, {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
+        # Another worker's work, done again after it was thought lost, may make it more than all.
+        left = timedelta(seconds=round(max(0.0, total - done) / rate)) if rate > 0 else None
+        speed = "" if left is None else f", {told_rate(rate)}, {left} left"
         note = note and f"; {note}"
         count = f"{done:.1f}" if done % 1 else int(done)  # of long pieces, parts
         self._console.print(f"{self._title} {count}/{total} {self._unit}{speed}{note}", markup=False, soft_wrap=True)
