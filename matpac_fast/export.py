@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from . import reference
 from .encoder import Encoder
@@ -124,6 +125,11 @@ def export_torch(encoder: Encoder, path: str | os.PathLike[str]) -> float:
             return check(encoder, torch.export.load(cast(Any, file)).module())
 
 
+def can_onnx() -> bool:
+    """Whether torch's exporter takes graphs whose sizes depend on each other."""
+    return TorchVersion(torch.__version__) >= "2.8"
+
+
 def export_onnx(encoder: Encoder, path: str | os.PathLike[str]) -> float:
     """Write one .onnx file, weights within, all of it or none; returns the largest error of `check`.
 
@@ -131,8 +137,10 @@ def export_onnx(encoder: Encoder, path: str | os.PathLike[str]) -> float:
     sample_rate, embedding_dim, min_samples and the encoder's id.
 
     Raises:
-        ConfigError: onnx, onnxscript or onnxruntime is missing.
+        ConfigError: onnx, onnxscript or onnxruntime is missing, or torch is older than 2.8, whose exporters fail.
     """
+    if not can_onnx():
+        raise ConfigError(f"ONNX export needs torch 2.8 or later; this is {torch.__version__}: --torch does without")
     try:
         import onnx
         import onnxruntime

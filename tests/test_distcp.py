@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.fixture
 def folder(tmp_path):
     """A genuine one, of a single process."""
-    dcp.save({"model.w": torch.arange(3.0)}, storage_writer=dcp.FileSystemWriter(tmp_path / "c"), no_dist=True)
+    dcp.save({"model.w": torch.arange(3.0)}, storage_writer=dcp.FileSystemWriter(tmp_path / "c"))
     (tmp_path / "c" / "matpac_fast.json").write_text('{"step": 1}')
     return tmp_path / "c"
 

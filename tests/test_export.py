@@ -71,6 +71,7 @@ def traced(program, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("traced")
+@pytest.mark.skipif(not export.can_onnx(), reason="ONNX export needs torch 2.8 or later")
 def test_onnx_runs_at_every_batch_and_length(encoder, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -144,6 +145,9 @@ def test_a_place_that_cannot_be_written_is_named_as_it_was_given(encoder, tmp_pa
 def test_what_cannot_be_exported_says_so(encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r"needs onnx: pip install 'matpac_fast\[export\]'"):
+        export.export_onnx(encoder, tmp_path / "x.onnx")
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    with pytest.raises(ConfigError, match=r"needs torch 2\.8 or later; this is 2\.7\.1\+cu126: --torch does without"):
         export.export_onnx(encoder, tmp_path / "x.onnx")
     with pytest.raises(ConfigError, match=r"the encoder is in torch\.bfloat16; load it in float32"):
         export.Exportable(make().prepare(torch.bfloat16))

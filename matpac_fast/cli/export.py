@@ -23,7 +23,7 @@ def main(
     Args:
         encoder: of MATPAC or M2D: a run folder, a checkpoint, an official file, or a name such as m2d:FILE. Default:
             this package's own pre-trained one.
-        onnx: write this ONNX file; it needs pip install 'matpac_fast[export]'.
+        onnx: write this ONNX file; it needs pip install 'matpac_fast[export]', and torch 2.8 or later.
         torch: write this file for torch.export.load.
         num_heads: attention heads, for official checkpoints off the rule of 64 channels a head.
     """

@@ -128,7 +128,9 @@ def sincos_positions(width: int, freq: int, time: int) -> Tensor:
     time_code = code(torch.arange(time)).repeat(freq, 1)
     freq_code = code(torch.arange(freq)).repeat_interleave(time, 0)
     grid = torch.cat([time_code, freq_code], dim=1)
-    return torch.cat([grid.new_zeros(1, width), grid])[None].to(torch.get_default_dtype())
+    # In the default dtype, but never in fewer digits, which a checkpoint would keep.
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return torch.cat([grid.new_zeros(1, width), grid])[None].to(dtype)
 
 
 def shorten_positions(pos: Tensor, freq: int, time: int) -> Tensor:

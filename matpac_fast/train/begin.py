@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..model import Matpac
 from ..reference import LogMelConfig
 from .config import TrainConfig, resolve_precision
-from .distributed import Ranks
+from .distributed import Ranks, shards
 from .sampler import Sampler
 from .state import RunFolder, load_weights, read_config
 
@@ -75,6 +75,8 @@ def check_options(
             f"batch_size is {config.batch_size}, which {world} processes times a grad_accumulation of "
             f"{config.grad_accumulation} do not divide"
         )
+    if config.shard and world > 1 and not shards(device):
+        raise ConfigError(f"shard on a CPU needs torch 2.8 or later; this is {torch.__version__}")
     if config.cuda_graph and (world > 1 or device.type != "cuda"):
         raise ConfigError(f"cuda_graph is for one process on a GPU; this is {world} on {device.type}: leave it out")
     return [mel.n_samples(n) for n in frames]

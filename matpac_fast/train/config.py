@@ -53,7 +53,7 @@ class TrainConfig:
             GPU, which alone can, and a step of the longest crops takes less than half of its memory.
         shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), and let
             each write its part of a checkpoint: for models that do not fit on one GPU; by default each holds all of
-            them (DDP).
+            them (DDP). On a CPU from torch 2.8 on.
 
     Raises:
         ConfigError: a value that cannot be.

@@ -278,6 +278,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def shards(device: torch.device) -> bool:
+    """Whether this torch's FSDP2 gives right gradients there: on a CPU from torch 2.8 on."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return device.type != "cpu" or hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+
+
 def distribute(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, shard: bool) -> nn.Module:
     """What to call for a forward pass whose gradients become the mean over ranks: DDP, or FSDP2 where `shard`.
 
@@ -290,9 +297,10 @@ def distribute(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, shar
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)  # makes it an FSDPModule, in place
+        for module in (*blocks, model):
+            part: Any = fully_shard(module, mesh=mesh)  # the module itself, an FSDPModule from here on
+            if ranks.device.type == "cpu":  # asked for the mean, gloo gives the sum in torch 2.7 and 2.8
+                part.set_force_sum_reduction_for_comms(True)
         return model
     ddp = nn.parallel.DistributedDataParallel
     devices = [ranks.device] if ranks.device.type == "cuda" else None

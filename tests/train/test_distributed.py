@@ -19,6 +19,7 @@ from matpac_fast import ops
 from matpac_fast.errors import ConfigError
 from matpac_fast.train import distributed, pretrain, read_log
 from matpac_fast.train import loop as training
+from matpac_fast.train.begin import check_options
 
 
 @pytest.fixture
@@ -28,7 +29,12 @@ def whole(tmp_path, corpus, model_config, train_config):
     return tmp_path / "one"
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+needs_shards = pytest.mark.skipif(
+    not distributed.shards(torch.device("cpu")), reason="FSDP2 on a CPU needs torch 2.8 or later"
+)
+
+
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=needs_shards)], ids=["ddp", "fsdp"])
 def test_two_ranks_draw_the_curve_of_one(tmp_path, corpus, model_config, train_config, whole, shard):
     config = dataclasses.replace(train_config, grad_accumulation=2, shard=shard)
     assert on_ranks(2, train, corpus, tmp_path / "two", model_config, config) == {0: (12, True), 1: (12, True)}
@@ -39,6 +45,7 @@ def test_two_ranks_draw_the_curve_of_one(tmp_path, corpus, model_config, train_c
     assert max(losses) - min(losses) > 0.01
 
 
+@needs_shards
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, corpus, model_config, train_config, whole):
     """Begun by one, gone on with by four with a part of the model each, by two with all of it, ended by two halves.
 
@@ -195,6 +202,16 @@ def test_ranks_with_different_corpora_are_refused(tmp_path, memory_corpus, model
     corpora = [memory_corpus([6_000] * 4, seed) for seed in range(2)]
     answers = on_ranks(2, other_corpus, corpora, tmp_path / "run", model_config, train_config)
     assert all("do not have the same corpus" in answer for answer in answers.values()), answers
+
+
+def test_shards_are_refused_where_their_gradients_are_wrong(memory_corpus, model_config, train_config, monkeypatch):
+    config = dataclasses.replace(train_config, shard=True)
+    corpus, cpu, cuda = memory_corpus([6_000] * 4), torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms", raising=False)
+    with pytest.raises(ConfigError, match=r"shard on a CPU needs torch 2\.8 or later; this is "):
+        check_options(corpus, model_config, config, cpu, world=2)
+    for device, world in ((cpu, 1), (cuda, 2)):
+        assert check_options(corpus, model_config, config, device, world)
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, model_config, train_config, monkeypatch):

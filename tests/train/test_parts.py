@@ -22,8 +22,10 @@ import matpac_fast as mf
 from matpac_fast import checkpoint, distcp
 from matpac_fast.errors import CheckpointError
 from matpac_fast.train import pretrain
+from matpac_fast.train.distributed import shards
 
 KILLS = 3
+pytestmark = pytest.mark.skipif(not shards(torch.device("cpu")), reason="FSDP2 on a CPU needs torch 2.8 or later")
 
 
 @pytest.fixture
