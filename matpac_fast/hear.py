@@ -102,4 +102,6 @@ def _checked(audio: Tensor | np.ndarray) -> Tensor | np.ndarray:
     if not isinstance(audio, (Tensor, np.ndarray)) or audio.ndim != 2:
         came = tuple(audio.shape) if isinstance(audio, (Tensor, np.ndarray)) else f"a {type(audio).__name__}"
         raise AudioError(f"HEAR: audio is {came}; expected (sounds, samples)")
+    if 0 in audio.shape:
+        raise AudioError(f"HEAR: audio is {tuple(audio.shape)}: no audio")
     return audio

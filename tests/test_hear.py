@@ -161,3 +161,5 @@ def test_what_is_no_hear_call_says_so(model):
             function(torch.zeros(800), model)
         with pytest.raises(AudioError, match=r"audio is a list; expected \(sounds, samples\)"):
             function([0.0] * 800, model)
+        with pytest.raises(AudioError, match=r"audio is \(2, 0\): no audio"):
+            function(torch.zeros(2, 0), model)
