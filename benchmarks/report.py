@@ -31,8 +31,9 @@ The newest result of every device, whole. Made by `python benchmarks/report.py -
 which `python benchmarks/sheet.py` fills. "Of floor" is the least time that the bytes or products would take on this
 device, over the time taken (`benchmarks/floors.py`); "extra" is the memory that a call takes beyond its arguments and
 results; the first call is that of a new process, with what it compiles. A GPU's ops and attention are timed on the
-device, calls back to back; "host" is the time in which the host hands one on, which is the longer of small ones. In results
-older than commit 83ee5db the official code ran on this package's attention kernel: ours is further over it than they say.
+device, calls back to back; "host" is the time in which the host hands one on, which is the longer of small ones.
+In results older than commit 83ee5db the official code ran on this package's attention kernel: ours is further over it
+than they say.
 """
 Result = dict[str, Any]
 
