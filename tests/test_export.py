@@ -143,6 +143,7 @@ def test_a_place_that_cannot_be_written_is_named_as_it_was_given(encoder, tmp_pa
 
 
 def test_what_cannot_be_exported_says_so(encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r"needs onnx: pip install 'matpac_fast\[export\]'"):
         export.export_onnx(encoder, tmp_path / "x.onnx")
