@@ -35,6 +35,9 @@ class MelSpectrogram(nn.Module):
         bank = mel_bank(LogMelConfig(n_fft=n_fft, n_mels=n_mels, f_min=f_min, f_max=f_max))
         self.register_buffer("bank", bank.float())
 
+    window: Tensor
+    bank: Tensor
+
     def forward(self, wave: Tensor) -> Tensor:
         spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
         return torch.matmul(self.bank, spectrum.abs().pow(2.0))

@@ -26,7 +26,7 @@ _C = pytest.importorskip("matpac_fast._C")
 
 N, K, D, TEMPS = 2128, 2048, 256, (0.1, 0.04)  # batch 16: 133 masked tokens a crop
 ROUNDS = 15
-op_module = importlib.import_module("matpac_fast.ops.prototype_loss")
+op_module: Any = importlib.import_module("matpac_fast.ops.prototype_loss")
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]

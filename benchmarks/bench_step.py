@@ -198,7 +198,7 @@ def our_step(
 
 def official_step(config: MatpacConfig, crops: int, device: torch.device, precision: str, checkout: str) -> Run:
     """From log-mels, which the official code reads from disk, to new weights, with torch's AdamW as it comes."""
-    model = _official_training.load(Path(checkout), config).to(device)
+    model: Any = _official_training.load(Path(checkout), config).to(device)
     model.load_state_dict(Matpac(config).official_state_dict())
     wave, index = batch(config, crops, device)
     spec, ids_shuffle = ops.log_mel(wave), ops.mask_shuffle(0, STEP, index, config.n_tokens)

@@ -178,7 +178,8 @@ def sounds(rng: np.random.Generator) -> np.ndarray:
             sound *= np.exp(-np.linspace(0, rng.uniform(0, 8), len(sound)))
         else:
             t = np.arange(round(rng.uniform(0.2, 4) * RATE)) / RATE
-            f = np.exp(np.linspace(*np.log(rng.uniform(80, 6000, size=2)), len(t)))
+            begin, end = np.log(rng.uniform(80, 6000, size=2))
+            f = np.exp(np.linspace(begin, end, len(t)))
             sound = np.sign(np.sin(2 * np.pi * np.cumsum(f) / RATE)) * rng.uniform(0.1, 0.5)
             sound = sound if rng.random() < 0.5 else np.sin(2 * np.pi * np.cumsum(f) / RATE)
         times = rng.integers(1, 6)
