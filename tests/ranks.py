@@ -6,10 +6,14 @@ import os
 import socket
 import time
 
+import pytest
 import torch
 from forks import forks
 
 from matpac_fast.train import pretrain
+from matpac_fast.train.distributed import shards
+
+needs_shards = pytest.mark.skipif(not shards(torch.device("cpu")), reason="FSDP2 on a CPU needs torch 2.8 or later")
 
 
 def free_port():

@@ -64,6 +64,7 @@ def test_opcheck():
     layer, x, _ = problem((2, 4, 6), 3)
     for bias in (layer.bias, None):
         torch.library.opcheck(torch.ops.matpac_fast.linear.default, (x.requires_grad_(), layer.weight, bias))
+    torch.library.opcheck(torch.ops.matpac_fast.linear_gradients.default, (torch.randn(8, 3), torch.randn(8, 6)))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6)], ids=str)

@@ -290,11 +290,9 @@ def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_pat
         [*command, *SMALL], capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert ended.returncode == 0, ended.stderr
-    said = ended.stdout.splitlines()
-    begun = f"2 crops a step, {AUTO} on cpu, 2 processes"
-    assert sum(line.endswith(begun) for line in said) == 1  # gloo of some torch says something there too
-    steps = [line.split("  ")[0] for line in said if line.startswith("step ")]
-    assert steps[:2] == ["step 2/4", "step 4/4"]
+    said = [line for line in ended.stdout.splitlines() if "[Gloo]" not in line]  # which torch 2.8 says there too
+    assert said[0].endswith(f"2 crops a step, {AUTO} on cpu, 2 processes")
+    assert [line.split("  ")[0] for line in said[1:]][:2] == ["step 2/4", "step 4/4"]
     assert sum(line.startswith("finished at step 4 of 4") for line in said) == 1
     assert read_log(tmp_path / "run" / "log.jsonl")[0]["ranks"] == 2
 

@@ -11,7 +11,7 @@ import signal
 import pytest
 import torch
 from forks import forks
-from ranks import free_port, on_ranks, rank_main, train
+from ranks import free_port, needs_shards, on_ranks, rank_main, train
 from runs import assert_same_curve, curve, newest
 from stops import after
 
@@ -27,11 +27,6 @@ def whole(tmp_path, corpus, model_config, train_config):
     """The run of one process."""
     pretrain(corpus, tmp_path / "one", model_config, train_config, "cpu")
     return tmp_path / "one"
-
-
-needs_shards = pytest.mark.skipif(
-    not distributed.shards(torch.device("cpu")), reason="FSDP2 on a CPU needs torch 2.8 or later"
-)
 
 
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=needs_shards)], ids=["ddp", "fsdp"])

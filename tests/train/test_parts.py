@@ -15,17 +15,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from forks import forks
-from ranks import free_port, on_ranks, rank_main, train
+from ranks import free_port, needs_shards, on_ranks, rank_main, train
 from runs import assert_same_curve, newest
 
 import matpac_fast as mf
 from matpac_fast import checkpoint, distcp
 from matpac_fast.errors import CheckpointError
 from matpac_fast.train import pretrain
-from matpac_fast.train.distributed import shards
 
 KILLS = 3
-pytestmark = pytest.mark.skipif(not shards(torch.device("cpu")), reason="FSDP2 on a CPU needs torch 2.8 or later")
+pytestmark = needs_shards
 
 
 @pytest.fixture
