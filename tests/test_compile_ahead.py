@@ -14,6 +14,7 @@ from early import triton_cache
 pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[triton]'")
 
 import triton
+from torch.torch_version import TorchVersion
 from triton.runtime.jit import JITFunction
 
 from matpac_fast import kernels
@@ -26,11 +27,12 @@ MODULES = [
     if not module.name.startswith("_")
 ]
 LAUNCHES: dict[str, Launch] = {launch.name: launch for module in MODULES for launch in module.AOT}
-# Launch options are chosen for the pinned Triton; another allocates registers in its own way.
-SPILLS = 0 if triton.__version__.startswith("3.7.") else 256
+# Launch options are chosen for the pinned Triton; another allocates registers in its own way, an old one worse.
+VERSION = TorchVersion(triton.__version__)
+SPILLS = 0 if triton.__version__.startswith("3.7.") else 64 if VERSION >= "3.6" else 256
 Key = tuple[str, int]  # a launch's name and a compute capability
 # Triton 3.2, which torch 2.6 brings, knows no Blackwell.
-NEWEST = 90 if triton.__version__.startswith("3.2.") else 120
+NEWEST = 90 if VERSION < "3.3" else 120
 KEYS: list[Key] = [(name, each) for name, launch in LAUNCHES.items() for each in launch.capabilities if each <= NEWEST]
 
 
