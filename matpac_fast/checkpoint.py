@@ -6,6 +6,7 @@ What a file is, is read from its content: never from its name.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -187,8 +188,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Ma
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read weights onto the CPU: (state, metadata). safetensors, a torch file of plain tensors, or the folder that the
-    processes of a sharded training wrote together.
+    """Read weights onto the CPU: (state, metadata). safetensors, a torch file of plain tensors, by itself or as the one
+    in a zip archive, or the folder that the processes of a sharded training wrote together.
 
     A training checkpoint gives its "model" entry, and its "cfg" as metadata. Metadata is empty for other files that
     this package did not write.
@@ -258,7 +259,7 @@ _SKIPPED: list[Any] = [
 
 
 def unpickle(path: str | os.PathLike[str]) -> Any:
-    """The content of a torch file, whatever it is, as long as it is data: nothing in the file is run.
+    """The content of a torch file, or of the one in a zip archive, as long as it is data: nothing in the file is run.
 
     Numpy's numbers and arrays in it, and an argparse.Namespace, are skipped: something stands there, without a value.
 
@@ -267,7 +268,9 @@ def unpickle(path: str | os.PathLike[str]) -> Any:
     """
     try:
         with _skipping():
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(_unpacked(path), map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"an object of {name[1]}" if name else "more than tensors"
@@ -278,10 +281,6 @@ def unpickle(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # there is no end to what damaged bytes raise
-        if packed := _packed(path):
-            raise CheckpointError(
-                f"{path}: an archive, of {_some(packed, 3)}; unpack it and give the file of weights"
-            ) from None
         raise CheckpointError(
             f"{path}: damaged torch checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
         ) from None
@@ -314,14 +313,23 @@ def _full_name(allowed: Any) -> str:
     return allowed[1] if isinstance(allowed, tuple) else f"{allowed.__module__}.{allowed.__qualname__}"
 
 
-def _packed(path: str | os.PathLike[str]) -> list[str]:
-    """What lies in a zip archive of other files, as M2D's weights are released; torch's own files are archives too."""
+def _unpacked(path: str | os.PathLike[str]) -> str | os.PathLike[str] | io.BytesIO:
+    """`path`, or the one torch file in an archive of other files, as M2D's weights are released; torch's own files are
+    archives too.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/")]
-    except (zipfile.BadZipFile, OSError):
-        return []
-    return [] if any(name.endswith("/data.pkl") for name in names) else names
+            packed = [name for name in archive.namelist() if not name.endswith("/")]
+            if any(name.endswith("/data.pkl") for name in packed):
+                return path
+            weights = [name for name in packed if name.endswith((".pt", ".pth", ".ckpt"))]
+            if len(weights) != 1:
+                raise CheckpointError(
+                    f"{path}: an archive, of {_some(packed, 3)}; unpack it and give the file of weights"
+                )
+            return io.BytesIO(archive.read(weights[0]))
+    except zipfile.BadZipFile:
+        return path  # torch says what is wrong
 
 
 def _load_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

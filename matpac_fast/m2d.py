@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -36,13 +37,14 @@ def from_m2d(state: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], 
     """M2D's names -> ours and the encoder's sizes; target, decoder and heads are left out.
 
     Raises:
-        CheckpointError: patches that are not square, or 32 kHz audio, which only the name of the file's folder tells.
+        CheckpointError: patches that are not square, or 32 kHz audio, which only the name of the file's folder, or of
+            the archive, tells.
     """
     state = {name.removeprefix(_FINE_TUNED): tensor for name, tensor in state.items()}
     patch = tuple(state["patch_embed.proj.weight"].shape[2:])
     if patch[0] != patch[1]:
         raise CheckpointError(f"{source}: M2D with patches of {patch[0]} x {patch[1]}; only square ones are supported")
-    if "p32k" in os.path.basename(os.path.dirname(os.path.abspath(source))):
+    if "p32k" in os.path.join(*Path(source).absolute().parts[-2:]):
         raise CheckpointError(f"{source}: M2D at 32 kHz, by the name of its folder; only 16 kHz is supported")
     ours = {
         mine + name[len(theirs) :]: tensor

@@ -324,11 +324,33 @@ def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, num_heads):
         load_encoder(tmp_path / "official.pt", "cpu", num_heads=num_heads)
 
 
-def test_an_archive_of_weights_is_told_from_weights(tmp_path):
-    """As M2D's are released."""
+def test_an_archive_with_one_file_of_weights_is_loaded(tmp_path):
+    """As M2D's are released, in a folder whose name the archive has too."""
+    torch.save(m2d_state(make()), tmp_path / "checkpoint-300.pth")
+    for name in ("m2d-80x608p16x16.zip", "m2d-80x608p16x16p32k.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(tmp_path / "checkpoint-300.pth", "m2d/checkpoint-300.pth")
+            archive.writestr("m2d/LICENSE.pdf", b"%PDF")
+    encoder = load_encoder(f"m2d:{tmp_path}/m2d-80x608p16x16.zip", "cpu")
+    assert encoder.id == load_encoder(tmp_path / "checkpoint-300.pth", "cpu").id
+    with pytest.raises(CheckpointError, match="M2D at 32 kHz, by the name of its folder"):
+        load_encoder(tmp_path / "m2d-80x608p16x16p32k.zip", "cpu")
+
+    whole = (tmp_path / "m2d-80x608p16x16.zip").read_bytes()
+    at = len(whole) // 2
+    (tmp_path / "damaged.zip").write_bytes(
+        whole[:at] + bytes(byte ^ 255 for byte in whole[at : at + 99]) + whole[at + 99 :]
+    )
+    with pytest.raises(CheckpointError, match=r"damaged\.zip: damaged torch checkpoint"):
+        load_encoder(tmp_path / "damaged.zip", "cpu")
+
+
+@pytest.mark.parametrize("names", [["one.pth", "two.pth"], ["README.md"]])
+def test_an_archive_of_anything_else_is_told_from_weights(tmp_path, names):
     with zipfile.ZipFile(tmp_path / "m2d.zip", "w") as archive:
-        archive.writestr("m2d_vit_base-80x608p16x16/checkpoint-300.pth", b"weights")
-    with pytest.raises(CheckpointError, match=r"m2d\.zip: an archive, of m2d_vit_.*/checkpoint-300\.pth; unpack it"):
+        for name in names:
+            archive.writestr(name, b"weights")
+    with pytest.raises(CheckpointError, match=rf"m2d\.zip: an archive, of {', '.join(names)}; unpack it and give the"):
         load_encoder(tmp_path / "m2d.zip", "cpu")
 
 
