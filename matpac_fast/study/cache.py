@@ -1,7 +1,7 @@
 """Embeddings of clips, kept in Parquet under what they depend on: weights, audio, windows, dtype, versions.
 
 ROOT/<encoder's name>-<key>/settings.json      what the key was made of
-ROOT/<encoder's name>-<key>/part-*.parquet     audio (SHA-256 of the file), embedding; a row a window
+ROOT/<encoder's name>-<key>/part-*.parquet     audio (SHA-256 of the file), seconds seen, embedding; a row a window
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _CLIPS = 128  # in one part; a killed run loses so many clips' work at most
 
 @dataclass(frozen=True)
 class View:
-    """What of a clip is embedded. `aggregate`: the mean over its windows, every window (score, attend), or the one in
-    its middle."""
+    """What of a clip is embedded. `aggregate`: the mean over its windows, each counting by its seconds, every window
+    (score, attend), or the one in its middle."""
 
     temporal_support: float
     hop: float | None = None
@@ -58,7 +58,7 @@ class View:
             "temporal_support": self.temporal_support,
             "hop": self.hop,
             "remainder": self.remainder,
-            "rows": {"mean": "mean", "score": "windows", "attend": "windows", "one": "middle"}[self.aggregate],
+            "rows": {"mean": "mean by seconds", "one": "middle"}.get(self.aggregate, "windows and seconds"),
             "matpac_fast": __version__,
             "torch": torch.__version__,
             "decoder": decoder_versions(),
@@ -144,25 +144,27 @@ class Cache:
         ends = np.searchsorted(codes[order], np.arange(len(place)), side="right")
         spans = [order[starts[place[name]] : ends[place[name]]] for name in audio]
         clip = np.repeat(np.arange(len(audio)), [len(span) for span in spans])
-        return Rows(torch.from_numpy(values[np.concatenate(spans)].copy()), clip)
+        chosen = np.concatenate(spans)
+        return Rows(torch.from_numpy(values[chosen].copy()), clip, table["seconds"].to_numpy()[chosen])
 
-    def write(self, audio: Sequence[str], found: Sequence[Tensor]) -> None:
-        """One part, all of it or none: for each audio its embeddings (W, E)."""
+    def write(self, audio: Sequence[str], found: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """One part, all of it or none: for each audio its embeddings (W, E) and the seconds (W,) that they saw."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not (self.folder / "settings.json").exists():
             write_text(self.folder / "settings.json", json.dumps(self.settings, indent=2) + "\n")
-        values = torch.cat([value.float().cpu() for value in found]).numpy()
-        names = [name for name, value in zip(audio, found, strict=True) for _ in range(len(value))]
+        values = torch.cat([value.float().cpu() for value, _ in found]).numpy()
+        seconds = torch.cat([each for _, each in found]).numpy()
+        names = [name for name, (value, _) in zip(audio, found, strict=True) for _ in range(len(value))]
         column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.float32()), values.shape[1])
-        table = pa.table({"audio": pa.array(names).dictionary_encode(), "embedding": column})
+        table = pa.table({"audio": pa.array(names).dictionary_encode(), "seconds": seconds, "embedding": column})
         part = hashlib.sha256("".join(audio).encode()).hexdigest()[:16]
         with atomic(self.folder / f"part-{part}.parquet") as beside:
             pq.write_table(table, beside, use_dictionary=["audio"], compression="none")  # pyright: ignore
 
-    def embed(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
-        """Of each wave (S,), at the encoder's rate: (1, E) for "mean" and "one", else (W, E)."""
+    def embed(self, waves: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+        """Of each wave (S,), at the encoder's rate: (1, E) for "mean" and "one", else (W, E); and the seconds seen."""
         view = self.view
         if view.aggregate == "one":
             size = round(view.temporal_support * self.encoder.sample_rate)
@@ -173,12 +175,18 @@ class Cache:
         found = self.encoder.embed_many(
             waves, self.encoder.sample_rate, ts, hop, remainder=view.remainder, batch_size=self.batch_size
         )
+        rows = [(each.values, each.end - each.start) for each in found]
         if view.aggregate == "mean":
-            return [each.values.mean(0, keepdim=True) for each in found]
-        return [each.values for each in found]
+            return [(average(values, seconds)[None], seconds.sum()[None]) for values, seconds in rows]
+        return rows
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
+
+
+def average(values: Tensor, seconds: Tensor) -> Tensor:
+    """(..., W, E) and what each window saw (W,) -> (..., E): a last one of a few milliseconds counts as little."""
+    return torch.einsum("...we,w->...e", values, (seconds / seconds.sum()).to(values))
 
 
 def _names(part: Any) -> set[str]:

@@ -56,10 +56,17 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Rows:
-    """Embeddings (R, D) and the clip (R,) of each; a clip may have several rows, which share its weight."""
+    """Embeddings (R, D), the clip (R,) of each and the seconds (R,) that each saw, by which a clip's rows share its
+    weight: the end of a clip may be a window of a few milliseconds."""
 
     values: Tensor
     clip: np.ndarray
+    seconds: np.ndarray
+
+    def shares(self) -> np.ndarray:
+        """(R,) of its clip."""
+        whole = np.bincount(self.clip, self.seconds)
+        return self.seconds / whole[self.clip]
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def probe(
     found = []
     with one_thread() if work < _SHARED else contextlib.nullcontext():
         for i, fold in enumerate(folds):
-            probes = kind(rows, per_clip, targets, groups, fold, n_classes, config, torch.device(device), dtype)
+            probes = kind(rows, targets, groups, fold, n_classes, config, torch.device(device), dtype)
             found.append(probes.run(metric, lambda share, done=i: progress((done + share) / len(folds))))
     scores, losses, valid_scores, chosen, weights = zip(*found, strict=True)
     return Probed(list(scores), torch.stack(losses), torch.stack(valid_scores), torch.stack(chosen), list(weights))
@@ -140,7 +147,6 @@ class FoldProbes:
     def __init__(
         self,
         rows: Rows,
-        per_clip: np.ndarray,
         targets: np.ndarray,
         groups: np.ndarray,
         fold: Fold,
@@ -158,7 +164,8 @@ class FoldProbes:
         learn_rows, test_rows = (np.flatnonzero(np.isin(rows.clip, part)) for part in (learn, fold.test))
         self.clip, self.test_clip, self.test = rows.clip[learn_rows], rows.clip[test_rows], fold.test
         self._features(rows.values, torch.from_numpy(learn_rows), torch.from_numpy(test_rows))
-        self.share = torch.from_numpy(1.0 / per_clip[self.clip]).to(device, dtype)  # (R,) a row's share of its clip
+        shares = torch.from_numpy(rows.shares())
+        self.share, self.test_share = shares[learn_rows].to(device, dtype), shares[test_rows]  # (R,) of its clip
         masks = np.stack([~np.isin(self.clip, valid) for valid in self.valid_of], 1)
         self.training = torch.from_numpy(masks).to(device)  # (R, S)
         self.goal = self._goal(self.clip)  # (R, K) or (R,)
@@ -283,7 +290,7 @@ class FoldProbes:
         picked = choice * s + torch.arange(s, device=self.device)
         weight, bias = best_weight[:, picked], best_bias[picked]  # (r, S, K), (S, K)
         chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64)
-        scores = self._probabilities(self.tested, self.test_clip, self.test, weight, bias)
+        scores = self._probabilities(self.tested, self.test_clip, self.test_share, self.test, weight, bias)
         return (
             scores,
             best_loss[picked].cpu(),
@@ -337,16 +344,18 @@ class FoldProbes:
             loss += (each * held[block][used]).sum(0)
         return loss
 
-    def _probabilities(self, x: Tensor, clip: np.ndarray, wanted: np.ndarray, weight: Tensor, bias: Tensor) -> Tensor:
+    def _probabilities(
+        self, x: Tensor, clip: np.ndarray, share: Tensor, wanted: np.ndarray, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         """(S, N, K) float64, the mean over each wanted clip's rows, in the order of `wanted`."""
         order = np.argsort(wanted)
         where = torch.from_numpy(order[np.searchsorted(wanted, clip, sorter=order)])
         total = torch.zeros(len(wanted), *bias.shape, dtype=torch.float64)
         for block in self._blocks(len(x), len(bias)):
             logits = self._logits(x[block], weight, bias).double()
-            total.index_add_(0, where[block], (logits.sigmoid() if self.multi else logits.softmax(2)).cpu())
-        rows = where.bincount(minlength=len(wanted))
-        return (total / rows[:, None, None]).transpose(0, 1).contiguous()
+            said = (logits.sigmoid() if self.multi else logits.softmax(2)).cpu()
+            total.index_add_(0, where[block], said * share[block, None, None].to(said))
+        return total.transpose(0, 1).contiguous()
 
     def _valid_scores(self, metric: str, weight: Tensor, bias: Tensor) -> Tensor:
         """(S,) each seed's score on its validation clips."""
@@ -354,7 +363,8 @@ class FoldProbes:
         for seed, valid in enumerate(self.valid_of):
             rows = np.flatnonzero(np.isin(self.clip, valid))
             one = slice(seed, seed + 1)
-            p = self._probabilities(self.learn[rows], self.clip[rows], valid, weight[:, one], bias[one])[0]
+            share = self.share[torch.from_numpy(rows).to(self.share.device)]
+            p = self._probabilities(self.learn[rows], self.clip[rows], share, valid, weight[:, one], bias[one])[0]
             found.append(METRICS[metric](p, self.targets[torch.from_numpy(valid)], p.new_ones(1, len(valid))))
         return torch.cat(found)
 

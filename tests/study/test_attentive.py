@@ -35,7 +35,7 @@ def hidden(n: int = 150, windows: int = 8, seed: int = 0) -> tuple[Rows, np.ndar
         values.append(rows)
         clip += [i] * count
     order = random.permutation(len(clip))
-    return Rows(torch.from_numpy(np.concatenate(values)[order]), np.array(clip)[order]), targets
+    return Rows(torch.from_numpy(np.concatenate(values)[order]), np.array(clip)[order], np.ones(len(order))), targets
 
 
 def fold(n: int = 150) -> Fold:
@@ -55,7 +55,7 @@ def accuracy(found, targets: np.ndarray) -> float:
 def test_it_finds_the_window_that_matters():
     rows, targets = hidden()
     means = torch.stack([rows.values[torch.from_numpy(rows.clip == i)].mean(0) for i in range(len(targets))])
-    linear = run(Rows(means, np.arange(len(targets))), targets, LINEAR)
+    linear = run(Rows(means, np.arange(len(targets)), np.ones(len(targets))), targets, LINEAR)
     attends = run(rows, targets, ATTENTIVE)
     assert accuracy(attends, targets) > 0.9
     assert accuracy(linear, targets) < 0.8
@@ -74,7 +74,7 @@ def test_it_finds_the_window_that_matters():
 def test_of_one_window_it_is_the_linear_probe(several):
     rows, targets = hidden()
     marked = (rows.values[:, -1] > 0).numpy()
-    rows = Rows(rows.values[marked], rows.clip[marked])
+    rows = Rows(rows.values[marked], rows.clip[marked], rows.seconds[marked])
     metric = "accuracy"
     if several:
         targets, metric = (np.eye(CLASSES, dtype=np.float32)[targets] + 0.0), "mAP"
@@ -94,9 +94,8 @@ def test_loss_and_gradient_are_those_of_clip_after_clip(monkeypatch, several, ce
         targets = np.eye(CLASSES, dtype=np.float32)[targets]
         targets[3:9, 0] = np.nan
     config = dataclasses.replace(ATTENTIVE, learning_rates=(0.1,), decays=(0.1,))
-    per_clip = np.bincount(rows.clip, minlength=30)
     groups = np.arange(30).astype(str)
-    made = AttentiveFold(rows, per_clip, targets, groups, fold(30), CLASSES, config, torch.device("cpu"), torch.float64)
+    made = AttentiveFold(rows, targets, groups, fold(30), CLASSES, config, torch.device("cpu"), torch.float64)
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(made.learn.shape[1], 2, CLASSES + 1, generator=random, dtype=torch.float64)
     bias = torch.randn(2, CLASSES + 1, generator=random, dtype=torch.float64)
@@ -127,10 +126,10 @@ def test_the_order_of_rows_and_the_test_clips_change_nothing():
     rows, targets = hidden()
     before = run(rows, targets, ATTENTIVE)
     order = np.argsort(rows.clip, kind="stable")
-    after = run(Rows(rows.values[order], rows.clip[order]), targets, ATTENTIVE)
+    after = run(Rows(rows.values[order], rows.clip[order], rows.seconds[order]), targets, ATTENTIVE)
     torch.testing.assert_close(after.scores[0], before.scores[0], rtol=0, atol=1e-6)
     values = rows.values.clone()
     values[torch.from_numpy(np.isin(rows.clip, fold().test))] = 7.0
-    other = run(Rows(values, rows.clip), targets, ATTENTIVE)
+    other = run(Rows(values, rows.clip, rows.seconds), targets, ATTENTIVE)
     assert torch.equal(other.weights[0], before.weights[0])
     assert torch.equal(other.valid_score, before.valid_score)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -42,11 +43,14 @@ def test_rows_are_the_encoders(tmp_path, encoder, some, aggregate):
     for number, i in enumerate(order):
         wave = read_audio(paths[i])
         if aggregate == "one":
-            expected = encoder.embed(wave[5600:10400], 16_000).values
+            expected, seconds = encoder.embed(wave[5600:10400], 16_000).values, torch.tensor([0.3])
         else:
-            expected = encoder.embed(wave, 16_000, 0.3).values
-            expected = expected.mean(0, keepdim=True) if aggregate == "mean" else expected
+            found = encoder.embed(wave, 16_000, 0.3)
+            expected, seconds = found.values, torch.tensor([0.3, 0.3, 0.3, 0.1])
+            if aggregate == "mean":  # the last window counts a third of another
+                expected, seconds = (expected * seconds[:, None]).sum(0, keepdim=True), torch.tensor([1.0])
         assert torch.allclose(rows.values[rows.clip == number], expected, atol=1e-5)
+        assert np.allclose(rows.seconds[rows.clip == number], seconds)
 
 
 def test_what_is_there_is_not_embedded_again_under_whatever_name(tmp_path, encoder, some, monkeypatch):

@@ -31,10 +31,11 @@ def three_folds(n: int) -> list[Fold]:
     return [Fold(*(np.flatnonzero(part == (i + j) % 3) for j in (2, 0, 1))) for i in range(3)]
 
 
-def run(values, targets, folds, config, k, metric="accuracy", clip=None, dtype=torch.float64):
+def run(values, targets, folds, config, k, metric="accuracy", clip=None, dtype=torch.float64, seconds=None):
     groups = np.arange(len(targets)).astype(str)
     clip = np.arange(len(targets)) if clip is None else clip
-    return probe(Rows(values, clip), targets, groups, folds, k, config, metric, dtype=dtype)
+    seconds = np.ones(len(values)) if seconds is None else seconds
+    return probe(Rows(values, clip, seconds), targets, groups, folds, k, config, metric, dtype=dtype)
 
 
 def standardised(values: torch.Tensor, fold: Fold) -> np.ndarray:
@@ -108,6 +109,21 @@ def test_several_rows_of_a_clip_share_its_weight_and_its_scores_are_averaged():
     assert torch.allclose(found.scores[0][0], (each[0].softmax(1) + each[1].softmax(1)) / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("attentive", [False, True])
+def test_a_row_counts_by_its_seconds(attentive):
+    """As the last window of a clip, of which there may be a few milliseconds."""
+    values, targets = blobs()
+    fold = three_folds(len(targets))[0]
+    config = dataclasses.replace(EXACT, attentive=attentive, standardize=False)
+    once = run(values / 5, targets, [fold], config, 3)
+    clip = np.repeat(np.arange(len(targets)), 2)
+    rows = torch.stack([values, values.flip(0)], 1).flatten(0, 1) / 5
+    found = run(rows, targets, [fold], config, 3, clip=clip, seconds=np.tile([10.0, 1e-9], len(targets)))
+    assert torch.allclose(once.scores[0], found.scores[0], atol=1e-4)
+    even = run(rows, targets, [fold], config, 3, clip=clip)
+    assert not torch.allclose(once.scores[0], even.scores[0], atol=0.1)
+
+
 def test_the_whole_grid_at_once_is_each_probe_on_its_own():
     values, targets = blobs(spread=4.0)
     folds = three_folds(len(targets))
@@ -153,8 +169,8 @@ def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_se
     values, targets = blobs(n=240)
     groups = np.array([f"g{i // 6}" for i in range(240)])
     fold = Fold(np.arange(180), np.arange(180, 240))
-    rows = Rows(values, np.arange(240))
-    made = FoldProbes(rows, np.ones(240), targets, groups, fold, 3, QUICK, torch.device("cpu"), torch.float64)
+    rows = Rows(values, np.arange(240), np.ones(240))
+    made = FoldProbes(rows, targets, groups, fold, 3, QUICK, torch.device("cpu"), torch.float64)
     assert not np.array_equal(*made.valid_of)
     for valid in made.valid_of:
         assert 18 <= len(valid) <= 42
@@ -172,8 +188,8 @@ def hold_out(groups: str, multi: bool = False) -> list[np.ndarray]:
     targets, names = np.append(targets, 0), np.append(names, "test")
     targets = np.stack([0 * targets, targets], 1).astype(np.float32) if multi else targets
     config, fold = dataclasses.replace(QUICK, seeds=4), Fold(np.arange(n), np.array([n]))
-    rows = Rows(values, np.arange(n + 1))
-    made = FoldProbes(rows, np.ones(n + 1), targets, names, fold, 2, config, torch.device("cpu"), torch.float64)
+    rows = Rows(values, np.arange(n + 1), np.ones(n + 1))
+    made = FoldProbes(rows, targets, names, fold, 2, config, torch.device("cpu"), torch.float64)
     return made.valid_of
 
 
@@ -200,9 +216,10 @@ def test_a_group_with_a_class_of_its_own_is_trained_on_whole():
     groups = np.array([f"g{i // 8}" for i in range(n)])  # the last is the test clip's
     targets = np.arange(n) % 2
     targets[8:10] = 2
-    rows, fold = Rows(torch.randn(n, 4, dtype=torch.float64), np.arange(n)), Fold(np.arange(n - 1), np.array([n - 1]))
+    rows = Rows(torch.randn(n, 4, dtype=torch.float64), np.arange(n), np.ones(n))
+    fold = Fold(np.arange(n - 1), np.array([n - 1]))
     config = dataclasses.replace(QUICK, seeds=20)
-    made = FoldProbes(rows, np.ones(n), targets, groups, fold, 3, config, torch.device("cpu"), torch.float64)
+    made = FoldProbes(rows, targets, groups, fold, 3, config, torch.device("cpu"), torch.float64)
     held = [sorted(set(groups[valid].tolist())) for valid in made.valid_of]
     assert {len(names) for names in held} == {1}
     assert {name for names in held for name in names} == {"g0", "g2", "g3", "g4", "g5"}
@@ -264,7 +281,7 @@ def test_more_features_than_are_held_at_a_time_make_no_difference(monkeypatch, s
 def test_the_share_of_the_steps_is_told():
     values, targets = blobs()
     told = []
-    rows, names = Rows(values, np.arange(len(targets))), np.arange(len(targets))
+    rows, names = Rows(values, np.arange(len(targets)), np.ones(len(targets))), np.arange(len(targets))
     config = dataclasses.replace(QUICK, steps=20, check_every=10)
     probe(rows, targets, names, three_folds(len(targets))[:2], 3, config, "accuracy", progress=told.append)
     assert told == [0.0, 0.25, 0.5, 0.5, 0.75, 1.0]
