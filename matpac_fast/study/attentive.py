@@ -1,8 +1,8 @@
 """The attentive probe: a learned query weighs a clip's windows, and the linear layer sees their weighted mean.
 
 The query is one more column beside the classes: x @ weight gives a row's logits and, last, how much it counts. As the
-layer is linear, the weighted mean of a clip's logits is the layer on the weighted mean of its rows. A window counts by
-the audio that it saw, too. A query of zero, near which training starts, makes it the linear probe on the mean embedding.
+layer is linear, the weighted mean of a clip's logits is the layer on the weighted mean of its rows. A row counts by the
+audio that it saw, too: a query of zero, near which training starts, makes it the linear probe on the mean embedding.
 """
 
 from __future__ import annotations
