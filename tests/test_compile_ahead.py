@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 from triton.runtime.jit import JITFunction
 
 from matpac_fast import kernels
-from matpac_fast.kernels._aot import SHARED_LIMIT, TENSOR_LIMIT, Cost, Launch, compile_ahead
+from matpac_fast.kernels._aot import SHARED_LIMIT, TENSOR_LIMIT, Cost, Launch, compile_ahead, compiled_ahead
 from matpac_fast.kernels._sass import unwritten_reads
 
 MODULES = [
@@ -87,6 +87,12 @@ def test_a_register_that_nothing_has_written_is_found() -> None:
     """On one of two ways to the product its factor's descriptor, UR6 and UR7, is not there."""
     assert [line[:4] for line in unwritten_reads(LISTING)] == ["0040"]
     assert unwritten_reads(LISTING.replace("@!P0 BRA `(.L_x_1)", "NOP")) == []
+
+
+def test_the_length_of_a_vector_with_a_nan_is_nan() -> None:
+    """A GPU's maximum of NaN and a number is the number, unlike the interpreter's, unless it is told otherwise."""
+    launch = next(launch for name, launch in LAUNCHES.items() if name.startswith("prediction_loss_fwd"))
+    assert compiled_ahead(launch, 90).asm["ptx"].count("max.NaN.f32") >= 2
 
 
 def test_every_kernel_is_listed() -> None:

@@ -308,3 +308,17 @@ def test_mask_shuffle_has_the_bits_of_the_cpu(seed, step, n_tokens):
     index = torch.tensor([0, 1, -1, 2**62, -(2**63)])
     want = reference.mask_shuffle(seed, step, index, n_tokens)
     assert torch.equal(ops.mask_shuffle(seed, step, index.cuda(), n_tokens).cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prediction_loss_of_a_vector_with_a_nan(dtype):
+    """The whole of its gradient is NaN, and no other row's: a GPU's maximum of NaN and a number is the number."""
+    prediction = torch.randn(4, 8, dtype=dtype, device="cuda", requires_grad=True)
+    target = torch.randn(4, 8, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        prediction[1, 3] = torch.nan
+    loss = ops.prediction_loss(prediction, target)
+    loss.sum().backward()
+    assert loss.isnan().nonzero().tolist() == [[1]]
+    assert prediction.grad.isnan().all(1).tolist() == [False, True, False, False]
+    assert prediction.grad.isnan().any(1).tolist() == [False, True, False, False]

@@ -85,16 +85,21 @@ class Cost:
     unwritten: list[str]
 
 
-def compile_ahead(launch: Launch, capability: int) -> Cost:
-    """Compile for compute capability `capability` (90 is sm_90) with Triton's own ptxas; no GPU or driver needed."""
+def compiled_ahead(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel for compute capability `capability` (90 is sm_90); no GPU or driver needed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile as triton_compile
 
-    compiled = triton_compile(
+    return triton_compile(
         _source(launch),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
+
+
+def compile_ahead(launch: Launch, capability: int) -> Cost:
+    """What the compiled kernel costs."""
+    compiled = compiled_ahead(launch, capability)
     cubin = compiled.asm["cubin"]
     # Running `ptxas -v` again would not do: Triton chooses among several ptxas and adds flags of its own.
     usage = re.findall(r"\b([A-Z]+):(\d+)", _told("cuobjdump", "--dump-resource-usage", cubin))

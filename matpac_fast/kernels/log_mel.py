@@ -225,7 +225,7 @@ def _two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([high, (x - high.to(x.dtype)).to(dtype)])
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for ever: a CUDA graph of the caller's may hold its addresses
 def _tables(
     config: LogMelConfig, mels: int, device: torch.device, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, float]:

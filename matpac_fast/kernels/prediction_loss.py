@@ -32,8 +32,9 @@ def prediction_loss_fwd_kernel(
     in_rows = row < n
     p = _load_row(prediction, row, in_rows, width, BLOCK_D)
     t = _load_row(target, row // heads, in_rows, width, BLOCK_D)
-    own = tl.maximum(tl.sqrt(tl.sum(p * p, axis=1)), eps)
-    other = tl.maximum(tl.sqrt(tl.sum(t * t, axis=1)), eps)
+    # By itself a GPU's maximum of NaN and a number is the number, and the gradient would be that of a short vector.
+    own = tl.maximum(tl.sqrt(tl.sum(p * p, axis=1)), eps, propagate_nan=tl.PropagateNan.ALL)
+    other = tl.maximum(tl.sqrt(tl.sum(t * t, axis=1)), eps, propagate_nan=tl.PropagateNan.ALL)
     # Divided one after the other: the product of two lengths may leave float32's range.
     cosine = tl.sum(p * (t / other[:, None]), axis=1) / own
     tl.store(loss + row, 2 - 2 * cosine, mask=in_rows)

@@ -64,8 +64,9 @@ def prototype_loss_fwd_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     in_rows = row < n
     lowest = float("-inf")
-    max_s = tl.full([BLOCK_M], lowest, dtype=tl.float32)
-    max_t = tl.full([BLOCK_M], lowest, dtype=tl.float32)
+    # Finite, so that nothing is NaN where all of the first block is -inf, as an infinite centre makes it.
+    max_s = tl.full([BLOCK_M], -3.4028234663852886e38, dtype=tl.float32)
+    max_t = tl.full([BLOCK_M], -3.4028234663852886e38, dtype=tl.float32)
     sum_s = tl.zeros([BLOCK_M], dtype=tl.float32)
     sum_t = tl.zeros([BLOCK_M], dtype=tl.float32)
     # Sum of exp(teacher) * (student - max): all its terms have one sign, so nothing cancels in the loss.

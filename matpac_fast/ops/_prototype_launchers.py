@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backend import device_guard
 
 # Whether torch multiplies 16-bit matrices into a float32 result on a GPU: from torch 2.8 on.
-_MM_TAKES_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+_MM_TAKES_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
 _NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3, torch.float16: 5}
 # Logits come in chunks of rows of this many bytes: on the CPU a share of the cache, since they are read again at once;
 # on a GPU enough to fill it with one matrix product. But never fewer rows than make a product worth its while.
@@ -30,7 +30,7 @@ def work_dtype(*tensors: Tensor) -> torch.dtype:
 
 def mm(a: Tensor, b: Tensor, work: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a @ b in `work`; `out` is where the result may go."""
-    return torch.mm(a, b, out=out) if a.dtype == work else torch.mm(a, b, out_dtype=work)
+    return torch.mm(a, b, out=out) if a.dtype == work else torch.mm(a, b, out_dtype=work, out=out)
 
 
 def delta_dtype(student: Tensor, weight: Tensor, work: torch.dtype) -> torch.dtype:

@@ -70,7 +70,7 @@ def _choose(wave: Tensor, config: LogMelConfig) -> str:
     return "reference"
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for ever: a CUDA graph of the caller's may hold its addresses
 def _plan(
     config: LogMelConfig, dtype: torch.dtype, device: torch.device, fours: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -255,13 +255,12 @@ def prototype_loss(
     _check(student, student_weight, teacher, teacher_weight, center, student_temp, teacher_temp, mean_of)
     sides = (student, student_weight, teacher, teacher_weight, center)
     temps = _temperature(student_temp, student.device), _temperature(teacher_temp, student.device)
-    launcher = choose("prototype_loss", student.device)
+    work = work_dtype(*sides[:4])
+    launcher = choose("prototype_loss", student.device, work)
     if launcher == "reference":
         with without_autocast(student.device):
             return reference.prototype_loss(*sides, *temps, mean_of)
-    if launcher == "triton" and work_dtype(*sides[:4]) == torch.float64:
-        raise TypeError("prototype_loss: the Triton kernels have no float64; use_backend('reference') has")
-    itemsize = delta_dtype(student, student_weight, work_dtype(*sides[:4])).itemsize
+    itemsize = delta_dtype(student, student_weight, work).itemsize
     size = student.shape[0] * student_weight.shape[0] * itemsize
     keep = _differentiable(student, student_weight) and launcher != "triton" and size <= _KEEP_BYTES
     loss, mean, _, _ = torch.ops.matpac_fast.prototype_loss(*sides, torch.stack(temps), mean_of, keep, launcher)

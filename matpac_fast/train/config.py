@@ -172,7 +172,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     return "bf16" if cpu_has_bf16() else "float32"
 
 

@@ -107,14 +107,16 @@ class GraphedStep:
         return out
 
     def _fits(self) -> bool:
-        """Whether there is room for graphs: together they take as much again as the largest step, and keep it."""
+        """Whether there is room for graphs, beside what others have of the device: together they take as much again as
+        the largest step, and keep it."""
         if not self._if_it_fits:
             return True
         if len({shapes for shapes, *_ in self._seen}) < self._lengths:
             return False
         device = next(self._model.parameters()).device
         self._largest = max(self._largest, torch.cuda.max_memory_reserved(device) - self._held)
-        return 2 * self._largest <= torch.cuda.mem_get_info(device)[1]
+        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return 2 * self._largest <= room
 
     def _measured(self, inputs: _Inputs, step: int, statistics: bool) -> Step:
         """The step that is recorded; counts what its graph takes beyond what the others have taken."""
@@ -145,13 +147,15 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # torch's own is made once in a process, on whichever device comes first: kernels of another escape its graph.
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self._device),
             # Only this thread's calls are watched: the feed goes on pinning and copying meanwhile.
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             out = run()
         return graph.replay, out

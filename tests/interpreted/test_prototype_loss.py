@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matpac_fast import ops, reference, use_backend
+from matpac_fast.errors import BackendError
 from matpac_fast.kernels import prototype_loss as kernels
 from matpac_fast.ops import _prototype_launchers
 
@@ -91,6 +92,18 @@ def test_op_and_its_gradients(mean_of, monkeypatch):
         assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max() + few
 
 
+@pytest.mark.parametrize("off", [1, 64, 130, 199])
+def test_prototypes_that_an_infinite_centre_takes_from_the_teacher(off):
+    """A whole block of them among the first too."""
+    *rest, center = sides(9, 200, 20, torch.float32)
+    center[:off] = torch.inf
+    want = reference.prototype_loss(*(t.double() for t in (*rest, center)), *TEMPS)
+    with use_backend("triton"):
+        out = ops.prototype_loss(*rest, center, *TEMPS)
+    for mine, exact in zip(out, want, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_many_prototypes(monkeypatch):
     """K = 65,536 and one beyond, in tiles that the interpreter gets through in seconds."""
     tiles = {"BLOCK_M": 16, "BLOCK_K": 8192, "BLOCK_D": 16, "PRECISION": kernels.PRECISION}
@@ -108,5 +121,5 @@ def test_no_rows_and_float64():
         loss, mean = ops.prototype_loss(*sides(0, 5, 3, torch.float32), *TEMPS)
         assert loss.shape == (0,)
         assert mean.isnan().all()
-        with pytest.raises(TypeError, match="float64.*reference"):
+        with pytest.raises(BackendError, match="it has no float64"):
             ops.prototype_loss(*sides(2, 5, 3, torch.float64), *TEMPS)

@@ -143,6 +143,12 @@ def test_strides_change_no_bit(name):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("frames", "copied"), [(27_183_337, False), (27_183_338, True)])
+def test_a_crop_from_hours_is_taken_out_where_32_bits_do_not_reach_across_it(frames, copied):
+    spec = torch.empty(2, 79, frames, device="meta")[:, :, -608:]
+    assert (op_module._laid_out(spec) is not spec) == copied
+
+
 def test_inputs_stay_and_bits_repeat():
     problem = PatchProblem(5, 5, 38, 16, 24, 57)
     before = [t.clone() for t in problem.arguments]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from matpac_fast.model import Matpac
 from matpac_fast.train import graph as module
 from matpac_fast.train import pretrain, read_log
 from matpac_fast.train.config import TrainConfig
-from matpac_fast.train.graph import GraphedStep
+from matpac_fast.train.graph import CudaRecorder, GraphedStep
 from matpac_fast.train.schedule import learning_rate
 from matpac_fast.train.step import make_optimizer, train_step
 
@@ -153,13 +155,15 @@ def test_a_replay_never_waits_for_the_device(model_config):
 
 
 class Device:
-    """A GPU of 100 bytes: what a step takes stays for the next that is not recorded; graphs share what they take."""
+    """A GPU of 100 bytes, of which others have some: what a step takes stays for the next that is not recorded; graphs
+    share what they take."""
 
-    def __init__(self, monkeypatch, used: dict[int, int]):
-        self.used, self.recording = used, False
+    def __init__(self, monkeypatch, used: dict[int, int], others: int = 0):
+        self.used, self.others, self.recording = used, others, False
         self.eager = self.graphs = self.peak = 0
         monkeypatch.setattr(module, "train_step", self.train_step)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
+        free = lambda device: (100 - self.others - self.eager - self.graphs, 100)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "mem_get_info", free)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.eager + self.graphs)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: self.peak)
 
@@ -170,7 +174,7 @@ class Device:
         else:
             self.eager = max(self.eager, used)
         self.peak = max(self.peak, self.eager + self.graphs)
-        assert self.peak <= 100, "out of memory"
+        assert self.peak + self.others <= 100, "out of memory"
         return train_step(model, optimizer, pieces, *rest, **options)
 
     def record(self, run):
@@ -197,6 +201,33 @@ def test_whether_graphs_fit_is_decided_by_the_longest_crop_whichever_comes_first
         graphed(batch(model_config, step, n_frames=n_frames), step, lr_of(step))
         assert step >= 4 or not graphed._graphs
     assert lengths_recorded(graphed) == recorded
+
+
+@pytest.mark.parametrize(("others", "recorded"), [(0, 2), (40, 2), (41, 0)])
+def test_what_others_have_of_the_device_is_no_room(model_config, monkeypatch, others, recorded):
+    model, device = Matpac(model_config).train(), Device(monkeypatch, {16: 30}, others)
+    graphed = GraphedStep(model, make_optimizer(model, TrainConfig()), 3.0, "float32", device.record, True)
+    for step in range(8):
+        graphed(batch(model_config, step, n_frames=16), step, lr_of(step), statistics=step > 3)
+    assert len(graphed._graphs) == recorded
+
+
+def test_graphs_are_captured_on_a_stream_of_their_own_device(monkeypatch):
+    """Torch's own is that of whichever device came first."""
+    used = []
+
+    @contextlib.contextmanager
+    def graph(cuda_graph, pool, stream, capture_error_mode):
+        used.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    CudaRecorder(torch.device("cuda:1"))(lambda: None)  # pyright: ignore[reportArgumentType]
+    assert used == ["stream of cuda:1"]
 
 
 @pytest.mark.parametrize(("long", "recorded"), [(50, [16, 16, 32]), (51, [16, 16]), (80, [16, 16])])
