@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import floors
 import torch
 
 from matpac_fast import backend, use_backend
+from matpac_fast.files import write_text
 from matpac_fast.train.memory import freed_memory_kept
 
 Call = Callable[[], Any]
@@ -29,6 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SAMPLE = 5e-3 if DEVICE.type == "cuda" else 4e-2
 MOST_CALLS = 100  # and calls at most
 CYCLES = 2e9  # of a GPU a second, about; waiting a little long does no harm
+ROWS = "MATPAC_FAST_ROWS"  # names a file that takes up the rows as they come: pytest-benchmark writes at its end
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,8 @@ def _status_kib(name: str) -> int:
 
 
 def run(benchmark: Any, cases: list[Case], seconds: float) -> None:
-    """Time the variants of one op at one size turn by turn, and leave their rows in the benchmark's `extra_info`.
+    """Time the variants of one op at one size turn by turn, and leave their rows in the benchmark's `extra_info`; in the
+    file that `ROWS` names, too.
 
     One that fails leaves the others theirs, and is raised after them.
     """
@@ -292,6 +297,10 @@ def run(benchmark: Any, cases: list[Case], seconds: float) -> None:
         row["over"] = {other: own.over(theirs) for other, theirs in times.items() if other != name}
     benchmark.pedantic(lambda: None)  # its record is what the rows travel in
     benchmark.extra_info["rows"] = list(rows.values())
+    if named := os.environ.get(ROWS):
+        path = Path(named)
+        so_far = json.loads(path.read_text()) if path.exists() else []
+        write_text(path, json.dumps([*so_far, *rows.values()]))
     if failed:
         raise failed[0]
 

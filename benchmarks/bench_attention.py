@@ -33,6 +33,7 @@ import _timing
 from matpac_fast import ops
 from matpac_fast.backend import unavailable
 from matpac_fast.config import PRESETS, MatpacConfig
+from matpac_fast.files import write_text
 from matpac_fast.ops.attention import is_fused
 from matpac_fast.train.config import resolve_precision
 
@@ -146,12 +147,12 @@ def main() -> None:
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     print(f"{options.preset}, batch {options.batch_size}, {options.precision}, torch {torch.__version__}")
     print(f"{'attention of':<18}{'':<11}{'tokens':>6}{'ms':>10}{'ms a step':>11}{'x default':>11}")
+    header = {"preset": options.preset, "batch_size": options.batch_size, "precision": options.precision}
     rows = []
     for part in parts(MatpacConfig.preset(options.preset)):
         rows += compare(part, options.batch_size, dtype, options.rounds)
-    if options.json:
-        header = {"preset": options.preset, "batch_size": options.batch_size, "precision": options.precision}
-        options.json.write_text(json.dumps({**header, "torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+        if options.json:  # what there is, should the rest be cut off
+            write_text(options.json, json.dumps({**header, "torch": torch.__version__, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

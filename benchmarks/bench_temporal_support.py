@@ -220,7 +220,10 @@ def largest_guess(peaks: list[tuple[int, float]], device: torch.device) -> float
     `peaks` are batches and MiB.
     """
     (least, first), (most, last) = peaks[0], peaks[-1]
-    room = torch.cuda.mem_get_info(device)[1] / 2**20 if device.type == "cuda" else free_mib() / 2
+    if device.type == "cuda":
+        room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**20
+    else:
+        room = free_mib() / 2
     growth = (last - first) / (most - least) if most > least else last / most
     return max(0.0, least + (room - first) / max(growth, 0.01))
 

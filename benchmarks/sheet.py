@@ -43,6 +43,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _options
+from _timing import ROWS
 
 from matpac_fast import __version__, backend
 from matpac_fast.study.cost import device_name
@@ -57,7 +58,7 @@ BOUNDS = {
     "step": (700, 190, 100),
     "profile": (240, 75, 30),
     "attention": (90, 45, 15),
-    "ops": (600, 140, 60),
+    "ops": (600, 200, 60),
     "embed": (450, 60, 20),
     "sanitizer": (0, 90, 30),
     "temporal_support": (600, 200, 30),
@@ -114,7 +115,7 @@ def stages(out: Path, dry: bool) -> tuple[list[Stage], dict[str, str]]:
         script("step", *model, *rounds, *compiled),
         stage("profile", [*python, "-c", profile], lines=25),
         script("attention", *model),
-        stage("ops", [*op_table, f"--benchmark-json={out / 'ops.json'}"], lines=90),
+        stage("ops", op_table, lines=90, env={ROWS: str(out / "ops.json")}),
         script("embed", *one_clip, *rounds),
         script("temporal_support", *shortest, *plot, lines=90, limit=5 if dry else 150 if GPU else 420),
     ]
@@ -251,8 +252,6 @@ def results(out: Path) -> dict[str, Any]:
             path.unlink()
             with contextlib.suppress(ValueError):
                 found[name] = json.loads(text)
-    if "ops" in found:
-        found["ops"] = [row for bench in found["ops"]["benchmarks"] for row in bench["extra_info"].get("rows", ())]
     return found
 
 
@@ -347,7 +346,8 @@ def main() -> int:
         print("sheet: nothing was run; --incomplete runs what there is, and does not record it", file=sys.stderr)
         return 2
     log = out / "log.txt"
-    log.unlink(missing_ok=True)
+    for old in (log, *(out / f"{name}.json" for name in BOUNDS)):
+        old.unlink(missing_ok=True)
 
     changes = told("git", "status", "--porcelain").splitlines()
     chosen, left_out = stages(out, options.dry_run)

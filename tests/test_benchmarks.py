@@ -267,7 +267,7 @@ def test_a_gpu_is_timed_back_to_back_and_its_host_apart(monkeypatch, host, devic
     assert min(gpu.held) > calls * host * 2e9  # the device begins when all is queued
 
 
-def test_the_variants_of_an_op_take_turns_and_one_that_fails_leaves_the_others_their_rows(monkeypatch):
+def test_the_variants_of_an_op_take_turns_and_one_that_fails_leaves_the_others_their_rows(monkeypatch, tmp_path):
     gpu = FakeGpu(monkeypatch, 1e-5, 0.0)
     monkeypatch.setattr(_timing, "bandwidth", lambda: 50.0)
     monkeypatch.setattr(_timing, "matrix_rate", lambda dtype: 10.0)
@@ -289,11 +289,14 @@ def test_the_variants_of_an_op_take_turns_and_one_that_fails_leaves_the_others_t
     }
     monkeypatch.setattr(_timing, "launchers", lambda op: ("cpp",))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv(_timing.ROWS, str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text('["of the op before"]')
     benchmark = SimpleNamespace(extra_info={}, pedantic=lambda call: call())
     cases = [Case("an op", "", variant, make, floors.Work(100)) for variant, make in makes.items()]
     with pytest.raises(RuntimeError, match="no such kernel"):
         _timing.run(benchmark, cases, 0.1)
     plain, fast = benchmark.extra_info["rows"]
+    assert json.loads((tmp_path / "rows.json").read_text()) == ["of the op before", plain, fast]
     assert order[-4:] == [("reference", "auto"), ("cpp", "cpp")] * 2
     assert (plain["variant"], fast["variant"]) == ("reference", "cpp")
     assert fast["over"] == {"reference": pytest.approx(2, rel=0.3)}
