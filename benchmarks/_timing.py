@@ -255,8 +255,8 @@ def _status_kib(name: str) -> int:
 
 
 def run(benchmark: Any, cases: list[Case], seconds: float) -> None:
-    """Time the variants of one op at one size turn by turn, and leave their rows in the benchmark's `extra_info`; in the
-    file that `ROWS` names, too.
+    """Time the variants of one op at one size turn by turn, and leave their rows in the benchmark's `extra_info`, and
+    in the file that `ROWS` names.
 
     One that fails leaves the others theirs, and is raised after them.
     """
