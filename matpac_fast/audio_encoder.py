@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .audio.decode import MAX_PEAK, RATES
+from .backend import autocast_dtype
 from .embedding import Embeddings, Windowing, extract
 from .errors import AudioError, ConfigError
 from .stream import Stream, WholeStream
@@ -50,6 +51,8 @@ class AudioEncoder(nn.Module):
             window is the same as a window of its own; else None.
         native_seconds: the longest stretch of audio that the network sees at once; None where it is any.
         beyond: what becomes of a window longer than that, for people to read.
+        autocasts: whether `embed_windows` hands the caller's autocast on to `forward_pieces`, which then keeps out of
+            it what must not be rounded.
         settings: what beside the weights decides the embeddings; part of `id`.
     """
 
@@ -63,6 +66,7 @@ class AudioEncoder(nn.Module):
     native_window: tuple[int, int] | None = None
     native_seconds: float | None = None
     beyond: str = "seen whole"
+    autocasts: bool = False
     settings: dict[str, Any]
 
     def columns(self, n_samples: int) -> list[int]:
@@ -215,16 +219,44 @@ class AudioEncoder(nn.Module):
         windowing = self._windowing(temporal_support, hop, pool, layers, remainder)
         return torch.no_grad()(extract)(self, self._clips(clips, sample_rate), windowing, batch_size)
 
-    def embed_windows(self, waves: Tensor, pool: str = "mean", layers: str = "last", batch_size: int = 16) -> Tensor:
-        """Embed windows of one length, each on its own: (N, S) float32 at the encoder's rate and on its device.
+    def embed_windows(self, waves: Wave, pool: str = "mean", layers: str = "last", batch_size: int = 16) -> Tensor:
+        """Embed windows of one length, each on its own; differentiable where parameters require gradients.
 
-        Returns (N, E), with `pool="none"` (N, T, E); with `layers="all"` an axis L after N. Differentiable where the
-        encoder's parameters require gradients.
+        Under autocast and where gradients are enabled, the networks of MATPAC, M2D, PaSST, BEATs, CNN14, aiSFX and
+        CREPE take their products in autocast's dtype; weights and gradients stay float32, and so does what comes before
+        the network, the log-mel. Autocast changes nothing where gradients are disabled, where the weights are not
+        float32, or of an encoder whose `autocasts` is false, as those of HEAR; nor does it ever change `embed`.
+
+        Args:
+            waves: (N, S), mono, at the encoder's rate; float in [-1, 1] or int16, a tensor or array. Values are not
+                checked, since that would wait for a GPU.
+            pool, layers: as in `embed`.
+            batch_size: windows per forward pass.
+
+        Returns:
+            (N, E) float32 on the encoder's device, with `pool="none"` (N, T, E); with `layers="all"` an axis L after N.
+
+        Raises:
+            AudioError: waves of another shape or dtype, or none.
+            ConfigError: an option that cannot be.
         """
-        found = extract(self, waves, self._windowing(None, None, pool, layers, "keep"), batch_size)
+        windowing = self._windowing(None, None, pool, layers, "keep")
+        waves = _mono(_tensor(waves, "embed_windows: waves"), "embed_windows: waves", dims=(2,)).to(self.device)
+        if waves.dtype.itemsize == 2:
+            waves = waves / 32768.0 if waves.dtype == torch.int16 else waves.float()
+        products = autocast_dtype(self.device) if self.autocasts and torch.is_grad_enabled() else None
+        found = extract(self, waves, windowing, batch_size, products)
         values = torch.stack([f.values for f in found])  # (N, T, [L,] E), T 1 where pooled
         values = values.transpose(1, 2) if layers == "all" else values
         return values if pool == "none" else values.squeeze(2 if layers == "all" else 1)
+
+    def forward(self, waves: Wave) -> Tensor:
+        """`embed_windows` with its defaults: (N, S) at the encoder's rate -> (N, E) float32.
+
+        So an encoder can be a layer of nn.Sequential or DDP. Gradients are off until `requires_grad_()`. torch.compile
+        takes it in several graphs; `load_encoder(compile=True)` compiles the network as one.
+        """
+        return self.embed_windows(waves)
 
     def stream(
         self,
@@ -246,16 +278,7 @@ class AudioEncoder(nn.Module):
 
     def check_wave(self, wave: Wave, what: str) -> Tensor:
         """A wave of any supported dtype as finite float32, wherever it is; `what` begins the error's message."""
-        if isinstance(wave, np.ndarray):
-            if wave.dtype.kind != "f" and wave.dtype.newbyteorder("=") != np.int16:
-                raise AudioError(f"{what} is {wave.dtype}; expected float or int16")
-            # Of any byte order and precision; writable, since torch warns of what is not.
-            wave = torch.from_numpy(np.require(wave, np.float32 if wave.dtype.kind == "f" else np.int16, ["C", "W"]))
-        if not isinstance(wave, Tensor):
-            raise AudioError(f"{what} is a {type(wave).__name__}; expected a tensor or array")
-        if not (wave.is_floating_point() or wave.dtype == torch.int16):
-            raise AudioError(f"{what} is {wave.dtype}; expected float or int16")
-        wave = wave.detach()
+        wave = _tensor(wave, what).detach()
         if wave.dtype == torch.int16:
             return wave / 32768.0
         wave = wave.float()
@@ -271,18 +294,7 @@ class AudioEncoder(nn.Module):
 
     def check_mono(self, wave: Wave, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
         """`check_wave` for mono audio alone: (S,) or (B, S), of which `dims` says which are taken."""
-        wave = self.check_wave(wave, what)
-        if wave.ndim not in dims:
-            shapes = " or ".join(("(S,)", "(B, S)")[d - 1] for d in dims)
-            raise AudioError(f"{what} is {tuple(wave.shape)}; expected {shapes}, mono: mix channels down first")
-        if wave.numel() == 0:
-            raise AudioError(f"{what} is {tuple(wave.shape)}: no audio")
-        if wave.ndim == 2 and wave.shape[1] <= _CHANNELS < wave.shape[0]:
-            raise AudioError(
-                f"{what} is {tuple(wave.shape)}, which looks like samples by channels, as soundfile reads them; "
-                "expected (S,) or (B, S), mono: mix channels down first, wave.mean(1)"
-            )
-        return wave
+        return _mono(self.check_wave(wave, what), what, dims)
 
     def _wave(self, wave: Wave, sample_rate: int | None, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
         """A checked wave, (S,) or (B, S), at the encoder's rate and on its device."""
@@ -324,6 +336,36 @@ class AudioEncoder(nn.Module):
         if windowing.pool == "none" and self.frame_samples is None:
             raise ConfigError(f"embed: {self.name} has no frame embeddings; expected pool 'mean'")
         return windowing
+
+
+def _tensor(wave: Wave, what: str) -> Tensor:
+    """A tensor of the wave, of a supported dtype; its values are not looked at."""
+    if isinstance(wave, np.ndarray):
+        if wave.dtype.kind != "f" and wave.dtype.newbyteorder("=") != np.int16:
+            raise AudioError(f"{what} is {wave.dtype}; expected float or int16")
+        # Of any byte order and precision; writable, since torch warns of what is not.
+        wave = torch.from_numpy(np.require(wave, np.float32 if wave.dtype.kind == "f" else np.int16, ["C", "W"]))
+    if not isinstance(wave, Tensor):
+        raise AudioError(f"{what} is a {type(wave).__name__}; expected a tensor or array")
+    if not (wave.is_floating_point() or wave.dtype == torch.int16):
+        raise AudioError(f"{what} is {wave.dtype}; expected float or int16")
+    return wave
+
+
+def _mono(wave: Tensor, what: str, dims: tuple[int, ...]) -> Tensor:
+    """The wave, if it is of one of the shapes that `dims` says, mono and not empty."""
+    if wave.ndim not in dims:
+        shapes = " or ".join(("(S,)", "(B, S)")[d - 1] for d in dims)
+        do = "give wave[None]" if wave.ndim == 1 else "mix channels down first"
+        raise AudioError(f"{what} is {tuple(wave.shape)}; expected {shapes}, mono: {do}")
+    if wave.numel() == 0:
+        raise AudioError(f"{what} is {tuple(wave.shape)}: no audio")
+    if wave.ndim == 2 and wave.shape[1] <= _CHANNELS < wave.shape[0]:
+        raise AudioError(
+            f"{what} is {tuple(wave.shape)}, which looks like samples by channels, as soundfile reads them; "
+            "expected (S,) or (B, S), mono: mix channels down first, wave.mean(1)"
+        )
+    return wave
 
 
 def _check_rate(sample_rate: int, what: str) -> int:

@@ -110,11 +110,20 @@ class Network(Protocol):
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]: ...
 
 
-def extract(network: Network, clips: Iterable[Tensor], windowing: Windowing, batch_size: int) -> Iterator[Embeddings]:
-    """Embed clips (S,), each checked, resampled and on the device, in order; windows of all share batches."""
+def extract(
+    network: Network,
+    clips: Iterable[Tensor],
+    windowing: Windowing,
+    batch_size: int,
+    products: torch.dtype | None = None,
+) -> Iterator[Embeddings]:
+    """Embed clips (S,), each checked, resampled and on the device, in order; windows of all share batches.
+
+    The network's products are autocast to `products`, or taken in its own dtype.
+    """
     if batch_size < 1 or batch_size % 1:
         raise ConfigError(f"embed: batch_size is {batch_size!r}; expected a whole number, at least 1")
-    batches = _Batches(network, windowing, batch_size)
+    batches = _Batches(network, windowing, batch_size, products)
     waiting: deque[_Clip] = deque()
     for wave in clips:
         with _no_autocast(network):
@@ -206,8 +215,9 @@ _Job: TypeAlias = "tuple[Tensor, _Clip, int]"  # a piece, whose it is, and its n
 class _Batches:
     """Pieces of one shape wait here for each other until they fill a batch, whichever clips they come from."""
 
-    def __init__(self, network: Network, windowing: Windowing, batch_size: int):
+    def __init__(self, network: Network, windowing: Windowing, batch_size: int, products: torch.dtype | None = None):
         self._network, self._windowing, self._batch_size = network, windowing, batch_size
+        self._products = products
         self._waiting: dict[torch.Size, list[_Job]] = {}
 
     def add(self, piece: Tensor, clip: _Clip, index: int) -> None:
@@ -251,7 +261,8 @@ class _Batches:
         """The network's results, or None where more than one piece at a time does not fit into memory."""
         try:
             pieces = [torch.stack([piece for piece, _, _ in jobs]) for jobs in groups]
-            results = self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
+            with torch.autocast(self._network.device.type, self._products, enabled=self._products is not None):
+                results = self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
             for piece, found in zip(pieces, results, strict=True):
                 self._check(found, len(piece))
             return results

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, ops
 from .audio_encoder import AudioEncoder
+from .backend import autocast_dtype
 from .config import MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.frontend import Frontend
@@ -44,6 +45,7 @@ class Encoder(AudioEncoder):
     """
 
     beyond = "averaged over pieces of that length"
+    autocasts = True
 
     def __init__(
         self,
@@ -130,6 +132,8 @@ class Encoder(AudioEncoder):
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
         weights = self.weights_dtype
         dtype = weights if weights.itemsize == 2 else self.dtype
+        if dtype == weights == torch.float32:  # autocast is on where `embed_windows` hands on the caller's
+            dtype = autocast_dtype(self.device) or dtype
         groups = [pieces.to(weights) for pieces in groups]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             if self._compiles:  # a graph for each shape, not for each company that shapes may have

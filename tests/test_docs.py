@@ -1,4 +1,5 @@
-"""The Python that README.md and docs/ops.md show runs as it stands, and gives the shapes that they say."""
+"""The Python that README.md, docs/ops.md and, of fine-tuning, docs/encoders.md show runs as it stands, and gives the
+shapes that they say."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
+
+from matpac_fast import load_encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +54,24 @@ def test_the_readme():
     run(model, names)
     assert names["spec"].shape == (4, 80, 608)
     assert names["model"].center.any()
+
+
+def test_fine_tuning(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    tones = torch.sin(torch.tensor([[0.1], [0.2]]) * torch.arange(16_000)) / 2  # 255 and 509 Hz
+    soundfile.write("clip.wav", tones.flatten().numpy(), 16_000)
+    batches = [(tones, torch.tensor([0, 1]))] * 8
+    names: dict[str, Any] = {"n_classes": 2, "batches": batches}
+    (code,) = [code for code in blocks("docs/encoders.md") if "optimizer" in code]
+    run(code, names)
+    assert names["loss"] < 0.4  # from 0.7
+    assert names["found"].tolist() == [0, 1]
+    encoder, tuned = names["encoder"], names["tuned"]
+    assert encoder.id == tuned.id != load_encoder(device="cpu").id
+    assert torch.equal(encoder.embed(tones, 16_000).values, tuned.embed(tones, 16_000).values)  # nothing is hidden
+    assert not torch.equal(encoder(tones), encoder(tones))
+    assert len({group["lr"] for group in names["groups"]}) == encoder.depth + 2
 
 
 def test_a_wrong_shape_is_found():

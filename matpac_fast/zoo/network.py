@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..audio_encoder import AudioEncoder
+from ..backend import autocast_dtype, without_autocast
 from ..errors import CheckpointError
 
 
@@ -26,6 +27,7 @@ class Network(AudioEncoder):
     max_samples: int
     dtype: torch.dtype = torch.float32
     beyond = "averaged over pieces of that length"
+    autocasts = True
 
     def front_end(self, waves: Tensor) -> Tensor:
         """(N, S) float32 -> what the network takes, in float32 whatever `dtype` is."""
@@ -63,7 +65,10 @@ class Network(AudioEncoder):
         dtypes = {p.dtype for p in self.parameters()}  # more than one where `ready` has rounded some
         weights = dtypes.pop() if len(dtypes) == 1 else torch.float32  # not float32 where the user has called half()
         dtype = weights if weights.itemsize == 2 else self.dtype
-        inputs = self.front_end(pieces).to(weights)
+        if dtype == weights == torch.float32:  # autocast is on where `embed_windows` hands on the caller's
+            dtype = autocast_dtype(self.device) or dtype
+        with without_autocast(self.device):
+            inputs = self.front_end(pieces).to(weights)
         found: list[Tensor] = []
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for state in self.states(inputs):

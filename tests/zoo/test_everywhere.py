@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from matpac_fast import AudioEncoder, cli, load_encoder
+from matpac_fast import AudioEncoder, cli, load_encoder, use_backend
 from matpac_fast.study import cost, sweep
 from matpac_fast.study.linear import ProbeConfig
 from tests.zoo import official
@@ -135,11 +135,39 @@ def test_the_callers_autocast_changes_nothing(name, dtype, files):
     encoder = make(name, files, dtype)
     wave, rate = noise(encoder.sample_rate // 2), encoder.sample_rate
     want = encoder.embed(wave, rate).values
-    with torch.autocast("cpu", torch.bfloat16):
+    windows = encoder.embed_windows(wave[None])
+    with torch.autocast("cpu", torch.float16 if dtype == "bfloat16" else torch.bfloat16):
+        if dtype == "bfloat16" or name == "logmel-stats":
+            assert torch.equal(encoder.embed_windows(wave[None]), windows)
         found = next(encoder.embed_many([wave, wave], rate, batch_size=1))
         assert torch.is_autocast_enabled("cpu")  # the caller's, between two clips
         assert torch.equal(found.values, want)
         assert torch.equal(encoder.embed(wave, rate).values, want)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "logmel-stats"])
+def test_fine_tuning_is_in_the_callers_autocast_below_the_front_end(name, files, monkeypatch):
+    encoder = make(name, files).requires_grad_()
+    waves = noise(2, encoder.sample_rate // 2)
+    inputs, products, found, gradients = [], set(), [], []
+    front_end = type(encoder).front_end
+    monkeypatch.setattr(type(encoder), "front_end", lambda *args: inputs.append(front_end(*args)) or inputs[-1])
+    for module in encoder.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.register_forward_hook(lambda *args: products.add(args[2].dtype))
+    with use_backend("reference"):  # a kernel's log-mel would be exact anyway
+        for autocasts, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+            encoder.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+                found.append(encoder(waves))
+            found[-1].square().sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
+            assert products == {dtype}
+            products.clear()
+    assert inputs[1].dtype == found[1].dtype == gradients[1].dtype == torch.float32
+    assert torch.equal(inputs[0], inputs[1])
+    assert 1e-5 < (found[1] - found[0]).abs().max() / found[0].std() < 0.15
+    assert 1e-5 < (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 0.15
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "logmel-stats"])
