@@ -259,8 +259,9 @@ class _Batches:
 
     def _forward(self, groups: list[list[_Job]]) -> list[Tensor] | None:
         """The network's results, or None where more than one piece at a time does not fit into memory."""
+        pieces: list[Tensor] = []
         try:
-            pieces = [torch.stack([piece for piece, _, _ in jobs]) for jobs in groups]
+            pieces += [torch.stack([piece for piece, _, _ in jobs]) for jobs in groups]
             with torch.autocast(self._network.device.type, self._products, enabled=self._products is not None):
                 results = self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
             for piece, found in zip(pieces, results, strict=True):
@@ -270,6 +271,7 @@ class _Batches:
             if sum(map(len, groups)) == 1 or not is_out_of_memory(error):
                 raise
         # Only here, with the error and the tensors that it held gone, is there something to give back.
+        pieces.clear()
         if groups[0][0][0].is_cuda:
             torch.cuda.empty_cache()
         return None
