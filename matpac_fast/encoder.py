@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import checkpoint, m2d
 from .audio_encoder import AudioEncoder
+from .choice import Choice, parse
 from .config import PRESETS, MatpacConfig
 from .download import resolve
 from .embedding import Embeddings
@@ -97,7 +98,7 @@ def load_encoder(
     name_or_path: str | os.PathLike[str] = DEFAULT,
     device: str | torch.device | None = None,
     num_heads: int | None = None,
-    weights: str = "student",
+    weights: str | None = None,
     *,
     dtype: str | torch.dtype = "float32",
     compile: bool = False,
@@ -113,12 +114,15 @@ def load_encoder(
             encoder file, of MATPAC, MATPAC++, M2D, PaSST, BEATs or CNN14; or a name of `list_encoders`,
             "name:argument" where it takes one, such as "passt:FILE". "matpac:FILE" and "m2d:FILE" insist on the kind.
             Names come before files and folders: one that is called like a name is written "./name".
+            A run or training checkpoint of MATPAC may end in "@teacher" or "@student", a run in "@20000", its
+            checkpoint of that step, or in both, "@20000@teacher"; a path that exists is one, whatever it ends in.
             A file may be an address, "https://..." with or without "#sha256=HEX": it is downloaded once, into the
             folder that `MATPAC_FAST_CACHE` names or ~/.cache/matpac_fast, and its SHA-256 is checked each time;
             `MATPAC_FAST_OFFLINE=1` or `HF_HUB_OFFLINE=1` forbids the download.
         device: where to put it; by default CUDA where there is one.
         num_heads: attention heads, for official files off the rule of 64 channels a head.
-        weights: "student", as the official package takes, or "teacher", where a training checkpoint holds one.
+        weights: "student" or "teacher", where a training checkpoint holds one; by default what the name says, else
+            the student, as the official package takes.
         dtype: "float32"; or "bfloat16": weights and matrix products in it, sums and norms in float32 (autocast).
         compile: run the network through torch.compile, which costs minutes once for each shape of window and pays for
             many alike.
@@ -132,40 +136,58 @@ def load_encoder(
     if str(dtype).removeprefix("torch.") not in _DTYPES:
         raise ConfigError(f"load_encoder: dtype is {dtype!r}; expected {' or '.join(map(repr, _DTYPES))}")
     dtype = _DTYPES[str(dtype).removeprefix("torch.")]
-    if weights not in ("student", "teacher"):
+    if weights not in (None, "student", "teacher"):
         raise ConfigError(f"load_encoder: weights is {weights!r}; expected 'student' or 'teacher'")
-    path, kind, known_id = name, None, None
+    path, kind, known_id, choice = name, None, None, Choice(name)
     # A Path that exists is one, whatever it is called.
     named = isinstance(name_or_path, str) or not os.path.exists(name)
     if named:
-        name = path = _ALIASES.get(name, name)
+        name = _ALIASES.get(name, name)
         prefix, colon, argument = name.partition(":")
         if colon and not argument and not os.path.exists(name):
             raise ConfigError(f"load_encoder: {name!r} ends with its colon; expected what comes after it, or no colon")
-        if name in PACKAGED:
-            path = os.fspath(PACKAGED[name])
-        elif prefix in KINDS and argument:
-            path, kind = argument, KINDS[prefix]
-        elif os.sep not in prefix and (entry := _find(prefix)) is not None:
-            return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
+        if prefix in KINDS and argument:
+            kind = KINDS[prefix]
+        elif name not in PACKAGED and os.sep not in prefix and (entry := _find(prefix)) is not None:
+            try:
+                return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
+            except CheckpointError as error:  # its argument is its own and may end in anything
+                if ending := parse(argument).ending:
+                    raise CheckpointError(f"{error}; {_of_matpac(ending, prefix)}") from error
+                raise
+        choice = parse(argument if kind else name)
+        path = choice.path if kind else _ALIASES.get(choice.path, choice.path)
+        if choice.ending and kind is None and _find(path) is not None:
+            raise ConfigError(f"load_encoder: {name!r}: {_of_matpac(choice.ending, path)}")
+    if weights is not None and choice.side not in (None, weights):
+        raise ConfigError(
+            f"load_encoder: weights is {weights!r}, and {name!r} says {choice.side!r}; leave one of them out"
+        )
+    side = choice.side or weights or "student"
     if named and kind is None and path in [_UNTRAINED + preset for preset in PRESETS]:
         if num_heads is not None:
-            raise ConfigError(f"load_encoder: {name!r} has no option num_heads; leave it out")
+            raise ConfigError(f"load_encoder: {path!r} has no option num_heads; leave it out")
+        if choice.step is not None:
+            raise ConfigError(f"load_encoder: {name!r}: only a run has steps; leave @{choice.step} out")
         config = MatpacConfig.preset(path.removeprefix(_UNTRAINED))
         state, sizes = _untrained(config), sizes_of(config)
     else:
-        state, metadata = _read(path)
+        if named and kind is None and path in PACKAGED:
+            path = os.fspath(PACKAGED[path])
+        state, metadata = _read(choice._replace(path=path))
         foreign = kind is None and not {"sizes", "config"} & set(metadata)
-        for other in _registry.values():
+        for known, other in _registry.items():
             if foreign and other.mark is not None and other.mark in state:
+                if choice.ending:
+                    raise ConfigError(f"load_encoder: {name!r}: {_of_matpac(choice.ending, known)}")
                 return _load_registered(other, name, path, device, dtype, num_heads, weights, compile)
         state, sizes, known_id = _interpret(state, metadata, path, kind, num_heads)
-    encoder = encoder_of(state, sizes, weights, name)
+    encoder = encoder_of(state, sizes, side, name)
     if known_id is not None and encoder.id != known_id:
         raise CheckpointError(
             f"{name}: altered or damaged: saved with SHA-256 {known_id[:12]}, it is {encoder.id[:12]}"
         )
-    encoder.name = os.path.basename(name.rstrip("/"))
+    encoder.name = os.path.basename(name.removesuffix(choice.ending).rstrip("/")) + choice.ending
     return encoder.to(device).prepare(dtype, compile)
 
 
@@ -187,14 +209,19 @@ def _untrained(config: MatpacConfig) -> dict[str, Tensor]:
         return Matpac(config).state_dict()
 
 
-def _read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not os.path.exists(path):
+def _of_matpac(ending: str, kind: str) -> str:
+    return f"{ending} is for runs and training checkpoints of MATPAC, and this is {kind}: leave it out"
+
+
+def _read(choice: Choice) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not os.path.exists(choice.path):
         raise CheckpointError(
-            f"no encoder {path!r}: neither a file nor one of {', '.join(list_encoders())}; give the path or "
+            f"no encoder {choice.path!r}: neither a file nor one of {', '.join(list_encoders())}; give the path or "
             f"the https:// address of a released file, see {_RELEASES}"
         )
-    with intact_named(path, "to load it, give {folder}"):
-        return checkpoint.load(checkpoint.find_weights(path))
+    source = choice.source()
+    with intact_named(source, "to load it, give {folder}"):
+        return checkpoint.load(checkpoint.find_weights(source))
 
 
 def _interpret(
@@ -266,7 +293,7 @@ def _load_registered(
     device: torch.device,
     dtype: torch.dtype,
     num_heads: int | None,
-    weights: str,
+    weights: str | None,
     compile: bool,
 ) -> AudioEncoder:
     load, where = entry.load, getattr(entry.load, "__qualname__", repr(entry.load))
@@ -280,7 +307,7 @@ def _load_registered(
     if num_heads is not None and "num_heads" in inspect.signature(load).parameters:
         options["num_heads"] = num_heads
     refused = [("num_heads", num_heads is not None and not options), ("compile", compile)]
-    if named := [option for option, given in [*refused, ("weights", weights != "student")] if given]:
+    if named := [option for option, given in [*refused, ("weights", weights == "teacher")] if given]:
         raise ConfigError(f"load_encoder: {name!r} has no option {', '.join(named)}; leave it out")
     encoder = load(argument, device, dtype, **options)
     if not isinstance(encoder, AudioEncoder):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
+from .choice import parse
 from .download import resolve
 from .encoder import KINDS, Encoder, load_encoder
 from .errors import CheckpointError, ConfigError
@@ -173,11 +174,13 @@ def get_matpac(
 
 
 def _file(name: str) -> str:
-    """What `load_encoder` read: the packaged file of a name, the file behind a kind, or the path."""
-    if name in PACKAGED:
-        return os.fspath(PACKAGED[name])
-    kind, colon, file = name.partition(":")
-    return file if colon and kind in KINDS else name
+    """What `load_encoder` read: the packaged file of a name, the file behind a kind, or the path, of a run's step."""
+    prefix, _, file = name.partition(":")
+    kind = prefix if file and prefix in KINDS else None
+    choice = parse(file if kind else name)
+    if kind is None and choice.path in PACKAGED:
+        return os.fspath(PACKAGED[choice.path])
+    return choice.source()
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

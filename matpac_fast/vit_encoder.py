@@ -234,7 +234,9 @@ def encoder_of(state: Mapping[str, Tensor], sizes: Mapping[str, Any], side: str,
     wanted = ("frontend.", f"{side}.")
     kept = {k.replace(f"{side}.", "student.", 1): v for k, v in state.items() if k.startswith(wanted)}
     if not any(name.startswith("student.") for name in kept):
-        raise CheckpointError(f"{source}: holds no {side}; expected weights of one, student or teacher")
+        raise CheckpointError(
+            f"{source}: holds no {side}; expected weights of one: a training checkpoint's are of student and teacher"
+        )
     if sizes["depth"] > len(kept):
         raise CheckpointError(f"{source}: {sizes['depth']} blocks by its sizes, and only {len(kept)} tensors of them")
     width, depth, patch = sizes["width"], sizes["depth"], sizes["patch_size"]

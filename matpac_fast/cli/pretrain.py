@@ -93,8 +93,8 @@ def main(
         center_of: centre by the teacher's probabilities or by its logits, as DINO. Default: probabilities, as official.
         precision: auto is bf16 where the device computes in it, else float32. Default: auto.
         seed: names the initial weights, the order, the crops and the masks. Default: 0.
-        init: start a new run from these weights: a run, a file, or an official training checkpoint. Without a preset
-            the model is as large as theirs. Default: random.
+        init: start a new run from these weights: a run, or its checkpoint of a step, runs/a@20000, a file, or an
+            official training checkpoint. Without a preset the model is as large as theirs. Default: random.
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
         compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
             Default: not.

@@ -46,8 +46,8 @@ def main(
     recording device. See matpac-fast study --help for the tasks, and for what the options mean.
 
     Args:
-        encoder: a run folder, a checkpoint, an official file, or a name such as passt:FILE. Default: this package's
-            own pre-trained one.
+        encoder: a run folder, or of it runs/a@teacher or runs/a@20000, a checkpoint, an official file, or a name such
+            as passt:FILE. Default: this package's own pre-trained one.
         task: NAME:FOLDER.
         temporal_support: seconds of audio that one embedding sees.
         hop: seconds from one window to the next. Default: the temporal support.

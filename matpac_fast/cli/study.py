@@ -17,6 +17,7 @@ import torch
 
 from .._cores import n_cores
 from ..audio.decode import decoder_versions
+from ..choice import parse
 from ..errors import ConfigError
 from ..files import write_text
 from ..study.cache import Aggregate
@@ -70,7 +71,8 @@ def main(
     results.parquet, comparisons.parquet, cost.parquet, PNG plots and report.html. Killed and run again, it goes on.
 
     Args:
-        encoders: names, run folders or files, with commas between them; see matpac-fast embed --help.
+        encoders: names, run folders or files, with commas between them, such as runs/a,runs/a@teacher,runs/a@20000;
+            see matpac-fast embed --help.
         out: folder for results and embeddings.
         tasks: with commas between them.
         temporal_support: seconds of audio that one embedding sees, with commas between them.
@@ -382,8 +384,9 @@ def _paths(text: str) -> tuple[str, ...]:
 
 
 def _exists(path: str) -> bool:
+    """With or without an ending such as "@teacher"."""
     name, _, file = path.partition(":")
-    return os.path.exists(path) or ("," not in name and os.path.exists(file))
+    return os.path.exists(parse(path).path) or ("," not in name and os.path.exists(parse(file).path))
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checkpoint, distcp
+from ..choice import parse
 from ..config import PRESETS, MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
@@ -315,10 +316,11 @@ class Saver:
 
 
 def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
-    """Start `model` from the weights in a run folder, a file of ours or an official training checkpoint.
+    """Start `model` from the weights in a run folder, "RUN@STEP", a file of ours or an official training checkpoint.
 
     The crops may be of another length than those the weights were trained on: positions are fixed, and the model's own.
     """
+    source = _whole(source)
     path = checkpoint.find_weights(source)
     with intact_named(source, _INIT):
         state, _ = checkpoint.load(path)
@@ -335,6 +337,7 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
 
 def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them."""
+    source = _whole(source)
     with intact_named(source, _INIT):
         path = checkpoint.find_weights(source)
         state, metadata = checkpoint.load(path)
@@ -347,6 +350,16 @@ def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], None)
     wanted = {"patch_size", "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
     return {name: value for name, value in sizes.items() if name in wanted}
+
+
+def _whole(source: str | os.PathLike[str]) -> str:
+    """Where a whole model lies, of the step that `source` may end in."""
+    choice = parse(os.fspath(source))
+    if choice.side is not None:
+        raise ConfigError(
+            f"{os.fspath(source)}: a new run begins with the whole model, student and teacher; leave @{choice.side} out"
+        )
+    return choice.source()
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

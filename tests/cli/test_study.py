@@ -17,10 +17,12 @@ import soundfile
 
 from matpac_fast import cli, load_encoder
 from matpac_fast.cli.study import _paths, choice_cells
+from matpac_fast.config import MatpacConfig
+from matpac_fast.model import Matpac
 from matpac_fast.study import sweep
 from matpac_fast.study.cost import Cost, measure_here
 from matpac_fast.study.results import Tables
-from tests.study.conftest import clips, encoder_file  # noqa: F401
+from tests.study.conftest import SMALL, clips, encoder_file  # noqa: F401
 from tests.tasks import miniature
 
 pytest.importorskip("matplotlib")
@@ -334,3 +336,21 @@ def test_a_path_that_is_there_may_hold_commas(tmp_path, monkeypatch):
     Path("run,1").touch()
     assert _paths("folder:Smith, J., sounds, folder:b") == ("folder:Smith, J., sounds", "folder:b")
     assert _paths("run,1,run,2,beats:run,1,") == ("run,1", "run", "2", "beats:run,1")
+    ended = ("run,1@teacher", "run,1@20000@teacher", "run@2", "matpac:run,1@teacher@20000")
+    assert _paths(",".join(ended)) == ended
+
+
+def test_student_and_teacher_are_told_apart_by_name(clips, tmp_path):  # noqa: F811
+    for step in (2, 10):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        config = MatpacConfig(**SMALL, predictor_heads=2, predictor_depth=1, seed=step)
+        Matpac(config).save(folder / "model.safetensors")
+    names = [f"{tmp_path}/run{ending}" for ending in ("", "@teacher", "@2@teacher")]
+    arguments = ["study", "--encoders", ",".join(names), "--tasks", f"folder:{clips}", "--out", str(tmp_path / "out")]
+    arguments += ["--temporal-support", "0.5", "--learning-rates", "1", "--decays", "1e-2", "--seeds", "1", "--no-cost"]
+    assert cli.main([*arguments, "--resamples", "5", "--device", "cpu", "--workers", "1"]) == 0
+    rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert list(dict.fromkeys(row["encoder"] for row in rows)) == names
+    assert len({row["encoder_id"] for row in rows}) == 3
+    kept = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "out" / "embeddings").iterdir())
+    assert kept == ["run", "run-2-teacher", "run-teacher"]

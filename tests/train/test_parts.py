@@ -50,6 +50,8 @@ def test_each_process_writes_its_part(stopped, corpus, model_config, halves):
     assert mf.Matpac.load(stopped).config == model_config
     wave = torch.randn(16_000, generator=torch.Generator().manual_seed(0))
     assert mf.load_encoder(stopped).embed(wave, 16_000).values.isfinite().all()
+    teacher = mf.load_encoder(f"{stopped}@4@teacher")
+    assert torch.equal(teacher.student.norm.weight, state["teacher.norm.weight"])
     init = stopped.parent / "other"
     pretrain(corpus, init, model_config, dataclasses.replace(halves, steps=1, lr=1e-12), "cpu", init=stopped)
     assert torch.equal(newest(init)["model/student.norm.weight"], state["student.norm.weight"])

@@ -1,0 +1,59 @@
+"""What the end of a name chooses: a step of a run, a side of the model.
+
+"runs/a@20000" is the run's checkpoint of that step, "runs/a@teacher" the newest one's teacher, and
+"runs/a@20000@teacher" or "runs/a@teacher@20000" both. An existing path is one, whatever it ends in.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import CheckpointError
+
+_ENDING = re.compile(r"(.+)@(student|teacher|[0-9]{1,15})", re.DOTALL)
+_NAMED = 20  # steps that an error lists
+
+
+class Choice(NamedTuple):
+    """A name in its parts."""
+
+    path: str
+    ending: str = ""  # as it is written, "@20000@teacher"
+    step: int | None = None  # None: the newest
+    side: str | None = None  # "student", "teacher", or None: it is not said
+
+    def source(self) -> str:
+        """`path`, or the folder of its checkpoint of `step`; where nothing is, who reads it will say so.
+
+        Raises:
+            CheckpointError: `path` is no run, or has no checkpoint of that step.
+        """
+        if self.step is None or not os.path.exists(self.path):
+            return self.path
+        folder = Path(self.path, "checkpoints", f"step-{self.step:08d}")
+        if folder.is_dir():
+            return os.fspath(folder)
+        others = folder.parent.glob("step-*")
+        if not (steps := sorted(int(p.name[5:]) for p in others if p.name[5:].isdecimal())):
+            raise CheckpointError(
+                f"{self.path}: holds no checkpoints, so none of step {self.step}; expected a run of "
+                f"`matpac-fast pretrain`, or a name without @{self.step}"
+            )
+        more = f", and {len(steps) - _NAMED} before them" if len(steps) > _NAMED else ""
+        raise CheckpointError(
+            f"{self.path}: no checkpoint of step {self.step}; there are {', '.join(map(str, steps[-_NAMED:]))}{more}"
+        )
+
+
+def parse(name: str) -> Choice:
+    """`name` in its parts; a second step or side is left in its path, which then is none."""
+    path, chosen = name, {}
+    while not os.path.exists(path) and (found := _ENDING.fullmatch(path)) is not None:
+        kind, value = ("step", int(found[2])) if found[2].isdecimal() else ("side", found[2])
+        if kind in chosen:
+            break
+        path, chosen[kind] = found[1], value
+    return Choice(path, name[len(path) :], **chosen)
