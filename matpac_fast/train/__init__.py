@@ -4,6 +4,7 @@ from .config import TrainConfig, fit_to_run
 from .distributed import PeerError
 from .logs import Reporter, Reporters, read_log
 from .loop import Probe, Result, pretrain
+from .transform import Transform
 from .watch import TrainingError
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Result",
     "TrainConfig",
     "TrainingError",
+    "Transform",
     "fit_to_run",
     "pretrain",
     "read_log",

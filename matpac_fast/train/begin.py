@@ -19,6 +19,7 @@ from .config import TrainConfig, resolve_precision
 from .distributed import Ranks, shards
 from .sampler import Sampler
 from .state import RunFolder, load_weights, read_config
+from .transform import Transform, transform_name
 
 # What may differ between the halves of a resumed run without changing its result but for rounding.
 FREE = frozenset(
@@ -59,6 +60,14 @@ def make_sampler(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig
     return Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short, ranks.rank, ranks.world)
 
 
+def name_transform(transform: Transform | None, ranks: Ranks) -> str | None:
+    """The transform's name as config.json holds it, the same on every rank."""
+    name = transform_name(transform)
+    if ranks.world > 1 and len(found := dict.fromkeys(ranks.gather(name))) > 1:
+        raise ConfigError(f"the processes have different transforms, {', '.join(map(str, found))}: give all the same")
+    return name
+
+
 def check_options(
     corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, device: torch.device, world: int
 ) -> list[int]:
@@ -89,16 +98,17 @@ def begin(
     corpus: Corpus,
     init: str | os.PathLike[str] | None,
     device: torch.device,
+    transform: str | None = None,
 ) -> tuple[TrainConfig, bool]:
     """Check the folder against what is asked, and write down a new run; the configuration with its precision chosen,
     and whether `init` was loaded into the model."""
     new = read_config(folder.path) is None
-    config = check_run(folder.path, model.config, config, corpus, init, device)
+    config = check_run(folder.path, model.config, config, corpus, init, device, transform)
     initialised = init is not None and folder.latest() is None
     if init is not None and initialised:
         load_weights(model, init)
     if new:
-        folder.write_config(describe(model.config, config, corpus, init))
+        folder.write_config(describe(model.config, config, corpus, init, transform))
     return config, initialised
 
 
@@ -109,19 +119,24 @@ def check_run(
     corpus: Corpus,
     init: str | os.PathLike[str] | None,
     device: torch.device,
+    transform: str | None = None,
 ) -> TrainConfig:
     """Raise ConfigError where another run is in `run` than is asked; the configuration with its precision chosen."""
     stored = read_config(run)
     if config.precision == "auto":
         chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
         config = dataclasses.replace(config, precision=chosen)
-    if stored and (different := differences(stored, describe(model, config, corpus, init))):
+    if stored and (different := differences(stored, describe(model, config, corpus, init, transform))):
         raise ConfigError(refusal(run, different))
     return config
 
 
 def describe(
-    model: MatpacConfig, train: TrainConfig, corpus: Corpus, init: str | os.PathLike[str] | None
+    model: MatpacConfig,
+    train: TrainConfig,
+    corpus: Corpus,
+    init: str | os.PathLike[str] | None,
+    transform: str | None = None,
 ) -> dict[str, Any]:
     """What makes a run the run it is, as config.json holds it."""
     return {
@@ -129,6 +144,7 @@ def describe(
         "train": train.to_dict(),
         "corpus": {"fingerprint": corpus.fingerprint, "clips": len(corpus.frames)},
         "init": None if init is None else os.fspath(init),
+        "transform": transform,
     }
 
 
@@ -162,7 +178,12 @@ def refusal(run: Path, different: Mapping[str, tuple[Any, Any]]) -> str:
         told.insert(0, f"its corpus is another one, or has grown or changed since{count}")
         advice.append(f"To go on with its weights on this corpus, add --init {run} and give a new folder to --out")
     else:
-        if "" not in options:
+        if different.keys() == {"transform"}:  # the one that Python alone gives
+            old = different["transform"][0]
+            advice.append(
+                f"To go on with it, give pretrain {'no transform' if old is None else f'the transform {old}'}"
+            )
+        elif "" not in options:
             advice.append(f"To go on with it, leave out {', '.join(options)}")
         advice.append(f"For another run, give a new folder to --out, with --init {run} for one from its weights")
     return f"{run} holds another run: {'; '.join(told)}. {'. '.join(advice)}"

@@ -18,6 +18,7 @@ from ..audio.corpus import Corpus
 from ..errors import CorpusError
 from ..oom import is_out_of_memory
 from .sampler import Plan, Sampler
+from .transform import Transform, transform_crops
 from .watch import TrainingError
 
 # Draws of another clip for one that cannot be read: a run goes on with half of its corpus.
@@ -82,11 +83,21 @@ class Feed:
     """Iterates over the batches of steps `first` to `last` - 1.
 
     One thread reads `depth` batches ahead. On CUDA it reads into pinned memory and copies on a stream of its own; the
-    training stream waits for the copy on the device, the host never does.
+    training stream waits for the copy on the device, the host never does. `transform` changes the crops before they are
+    copied.
     """
 
-    def __init__(self, corpus: Corpus, sampler: Sampler, device: torch.device, first: int, last: int, depth: int = 2):
-        self._corpus, self._sampler, self._device = corpus, sampler, device
+    def __init__(
+        self,
+        corpus: Corpus,
+        sampler: Sampler,
+        device: torch.device,
+        first: int,
+        last: int,
+        depth: int = 2,
+        transform: Transform | None = None,
+    ):
+        self._corpus, self._sampler, self._device, self._transform = corpus, sampler, device, transform
         self._samples = sampler.rows * max(sampler.crops)  # of the largest batch
         self.waited = 0.0  # seconds that the training step has waited for data
         self._batches: queue.Queue[Any] = queue.Queue(depth)
@@ -132,14 +143,19 @@ class Feed:
                 self._batches.put(item)
             self._batches.put(None)
         except BaseException as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and not isinstance(error, TrainingError):
                 text = f"the next batch does not fit into the memory of {self._device} beside the step"
                 error = TrainingError(f"{text}: a larger --grad-accumulation computes the same step in less")
             self._batches.put(error)
 
-    def _read(self, step: int) -> tuple[Batch, None]:
-        buffer = torch.empty(self._samples, dtype=torch.int16)
+    def _fill(self, step: int, buffer: Tensor) -> tuple[Plan, Tensor, tuple[str, ...]]:
         plan, wave, unreadable = read_batch(self._corpus, self._sampler, step, buffer)
+        if self._transform is not None:
+            transform_crops(self._transform, wave, torch.tensor(plan.index), step)
+        return plan, wave, unreadable
+
+    def _read(self, step: int) -> tuple[Batch, None]:
+        plan, wave, unreadable = self._fill(step, torch.empty(self._samples, dtype=torch.int16))
         return Batch(plan, wave, torch.from_numpy(plan.index), unreadable), None
 
     def _pinned_reader(self) -> Callable[[int], tuple[Batch, torch.cuda.Event]]:
@@ -150,7 +166,7 @@ class Feed:
 
         def read(step: int) -> tuple[Batch, torch.cuda.Event]:
             copied[step % 2].synchronize()
-            plan, wave, unreadable = read_batch(self._corpus, self._sampler, step, buffers[step % 2])
+            plan, wave, unreadable = self._fill(step, buffers[step % 2])
             index = torch.from_numpy(plan.index).pin_memory()
             done = torch.cuda.Event()
             with torch.cuda.stream(stream):

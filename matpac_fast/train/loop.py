@@ -20,7 +20,7 @@ from ..nn.statistics import effective_rank
 from ..oom import is_out_of_memory
 from ..reference import LogMelConfig
 from ..spans import span
-from .begin import begin, make_sampler
+from .begin import begin, make_sampler, name_transform
 from .compiled import blocks, compile_blocks
 from .config import TrainConfig
 from .distributed import Ranks, Votes, distribute, join, pick_device, whole
@@ -34,6 +34,7 @@ from .sampler import Sampler
 from .schedule import learning_rate
 from .state import RunFolder, Saver, Snapshot, read_config
 from .step import Step, make_optimizer, train_step
+from .transform import Transform
 from .watch import BadSteps, TrainingError, collapse
 
 __all__ = ["Probe", "Result", "pick_device", "pretrain"]
@@ -61,6 +62,7 @@ def pretrain(
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
     probe: Probe | None = None,
+    transform: Transform | None = None,
 ) -> Result:
     """Train a Matpac on `corpus` into the run folder `out`, or go on with the run that is there.
 
@@ -82,12 +84,15 @@ def pretrain(
         reporter: on rank 0 hears of every step and every line of the log.
         stop: asked after every step; True on any rank saves and returns on all, a step later where they are several.
         probe: called on rank 0 every `config.probe_every` steps, while the others wait; its numbers go into the log.
+        transform: changes each batch of crops on the CPU, such as by a random gain (see `Transform`); the same on every
+            rank. A run is gone on with by a transform of the same name; what the probe sees is not transformed.
 
     Raises:
         ConfigError: `out` holds another run (the message lists what differs), no clip is long enough, or the ranks do
-            not divide the batch.
+            not divide the batch or have different transforms.
         CheckpointError: a checkpoint is damaged or cannot be written.
-        TrainingError: too many steps in a row were not finite, or a batch does not fit into memory.
+        TrainingError: too many steps in a row were not finite, a batch does not fit into memory, or the transform
+            failed.
         PeerError: another rank has failed; its reason.
     """
     with join(device) as ranks, contextlib.ExitStack() as stack:
@@ -96,11 +101,14 @@ def pretrain(
             # Rank 0's count: where the others do not see its folder, they cannot know the options of the run in it.
             model_config, config, init = ranks.from_first(lambda: (model_config, config, init))
             sampler = make_sampler(corpus, model_config, config, ranks)
+            named = name_transform(transform, ranks)
             stack.enter_context(freed_memory_kept(ranks.device))
             model = Matpac(model_config)
             folder = ranks.from_first(lambda: RunFolder(out))
             ranks.from_first(lambda: stack.enter_context(folder.locked()))
-            config, initialised = ranks.from_first(lambda: begin(folder, model, config, corpus, init, ranks.device))
+            config, initialised = ranks.from_first(
+                lambda: begin(folder, model, config, corpus, init, ranks.device, named)
+            )
             begun = folder
             if config.shard and ranks.world > 1:
                 folder.check_shared(ranks)
@@ -113,7 +121,7 @@ def pretrain(
                 compile_blocks(model)
             forward = distribute(model, blocks(model), ranks, config.shard)
             reporter = (reporter or Reporter()) if ranks.first else Reporter()
-            run = _Run(folder, model, forward, config, corpus, sampler, ranks, reporter, probe)
+            run = _Run(folder, model, forward, config, corpus, sampler, ranks, reporter, probe, transform)
             return run.go(stop)
         except Exception as error:
             failure = ranks.failure(error)
@@ -151,6 +159,7 @@ class _Run:
         ranks: Ranks,
         reporter: Reporter,
         probe: Probe | None,
+        transform: Transform | None,
     ):
         self.folder, self.model, self.forward, self.config, self.corpus = folder, model, forward, config, corpus
         self.sampler, self.ranks, self.device, self.reporter = sampler, ranks, ranks.device, reporter
@@ -187,7 +196,7 @@ class _Run:
             folder, config.keep_last, config.keep_every, saved=lambda step: reporter.saved(folder.path, step)
         )
         self.votes = Votes(ranks, 2)
-        self.feed = Feed(corpus, sampler, self.device, self.done, config.steps)
+        self.feed = Feed(corpus, sampler, self.device, self.done, config.steps, transform=transform)
 
     def close(self) -> None:
         """The last one first, and each whatever becomes of the others."""
