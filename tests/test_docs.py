@@ -1,16 +1,35 @@
+<<<<<<< HEAD
 """The Python that README.md, docs/ops.md and, of fine-tuning, docs/encoders.md show runs as it stands, and gives the
 shapes that they say."""
+=======
+"""The Python that README.md, docs/ops.md and docs/training.md show runs, and gives what they say."""
+>>>>>>> 7b238ff (A loop of one's own: the parts it needs are public, and the example has the schedules and runs as a test)
 
 from __future__ import annotations
 
 import ast
+import inspect
+import math
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from safetensors.torch import load_file
+
+from matpac_fast.audio.prepare import prepare
+from matpac_fast.checkpoint import find_weights
+from matpac_fast.config import MatpacConfig
+from matpac_fast.model import Matpac
+from matpac_fast.train import TrainConfig, distributed, fit_to_run, pretrain, read_log
 
 from matpac_fast import load_encoder
 
@@ -56,6 +75,7 @@ def test_the_readme():
     assert names["model"].center.any()
 
 
+<<<<<<< HEAD
 def test_fine_tuning(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
@@ -72,6 +92,91 @@ def test_fine_tuning(tmp_path, monkeypatch):
     assert torch.equal(encoder.embed(tones, 16_000).values, tuned.embed(tones, 16_000).values)  # nothing is hidden
     assert not torch.equal(encoder(tones), encoder(tones))
     assert len({group["lr"] for group in names["groups"]}) == encoder.depth + 2
+=======
+def shorter(code: str) -> str:
+    """A loop of docs/training.md, of a few steps on short crops; all of `code` that it changes must be there."""
+    for said, tried in (
+        ("steps=2000, batch_size=32", "steps=3, batch_size=4"),
+        ("97_520", "5_360"),
+        ('preset("nano")', 'preset("nano", depth=1, predictor_depth=1, prototypes=16)'),
+    ):
+        assert said in code
+        code = code.replace(said, tried)
+    return code
+
+
+@pytest.fixture
+def noise(tmp_path, monkeypatch) -> None:
+    """The folder `corpus` of the examples, where they run."""
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        (tmp_path / "audio").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "audio" / f"{i}.wav", 0.1 * rng.standard_normal(6_000 + 500 * i), 16_000)
+    prepare(tmp_path / "audio", tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():  # Adam's first steps divide small gradients by their own size
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_loop_of_ones_own(tmp_path, noise):
+    """Its steps are those of `pretrain`, and the transform beside it is one."""
+    _, loop, _, gain = blocks("docs/training.md")
+    names: dict[str, Any] = {}
+    run(shorter(loop), names)
+    corpus, config, train = names["corpus"], names["model"].config, names["train"]
+    assert config.max_steps == train.steps  # as `fit_to_run` makes it
+    own = replace(train, crop_frames=(32,), precision="float32", log_every=1)
+    pretrain(corpus, "runs/a", config, own, "cpu")
+    assert_same_weights(tmp_path / "own.safetensors", find_weights("runs/a"))
+    first = Matpac(config).state_dict()
+    assert not torch.allclose(first["student.norm.weight"], names["model"].student.norm.weight, atol=1e-5)
+
+    names["train"] = own
+    run(gain, names)
+    losses = [[r["loss"] for r in read_log(f"runs/{name}/log.jsonl") if "loss" in r] for name in ("a", "gain")]
+    assert len(losses[0]) == len(losses[1]) == 3
+    assert losses[0][0] != losses[1][0]
+
+
+def test_what_is_left_of_the_random_teacher():
+    train, model = TrainConfig(steps=2000), MatpacConfig.preset("nano")
+    for config, left in ((model, 0.90), (fit_to_run(model, train), 0.0001)):
+        decays = [Matpac.ema_decay(SimpleNamespace(config=config), step) for step in range(1, 2000)]
+        assert math.prod(decays) == pytest.approx(left, rel=0.5 if left < 0.01 else 0.01)
+
+
+def shared(rank: int, loop: str, lines: str, folder: Path) -> None:
+    """The loop on one process of two, with the lines that are then others."""
+    os.chdir(folder)
+    before, within = lines.split("for step in range(train.steps):\n")
+    for said, then in (
+        (r"sampler = .*\n", before),
+        (r"    out = .*\n(    .*\n)+?    model\.update_teachers.*\n", within),
+    ):
+        loop, found = re.subn(said, lambda _, then=then: then, loop)
+        assert found == 1
+    loop = loop.replace("own.safetensors", f"rank-{rank}.safetensors")
+    ddp = torch.nn.parallel.DistributedDataParallel
+    if "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters:
+        loop = loop.replace("broadcast_buffers", "forward_sync_buffers")
+    with distributed.join("cpu"):
+        names = {"DistributedDataParallel": ddp, "dist": dist, "rank": rank, "world": 2}
+        run(loop, names)
+
+
+def test_the_loop_of_ones_own_on_two_processes(tmp_path, noise):
+    _, loop, lines, _ = blocks("docs/training.md")
+    run(shorter(loop), {})
+    lines = lines.replace("97_520", "5_360")
+    assert on_ranks(2, shared, shorter(loop), lines, tmp_path) == {0: None, 1: None}
+    for rank in range(2):
+        assert_same_weights(tmp_path / "own.safetensors", tmp_path / f"rank-{rank}.safetensors")
+>>>>>>> 7b238ff (A loop of one's own: the parts it needs are public, and the example has the schedules and runs as a test)
 
 
 def test_a_wrong_shape_is_found():

@@ -1,22 +1,31 @@
-"""Pre-training: the loop, its configuration, what it draws and what it keeps."""
+"""Pre-training: the loop, its configuration, what it draws and what it keeps; and the parts for a loop of one's own."""
 
 from .config import TrainConfig, fit_to_run
 from .distributed import PeerError
 from .logs import Reporter, Reporters, read_log
 from .loop import Probe, Result, pretrain
+from .sampler import Plan, Sampler
+from .schedule import learning_rate
+from .state import load_weights
+from .step import make_optimizer
 from .transform import Transform
 from .watch import TrainingError
 
 __all__ = [
     "PeerError",
+    "Plan",
     "Probe",
     "Reporter",
     "Reporters",
     "Result",
+    "Sampler",
     "TrainConfig",
     "TrainingError",
     "Transform",
     "fit_to_run",
+    "learning_rate",
+    "load_weights",
+    "make_optimizer",
     "pretrain",
     "read_log",
 ]

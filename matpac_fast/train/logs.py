@@ -73,7 +73,12 @@ def versions() -> dict[str, str]:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a log; a line that is none, as a killed process leaves its last one, is passed over."""
+    """The records of a log, none where there is no file; a line that is none, as a killed process leaves its last one,
+    is passed over. NaN and infinity are the strings "nan", "inf" and "-inf".
+
+    Args:
+        path: log.jsonl of a run folder.
+    """
     records = []
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")

@@ -59,20 +59,28 @@ def permute(position: NDArray[np.uint64], n: int, key: NDArray[np.uint64]) -> ND
 
 @dataclass(frozen=True)
 class Plan:
-    """One batch, or one rank's slice of it: what to read, before anything is read."""
+    """One batch, or one rank's slice of it: what to read, before anything is read.
+
+    Attributes:
+        step: of the optimiser, from 0.
+        crop: samples of each crop.
+        index: (B,) place in the global batch; with the step it names the mask.
+        clips: (B,) place in the corpus.
+        starts: (B,) first sample of the crop. A clip shorter than the crop, where such are used, starts at 0.
+    """
 
     step: int
-    crop: int  # samples of each
-    index: NDArray[np.int64]  # place in the global batch; with the step it names the mask
-    clips: NDArray[np.int64]  # place in the corpus
-    starts: NDArray[np.int64]  # first sample of the crop
+    crop: int
+    index: NDArray[np.int64]
+    clips: NDArray[np.int64]
+    starts: NDArray[np.int64]
 
 
 class Sampler:
     """Draws the crops of every step.
 
     Args:
-        frames: (clips,) samples of each clip.
+        frames: (clips,) int64, samples of each clip, `Corpus.frames`.
         crops: samples of a crop. Where there are several lengths each step draws one of them, for its whole batch.
         batch_size: crops a step, over all ranks.
         seed: names the whole sequence.

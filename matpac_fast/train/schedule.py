@@ -13,6 +13,12 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     """Linear from 0 at step 0 to `peak` at step `warmup`, then half a cosine to 0 at `steps`; fairseq's `cosine`.
 
     So the first step has a rate of 0 and fills Adam's moments only, as in the official run.
+
+    Args:
+        step: of the optimiser, from 0.
+        peak: the largest rate, `TrainConfig.lr`.
+        warmup: steps to the peak, `TrainConfig.warmup_steps`.
+        steps: of the whole run; the rate is 0 from there on.
     """
     if step < warmup:
         return peak * step / warmup

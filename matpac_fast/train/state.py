@@ -318,7 +318,11 @@ class Saver:
 def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     """Start `model` from the weights in a run folder, "RUN@STEP", a file of ours or an official training checkpoint.
 
-    The crops may be of another length than those the weights were trained on: positions are fixed, and the model's own.
+    Student, predictor, heads, teachers and centre; not the optimiser's moments. The crops may be of another length than
+    those the weights were trained on: positions are fixed, and the model's own.
+
+    Raises:
+        CheckpointError: no such file, damaged, unsafe, an encoder alone, or of other sizes than the model.
     """
     source = _whole(source)
     path = checkpoint.find_weights(source)

@@ -38,6 +38,13 @@ def make_optimizer(model: Matpac, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over all that is trained; fused, on the CPU too, so that it clips and skips as it goes (see `train_step`).
 
     Of a model that FSDP has cut it moves this rank's shards, as the plain tensors that they are.
+
+    Args:
+        model: on its device already.
+        config: its `lr`, `betas`, `eps` and `weight_decay`; the rate of each step is `learning_rate`'s.
+
+    Returns:
+        One group of parameters: all that require a gradient, so neither teachers nor positions.
     """
     trained = [nn.Parameter(local(p)) if is_sharded(p) else p for p in trained_parameters(model).values()]
     return torch.optim.AdamW(
