@@ -1,9 +1,4 @@
-<<<<<<< HEAD
-"""The Python that README.md, docs/ops.md and, of fine-tuning, docs/encoders.md show runs as it stands, and gives the
-shapes that they say."""
-=======
-"""The Python that README.md, docs/ops.md and docs/training.md show runs, and gives what they say."""
->>>>>>> 7b238ff (A loop of one's own: the parts it needs are public, and the example has the schedules and runs as a test)
+"""The Python that README.md and pages of docs/ show runs, and gives what they say."""
 
 from __future__ import annotations
 
@@ -25,13 +20,12 @@ import torch.distributed as dist
 from ranks import on_ranks
 from safetensors.torch import load_file
 
+from matpac_fast import load_encoder
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.checkpoint import find_weights
 from matpac_fast.config import MatpacConfig
 from matpac_fast.model import Matpac
 from matpac_fast.train import TrainConfig, distributed, fit_to_run, pretrain, read_log
-
-from matpac_fast import load_encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +69,6 @@ def test_the_readme():
     assert names["model"].center.any()
 
 
-<<<<<<< HEAD
 def test_fine_tuning(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
@@ -92,7 +85,8 @@ def test_fine_tuning(tmp_path, monkeypatch):
     assert torch.equal(encoder.embed(tones, 16_000).values, tuned.embed(tones, 16_000).values)  # nothing is hidden
     assert not torch.equal(encoder(tones), encoder(tones))
     assert len({group["lr"] for group in names["groups"]}) == encoder.depth + 2
-=======
+
+
 def shorter(code: str) -> str:
     """A loop of docs/training.md, of a few steps on short crops; all of `code` that it changes must be there."""
     for said, tried in (
@@ -125,7 +119,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def test_the_loop_of_ones_own(tmp_path, noise):
     """Its steps are those of `pretrain`, and the transform beside it is one."""
-    _, loop, _, gain = blocks("docs/training.md")
+    (loop,) = [code for code in blocks("docs/training.md") if "optimizer.step()" in code]
+    (gain,) = [code for code in blocks("docs/training.md") if "def gain" in code]
     names: dict[str, Any] = {}
     run(shorter(loop), names)
     corpus, config, train = names["corpus"], names["model"].config, names["train"]
@@ -170,13 +165,13 @@ def shared(rank: int, loop: str, lines: str, folder: Path) -> None:
 
 
 def test_the_loop_of_ones_own_on_two_processes(tmp_path, noise):
-    _, loop, lines, _ = blocks("docs/training.md")
+    (loop,) = [code for code in blocks("docs/training.md") if "optimizer.step()" in code]
+    (lines,) = [code for code in blocks("docs/training.md") if "DistributedDataParallel" in code]
     run(shorter(loop), {})
     lines = lines.replace("97_520", "5_360")
     assert on_ranks(2, shared, shorter(loop), lines, tmp_path) == {0: None, 1: None}
     for rank in range(2):
         assert_same_weights(tmp_path / "own.safetensors", tmp_path / f"rank-{rank}.safetensors")
->>>>>>> 7b238ff (A loop of one's own: the parts it needs are public, and the example has the schedules and runs as a test)
 
 
 def test_a_wrong_shape_is_found():
