@@ -43,6 +43,8 @@ _PREFIXES = (
     ("_cls_head_ema.", "teacher_head."),
 )
 _NESTED = ("_ema", "_cls_head_ema")
+# Fixed sines, which follow from the sizes: a model for another length of crop has its own.
+POSITIONS = ("frontend.pos_embed", "predictor.pos_embed")
 
 PARTS = "parts"  # in a checkpoint's folder, what the processes of a sharded training wrote
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import ConfigError
+
+_NUMBERS: dict[Any, str] = {"int": "a whole number", "float": "a number"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class MatpacConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), _NUMBERS.get(field.type)
+            if wanted and (not isinstance(value, numbers.Real) or (field.type == "int" and value % 1)):
+                raise ConfigError(f"{field.name} is {value!r}; expected {wanted}")
         if self.patch_size < 1:
             raise ConfigError(f"patch_size is {self.patch_size}; expected at least 1")
         for name in ("n_mels", "n_frames"):

@@ -263,7 +263,8 @@ class Matpac(nn.Module):
             source: a fairseq checkpoint, or its "model" dictionary (teachers nested, or flat as "_ema.norm.weight").
             num_heads: of the encoders; by default one for every 64 channels, the official rule.
             predictor_heads: of the predictor; 16 by default, as official.
-            options: further fields of MatpacConfig, such as `max_steps`, which no checkpoint holds.
+            options: further fields of MatpacConfig, such as `max_steps`, which no checkpoint holds, or `n_frames`, for
+                crops of another length than the checkpoint's.
 
         Raises:
             CheckpointError: unsafe, damaged, or entries missing or left over, which are listed.
@@ -275,6 +276,9 @@ class Matpac(nn.Module):
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
         sizes["predictor_heads"] = 16 if predictor_heads is None else predictor_heads
         model = cls(MatpacConfig(**{**sizes, **options}))
+        if "n_frames" in options and model.config.n_mels == sizes["n_mels"]:
+            own = model.state_dict()
+            ours |= {table: own[table] for table in checkpoint.POSITIONS}
         checkpoint.load_into(model, ours, name)
         return model
 

@@ -64,6 +64,18 @@ def test_a_fairseq_checkpoint_file_loads(model, tmp_path):
     assert torch.equal(again.teacher.norm.bias, model.teacher.norm.bias)
 
 
+def test_a_fairseq_checkpoint_loads_for_another_length_of_crop(model):
+    official = model.official_state_dict()
+    longer = Matpac.from_official(official, num_heads=2, predictor_heads=2, n_frames=96)
+    want = Matpac(model.config.replace(n_frames=96))
+    assert longer.config == want.config
+    for name, tensor in longer.state_dict().items():
+        source = want if name in checkpoint.POSITIONS else model
+        assert torch.equal(tensor, source.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match=r"2 of another shape: frontend\.pos_embed"):
+        Matpac.from_official(official, num_heads=2, predictor_heads=2, n_frames=96, n_mels=128)
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("boom",)

@@ -391,6 +391,9 @@ def test_presets_have_the_size_they_should(name, millions):
         (dict(mask_ratio=float("nan")), "mask_ratio is nan; expected a share above 0 and below 1"),
         (dict(ema_start=1.1), "ema_start is 1.1; expected 0 to 1"),
         (dict(teacher_temp=float("nan")), "teacher_temp is nan; expected a positive temperature"),
+        (dict(patch_size=(16, 4)), r"patch_size is \(16, 4\); expected a whole number"),
+        (dict(depth=1.5), "depth is 1.5; expected a whole number"),
+        (dict(mask_ratio="most"), "mask_ratio is 'most'; expected a number"),
     ],
 )
 def test_configurations_that_cannot_be(fields, message):

@@ -94,7 +94,8 @@ def main(
         precision: auto is bf16 where the device computes in it, else float32. Default: auto.
         seed: names the initial weights, the order, the crops and the masks. Default: 0.
         init: start a new run from these weights: a run, or its checkpoint of a step, runs/a@20000, a file, or an
-            official training checkpoint. Without a preset the model is as large as theirs. Default: random.
+            official training checkpoint. What neither preset nor options say of the model's sizes is as theirs.
+            Default: random.
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
         compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
             Default: not.
@@ -144,7 +145,7 @@ def main(
     if preset is not None:
         model = MatpacConfig.preset(preset)
         given_model |= {name: getattr(model, name) for name in set().union(*PRESETS.values())}
-    elif init is not None and stored is None and first:  # what is gone on with says how large it is
+    if init is not None and stored is None and first:  # what is gone on with says how large it is
         given_model = weights_sizes(init) | given_model
     if crop_seconds is not None:
         if not crop_seconds:

@@ -40,6 +40,8 @@ from .step import trained_parameters
 
 _PART = ".part"
 _INIT = "to begin from it, --init {folder}"
+# What a model is that the shapes of its weights, but for the tables of positions, do not tell.
+_UNSEEN = ("n_mels", "patch_size", "num_heads", "predictor_heads")
 
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -322,20 +324,29 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     those the weights were trained on: positions are fixed, and the model's own.
 
     Raises:
-        CheckpointError: no such file, damaged, unsafe, an encoder alone, or of other sizes than the model.
+        CheckpointError: no such file, damaged, unsafe, an encoder alone, or weights of another model: what differs in the
+            shapes of weights is listed, and what shapes do not tell, as far as the file says it.
     """
     source = _whole(source)
     path = checkpoint.find_weights(source)
     with intact_named(source, _INIT):
-        state, _ = checkpoint.load(path)
-    if checkpoint.is_official(state):
+        state, metadata = checkpoint.load(path)
+    known: dict[str, Any] = {}
+    if "config" in metadata:
+        known = MatpacConfig.from_dict(metadata["config"]).to_dict()
+    elif checkpoint.is_official(state):
         state = checkpoint.from_official_names(state, str(path))
+        known = {"n_mels": checkpoint.read_sizes(state)["n_mels"]}
     if not any(name.startswith("predictor.") for name in state):
         raise CheckpointError(
             f"{path}: an encoder alone; expected a training checkpoint, which holds teacher, predictor and heads too"
         )
+    asked = model.config.to_dict()
+    if different := [name for name in _UNSEEN if name in known and known[name] != asked[name]]:
+        told = ", ".join(f"{name} is {known[name]!r} there and {asked[name]!r} here" for name in different)
+        raise CheckpointError(f"{path} holds weights of another model: {told}; make this one as it is there")
     own = model.state_dict()
-    state |= {name: own[name] for name in ("frontend.pos_embed", "predictor.pos_embed")}
+    state |= {name: own[name] for name in checkpoint.POSITIONS}
     checkpoint.load_into(model, state, str(path))
 
 
@@ -352,7 +363,7 @@ def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
             state = checkpoint.from_official_names(state, str(path))
         sizes = checkpoint.read_sizes(state)
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], None)
-    wanted = {"patch_size", "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
+    wanted = {*_UNSEEN, "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
     return {name: value for name, value in sizes.items() if name in wanted}
 
 

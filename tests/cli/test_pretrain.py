@@ -252,6 +252,15 @@ def test_a_run_from_other_weights_is_as_large_as_they_are(corpus, tmp_path):
     assert run(corpus, "--out", tmp_path / "c", "--init", tmp_path / "official.pt", *short, "--dry-run") == 0
 
 
+def test_a_run_from_other_weights_has_their_mels_with_a_preset_too(corpus, tmp_path):
+    Matpac(MatpacConfig.preset("nano", n_mels=128, n_frames=32, mcl_heads=2)).save(tmp_path / "weights")
+    for name, options in (("a", []), ("b", ["--preset", "nano"])):
+        small = [*options, "--crop-seconds", "0.16", "--batch-size", 2, "--device", "cpu", "--steps", 1]
+        assert run(corpus, "--out", tmp_path / name, "--init", tmp_path / "weights", *small) == 0
+        config = load_encoder(tmp_path / name).sizes
+        assert (config["n_mels"], config["width"]) == (128, 192)
+
+
 def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert run(corpus, "--out", tmp_path / "run", "--steps", 2, *SMALL) == 0

@@ -19,7 +19,7 @@ from matpac_fast.model import Matpac
 from matpac_fast.train import loop
 from matpac_fast.train.logs import Reporter, read_log
 from matpac_fast.train.loop import pretrain
-from matpac_fast.train.state import RunFolder, Snapshot
+from matpac_fast.train.state import RunFolder, Snapshot, load_weights, weights_sizes
 from matpac_fast.train.step import make_optimizer, train_step
 from matpac_fast.train.watch import collapse
 
@@ -240,6 +240,23 @@ def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_co
     load_encoder(tmp_path / "a").save(tmp_path / "encoder")
     with pytest.raises(CheckpointError, match="encoder: an encoder alone; expected a training checkpoint"):
         pretrain(corpus, tmp_path / "e", model_config, train_config, init=tmp_path / "encoder")
+
+
+def test_init_refuses_weights_of_another_model_whose_shapes_fit(tmp_path, model_config):
+    Matpac(model_config.replace(n_mels=128, num_heads=4)).save(tmp_path / "a")
+    assert weights_sizes(tmp_path / "a")["n_mels"] == 128
+    model = Matpac(model_config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    told = "another model: n_mels is 128 there and 80 here, num_heads is 4 there and 2 here; make this one"
+    with pytest.raises(CheckpointError, match=told):
+        load_weights(model, tmp_path / "a")
+    Matpac(model_config.replace(predictor_heads=1)).save(tmp_path / "b")
+    with pytest.raises(CheckpointError, match="another model: predictor_heads is 1 there and 2 here"):
+        load_weights(model, tmp_path / "b")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.save({"model": model.official_state_dict()}, tmp_path / "official.pt")
+    with pytest.raises(CheckpointError, match="another model: n_mels is 80 there and 64 here"):
+        load_weights(Matpac(model_config.replace(n_mels=64)), tmp_path / "official.pt")
 
 
 def test_a_corpus_of_another_rate_is_refused(tmp_path, corpus, model_config, train_config):
