@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .reference import LogMelConfig
 
+# The fields that make the model's `log_mel`.
+FRONT_END = tuple(field.name for field in dataclasses.fields(LogMelConfig))
 _NUMBERS: dict[Any, str] = {"int": "a whole number", "float": "a number"}
 
 
@@ -19,6 +22,8 @@ class MatpacConfig:
 
     Sizes: `width`, `depth`, `num_heads` of the encoders, `predictor_*` of the predictor, `head_*` and `prototypes` of
     the classification head. `mcl_heads=5` is MATPAC++. `n_mels` and `n_frames` are the size of a training crop.
+
+    Front end: `n_mels` and the fields from `sample_rate` on are those of `LogMelConfig`; `log_mel` is all of them.
 
     Schedules run over `max_steps` optimiser steps; `teacher_temp_warmup` is in steps too.
 
@@ -67,6 +72,21 @@ class MatpacConfig:
     classification_weight: float = 0.5
     max_steps: int = 294_816
     seed: int = 0
+    sample_rate: int = LogMelConfig.sample_rate
+    n_fft: int = LogMelConfig.n_fft
+    win_length: int = LogMelConfig.win_length
+    hop: int = LogMelConfig.hop
+    f_min: float = LogMelConfig.f_min
+    f_max: float = LogMelConfig.f_max
+    log_offset: float = LogMelConfig.log_offset
+    mean: float = LogMelConfig.mean
+    std: float = LogMelConfig.std
+    bank: str = LogMelConfig.bank
+    window: str = LogMelConfig.window
+    framing: str = LogMelConfig.framing
+    preemphasis: float = LogMelConfig.preemphasis
+    gain: float = LogMelConfig.gain
+    log_floor: float = LogMelConfig.log_floor
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -128,6 +148,12 @@ class MatpacConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
+        self.log_mel  # noqa: B018 - it checks its fields
+
+    @property
+    def log_mel(self) -> LogMelConfig:
+        """What turns waves into the model's input."""
+        return LogMelConfig(**{name: getattr(self, name) for name in FRONT_END})
 
     @property
     def freq(self) -> int:

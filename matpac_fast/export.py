@@ -39,6 +39,10 @@ class Exportable(nn.Module):
             if dtype != torch.float32:
                 raise ConfigError(f"export: the encoder is in {dtype}; load it in float32")
         config = encoder.log_mel_config
+        if config.framing == "kaldi" or config.preemphasis or config.log_floor:
+            raise ConfigError(
+                "export: the encoder's log-mel has Kaldi's framing, pre-emphasis or a floor; expected none"
+            )
         self.encoder, self.config = encoder, config
         window, bank = reference.mel_window(config) * config.gain, reference.mel_bank(config)
         used = bank.any(0).nonzero()[:, 0]  # the bins that some filter sees

@@ -283,7 +283,11 @@ class Matpac(nn.Module):
         return model
 
     def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write weights, teachers and centre as safetensors, all of it or none; `extra` joins the metadata."""
+        """Write weights, teachers and centre as safetensors, all of it or none; `extra` joins the metadata.
+
+        The file's front end is that of `config`, by which it then embeds: whether the model was trained on such
+        log-mels, `config.log_mel`, cannot be seen here.
+        """
         checkpoint.save(path, self.state_dict(), {"kind": "model", "config": self.config.to_dict(), **extra})
 
     @classmethod
@@ -301,7 +305,10 @@ class Matpac(nn.Module):
         return model
 
     def official_state_dict(self) -> dict[str, Any]:
-        """The state under the official names, teachers nested in `_ema` and `_cls_head_ema`, as fairseq saves it."""
+        """The state under the official names, teachers nested in `_ema` and `_cls_head_ema`, as fairseq saves it.
+
+        It does not say the front end: what reads it takes MATPAC's.
+        """
         return checkpoint.to_official_names(self.state_dict())
 
 

@@ -63,7 +63,7 @@ class LogMelConfig:
 
     def __post_init__(self) -> None:
         for name, known in (("bank", BANKS), ("window", WINDOWS), ("framing", FRAMINGS)):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in [*known]:  # a list, for what comes may have no hash
                 raise ConfigError(f"log-mel: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if not 1 <= self.win_length <= self.n_fft or self.hop < 1 or self.n_mels < 1 or self.std == 0:
             raise ConfigError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint, ops
 from .audio_encoder import AudioEncoder
 from .backend import autocast_dtype
-from .config import MatpacConfig
+from .config import FRONT_END, MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.frontend import Frontend
 from .nn.initial import seeded
@@ -41,7 +41,7 @@ class Encoder(AudioEncoder):
     Args:
         n_mels, n_frames, patch_size, width, depth, num_heads, mlp_ratio: sizes, as in `MatpacConfig`.
         student: the transformer of these sizes; by default a new one.
-        front_end: what differs from MATPAC's log-mel: `mean`, `std` and `framing` of `LogMelConfig`.
+        front_end: what differs from MATPAC's log-mel, fields of `LogMelConfig`.
     """
 
     beyond = "averaged over pieces of that length"
@@ -74,7 +74,7 @@ class Encoder(AudioEncoder):
         self._compiled: Callable[..., list[Tensor]] | None = None  # made when it is needed; a copy makes its own
 
         self.sample_rate, self.embedding_dim, self.n_layers = self.log_mel_config.sample_rate, self.freq * width, depth
-        self.min_samples = self.log_mel_config.n_fft
+        self.min_samples = max(self.log_mel_config.n_fft, self.log_mel_config.n_samples(1))
         self.frame_samples = patch_size * self.log_mel_config.hop
         if not self.centered:
             self.native_window = (self.log_mel_config.n_samples(n_frames), n_frames * self.log_mel_config.hop)
@@ -103,13 +103,13 @@ class Encoder(AudioEncoder):
         """Log-mels (n_mels, T) of whole patches, at most `n_frames` each."""
         config = self.log_mel_config
         starts, ends = spans.T
-        whole = (ends - starts >= config.n_fft) | (ends >= len(clip))
+        whole = (ends - starts >= self.min_samples) | (ends >= len(clip))
         if not self.centered and (starts % config.hop == 0).all() and whole.all():
             # Every frame of a window is a frame of the clip, so all of them are computed once.
-            needed = max(int(ends.max()), int(starts.max()) + config.n_fft)
+            needed = max(int(ends.max()), int(starts.max()) + self.min_samples)
             spec = self.log_mel(F.pad(clip, (0, max(0, needed - len(clip))))[None])[0]
             for a, b in spans.tolist():
-                yield from self._cut(spec[:, a // config.hop :][:, : config.n_frames(max(b - a, config.n_fft))])
+                yield from self._cut(spec[:, a // config.hop :][:, : config.n_frames(max(b - a, self.min_samples))])
             return
         breaks = np.flatnonzero(np.diff(ends - starts)) + 1
         for group in np.split(spans, breaks):  # of one length
@@ -265,7 +265,10 @@ def encoder_of(state: Mapping[str, Tensor], sizes: Mapping[str, Any], side: str,
 
 def sizes_of(config: MatpacConfig) -> dict[str, Any]:
     """Of its encoder, as `Encoder` takes them."""
-    return {size: getattr(config, size) for size in SIZES}
+    front_end = {name: getattr(config, name) for name in FRONT_END if name not in SIZES}
+    # What is MATPAC's is not said: the encoder's id is over what is.
+    others = {name: value for name, value in front_end.items() if value != getattr(LogMelConfig, name)}
+    return {size: getattr(config, size) for size in SIZES} | others
 
 
 def _is_whole(tensor: Tensor) -> bool:

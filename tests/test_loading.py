@@ -21,6 +21,7 @@ from torch import Tensor
 from matpac_fast import AudioEncoder, checkpoint, get_matpac, list_encoders, load_encoder, reference
 from matpac_fast.encoder import Encoder, encoder_of
 from matpac_fast.errors import CheckpointError, ConfigError
+from matpac_fast.export import Exportable
 from matpac_fast.zoo import cnn14
 
 SECOND = 16_000
@@ -42,6 +43,25 @@ def m2d_state(encoder: Encoder) -> dict[str, Tensor]:
     }
     state |= {"mask_token": torch.zeros(1, 1, 64), "decoder_blocks.0.norm1.weight": torch.ones(32)}
     return state | {"target_blocks.0.norm1.weight": torch.ones(64)}
+
+
+@pytest.mark.parametrize(
+    "front_end", [dict(preemphasis=0.97), dict(preemphasis=0.97, framing="kaldi", n_fft=512), dict(log_floor=1e-5)]
+)
+def test_any_log_mel_embeds_as_it_computes(front_end):
+    encoder, config = make(**front_end), reference.LogMelConfig(**front_end)
+    least = 512 if "framing" in front_end else 401 if "preemphasis" in front_end else 400
+    wave = noise(8_000)
+    for samples, windows in ((8_000, None), (400, None), (8_000, 0.3)):
+        found = encoder.embed(wave[:samples], SECOND, temporal_support=windows, hop=windows and 0.1)
+        for start, end, value in zip(found.start.tolist(), found.end.tolist(), found.values, strict=True):
+            cut = wave[round(SECOND * start) : min(samples, round(SECOND * end))]
+            spec = reference.log_mel(F.pad(cut, (0, max(0, least - len(cut))))[None], config)
+            tokens = encoder.student(encoder.frontend(F.pad(spec, (0, -spec.shape[-1] % 16))))[:, 1:]
+            want = tokens.unflatten(1, (5, -1)).transpose(1, 2).flatten(2).mean(1)[0]
+            torch.testing.assert_close(value, want, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="export: the encoder's log-mel has Kaldi's framing, pre-emphasis or a floor"):
+        Exportable(encoder)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.ar.runtime.backbone."])

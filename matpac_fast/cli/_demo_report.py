@@ -17,7 +17,7 @@ from .. import checkpoint, ops
 from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..files import write_text
-from ..reference import LogMelConfig, hz_to_mel, mel_to_hz
+from ..reference import hz_to_mel, mel_to_hz
 from ..study.cost import device_name
 from ..study.probe import Interval
 from ..study.report import Section, Series, facts, line_chart, mask_figure, page, table, tiles
@@ -144,7 +144,7 @@ def _lengths(train: TrainConfig) -> str:
 
 def _crop_figure(corpus: Corpus, model: MatpacConfig, train: TrainConfig) -> str:
     """The longest crop of a mixture, or else of a note, in the first step that draws the longest crops."""
-    mel = LogMelConfig(n_mels=model.n_mels)
+    mel = model.log_mel
     crops = [mel.n_samples(frames) for frames in train.crop_frames or (model.n_frames,)]
     sampler = Sampler(corpus.frames, crops, train.batch_size, train.seed)
     plan = next(plan for plan in map(sampler.plan, range(1000)) if plan.crop == max(crops))

@@ -15,7 +15,7 @@ from ._words import count, length
 if TYPE_CHECKING:
     from ..audio.prepare import PrepareReport
 
-_RATE_OF_TRAINING = 16_000  # Hz; pretrain refuses a corpus of another one
+_RATE_OF_TRAINING = 16_000  # Hz; of another one pretrain needs more than is said here
 
 
 def main(
@@ -40,7 +40,7 @@ def main(
     Args:
         source: folder of audio, searched with all its sub-folders.
         out: folder for the corpus: a new one, or that of an earlier run.
-        sample_rate: of the corpus, in Hz; training takes 16000.
+        sample_rate: of the corpus, in Hz; training takes 16000, or the rate of another front end (docs/training.md).
         workers: decoding threads. Default: one a core.
         shard_seconds: seconds of audio in one shard; a killed run loses one shard's work at most.
         min_seconds: shorter files are left out.

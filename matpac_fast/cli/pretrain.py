@@ -85,7 +85,7 @@ def main(
             short the run. Default: stretched to it.
         ema: decay of the teacher's average a step, at the start and at the end of the run. Default: the official
             0.99995 0.99999, stretched.
-        crop_seconds: length of a crop, a multiple of 0.16 s; several lengths are drawn in turn. Default: 6.08.
+        crop_seconds: length of a crop, a multiple of a patch's 0.16 s; several are drawn in turn. Default: 6.08.
         pad_short: clips shorter than a crop: leave them out, repeat them, or add silence. Default: drop.
         mask_ratio: share of the patches that the student does not see. Default: 0.7.
         mcl_heads: heads of multiple choice learning; 5 is MATPAC++. Default: 0, MATPAC.
@@ -147,10 +147,13 @@ def main(
         given_model |= {name: getattr(model, name) for name in set().union(*PRESETS.values())}
     if init is not None and stored is None and first:  # what is gone on with says how large it is
         given_model = weights_sizes(init) | given_model
-    if crop_seconds is not None:
+    if crop_seconds is not None and first:
         if not crop_seconds:
             raise ConfigError("--crop-seconds: expected one length or more, such as 6.08")
-        frames = tuple(map(_frames, crop_seconds))
+        sizes = MatpacConfig().to_dict() | (stored["model"] if stored else {}) | given_model
+        # Of a length that is whole patches whatever their size, as the mels are.
+        grid = MatpacConfig.from_dict(sizes | {"n_frames": 38 * sizes["n_mels"]})
+        frames = tuple(_frames(seconds, grid) for seconds in crop_seconds)
         given_model["n_frames"] = max(frames)
         given_train["crop_frames"] = frames if len(frames) > 1 else None
     decays: dict[str, float] = {}
@@ -181,7 +184,11 @@ def main(
     complete = stored is not None and first and _is_complete(out, train.steps)
     with _Watcher(train, quiet=not first) as watcher, _Signals(watcher) as signals:
         reporter = _reporters(out, watcher, tensorboard) if first else None
-        probe = _probe(probe_data, probe_clips, target, watcher) if first and probe_data and not complete else None
+        probe = (
+            _probe(probe_data, probe_clips, target, model.sample_rate, watcher)
+            if first and probe_data and not complete
+            else None
+        )
         result = pretrain(clips, out, model, train, target, init, reporter, signals.caught, probe)
     if complete:
         watcher.say("nothing to do, the run was complete already" + (": nothing was probed" if probe_data else ""))
@@ -203,12 +210,13 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _frames(seconds: float) -> int:
-    frames = round(100 * seconds) if math.isfinite(seconds) else 0
-    if frames < 16 or frames % 16:
-        below = frames // 16 * 16
-        near = " or ".join(f"{n / 100:g}" for n in (max(0, below), max(0, below) + 16) if n)
-        raise ConfigError(f"--crop-seconds {seconds:g}: expected a multiple of 0.16 s, such as {near}")
+def _frames(seconds: float, model: MatpacConfig = MatpacConfig()) -> int:
+    patch, rate = model.patch_size, model.sample_rate / model.hop  # of frames, in Hz
+    frames = round(rate * seconds) if math.isfinite(seconds) else 0
+    if frames < patch or frames % patch:
+        below = max(0, frames // patch * patch)
+        near = " or ".join(f"{n / rate:g}" for n in (below, below + patch) if n)
+        raise ConfigError(f"--crop-seconds {seconds:g}: expected a multiple of {patch / rate:g} s, such as {near}")
     return frames
 
 
@@ -225,10 +233,10 @@ def _reporters(out: Path, watcher: _Watcher, tensorboard: bool) -> Reporter:
     return Reporters(*reporters)
 
 
-def _probe(folder: Path, n_clips: int, device: torch.device, watcher: _Watcher) -> LiveProbe:
+def _probe(folder: Path, n_clips: int, device: torch.device, sample_rate: int, watcher: _Watcher) -> LiveProbe:
     from ..study.live import LiveProbe
 
-    probe = LiveProbe(folder, n_clips, device=device)
+    probe = LiveProbe(folder, n_clips, device=device, sample_rate=sample_rate)
     watcher.say(f"probing on {len(probe)} clips of {len(probe.labels)} labels")
     for line in probe.left_out:
         watcher.say(f"left out of the probe: {line}")

@@ -23,7 +23,6 @@ from ..nn.statistics import effective_rank
 from ..zoo.statistics import LogMelStatistics
 from .probe import linear_probe
 
-SAMPLE_RATE = 16_000
 # Few strengths and folds, for it is asked again and again; `matpac-fast study` looks closer.
 _L2_GRID = (1.0, 0.1, 0.01, 0.001)
 _FOLDS = 3
@@ -41,6 +40,7 @@ class LiveProbe:
         n_clips: use so many at most, as evenly over the labels as they go.
         seconds: of each clip, from its beginning.
         device: where the clips are embedded.
+        sample_rate: of the clips as they are embedded, in Hz: the model's.
 
     Attributes:
         labels: the names of the classes.
@@ -57,6 +57,7 @@ class LiveProbe:
         n_clips: int = 500,
         seconds: float = 6.08,
         device: str | torch.device = "cpu",
+        sample_rate: int = 16_000,
     ):
         folder = Path(folder)
         by_label: dict[str, list[Path]] = {}
@@ -65,13 +66,13 @@ class LiveProbe:
             if len(parts) > 1:
                 by_label.setdefault(parts[0], []).append(path)
         chosen = _evenly(by_label, n_clips)
-        self._device, self.left_out = torch.device(device), []
+        self._device, self._sample_rate, self.left_out = torch.device(device), sample_rate, []
         self._waves: list[np.ndarray] = []
         self.labels: list[str] = []
         targets, halves = [], []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for label, paths in sorted(chosen.items()):
-                read = list(pool.map(lambda path: _read(path, seconds), paths))
+                read = list(pool.map(lambda path: _read(path, seconds, sample_rate), paths))
                 self.left_out += [str(found) for found in read if isinstance(found, AudioError)]
                 waves = [found for found in read if not isinstance(found, AudioError)]
                 if len(waves) < 4:
@@ -89,7 +90,7 @@ class LiveProbe:
             )
         self._targets, self._second = torch.tensor(targets), torch.tensor(halves)
         # What is worth as much without learning anything.
-        floor = self._score(_embed(LogMelStatistics().to(self._device), self._waves))
+        floor = self._score(self._embed(LogMelStatistics()))
         self._floor = {f"statistics_{name}": floor[name] for name in ("knn", "linear")}
 
     def __len__(self) -> int:
@@ -107,14 +108,15 @@ class LiveProbe:
         """
         found: dict[str, Any] = {"clips": len(self), "labels": len(self.labels)}
         for side in ("student", "teacher"):
-            features = self._embed(state, config, side)
+            features = self._embed(encoder_of(state, sizes_of(config), side, f"the {side}"))
             scores = self._score(features) if features.isfinite().all() else dict.fromkeys(_SCORES, float("nan"))
             found |= {f"{side}_{name}": value for name, value in scores.items()}
         return found | self._floor
 
-    def _embed(self, state: Mapping[str, Tensor], config: MatpacConfig, side: str) -> Tensor:
-        encoder = encoder_of(state, sizes_of(config), side, f"the {side}")
-        return _embed(encoder.to(self._device), self._waves)
+    def _embed(self, encoder: AudioEncoder) -> Tensor:
+        """(N, E) on the CPU, the mean over time of each clip."""
+        found = encoder.to(self._device).embed_many(self._waves, self._sample_rate)
+        return torch.cat([clip.values for clip in found]).cpu()
 
     def _score(self, features: Tensor) -> dict[str, float]:
         centred = features.double() - features.double().mean(0)
@@ -128,11 +130,6 @@ class LiveProbe:
 
 
 _SCORES = ("knn", "linear", "rank")
-
-
-def _embed(encoder: AudioEncoder, waves: list[np.ndarray]) -> Tensor:
-    """(N, E) on the CPU, the mean over time of each clip."""
-    return torch.cat([found.values for found in encoder.embed_many(waves, SAMPLE_RATE)]).cpu()
 
 
 def _evenly(by_label: Mapping[str, list[Path]], n_clips: int) -> dict[str, list[Path]]:
@@ -149,11 +146,11 @@ def _evenly(by_label: Mapping[str, list[Path]], n_clips: int) -> dict[str, list[
     }
 
 
-def _read(path: Path, seconds: float) -> np.ndarray | AudioError:
-    """The beginning of a clip as int16 at 16 kHz."""
-    wanted, blocks = round(seconds * SAMPLE_RATE), []
+def _read(path: Path, seconds: float, sample_rate: int) -> np.ndarray | AudioError:
+    """The beginning of a clip as int16 at `sample_rate`."""
+    wanted, blocks = round(seconds * sample_rate), []
     try:
-        for block in read_blocks(path, SAMPLE_RATE, min(seconds, 10.0)):
+        for block in read_blocks(path, sample_rate, min(seconds, 10.0)):
             blocks.append(block)
             if sum(map(len, blocks)) >= wanted:
                 break

@@ -14,7 +14,6 @@ from ..audio.corpus import Corpus
 from ..config import PRESETS, MatpacConfig
 from ..errors import ConfigError
 from ..model import Matpac
-from ..reference import LogMelConfig
 from .config import TrainConfig, resolve_precision
 from .distributed import Ranks, shards
 from .sampler import Sampler
@@ -72,9 +71,12 @@ def check_options(
     corpus: Corpus, model_config: MatpacConfig, config: TrainConfig, device: torch.device, world: int
 ) -> list[int]:
     """Raise ConfigError where these do not go together on so many processes; the samples of the crops."""
-    mel = LogMelConfig()
+    mel = model_config.log_mel
     if corpus.sample_rate != mel.sample_rate:
-        raise ConfigError(f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz: prepare it again")
+        raise ConfigError(
+            f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz, the model's sample_rate: "
+            f"prepare it with --sample-rate {mel.sample_rate}, or give the model a front end of {corpus.sample_rate} Hz"
+        )
     patch, longest = model_config.patch_size, model_config.n_frames
     frames = config.crop_frames or (longest,)
     if odd := [n for n in frames if type(n) is not int or n % patch or not 0 < n <= longest]:

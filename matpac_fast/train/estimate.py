@@ -12,7 +12,6 @@ from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..model import Matpac
 from ..oom import is_out_of_memory
-from ..reference import LogMelConfig
 from .config import TrainConfig, resolve_precision
 from .flops import step_flops
 from .sampler import Sampler
@@ -38,9 +37,8 @@ def estimate(
     """
     precision = resolve_precision(config.precision, device)
     frames = config.crop_frames or (model_config.n_frames,)
-    sampler = Sampler(
-        corpus.frames, [LogMelConfig().n_samples(n) for n in frames], config.batch_size, config.seed, config.pad_short
-    )
+    crops = [model_config.log_mel.n_samples(n) for n in frames]
+    sampler = Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short)
     flops = sum(step_flops(model_config, n) for n in frames) / len(frames) * config.batch_size
     model = Matpac(model_config).to(device).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -117,14 +115,14 @@ def _mib(size: float) -> str:
 def _speed(model: Matpac, config: TrainConfig, precision: str, device: torch.device, rows: int) -> float | None:
     """Crops a second of a training step in pieces of `rows`, from one after a first that warms up; None where they do
     not fit into memory."""
-    n_frames = max(config.crop_frames or (model.config.n_frames,))
-    wave = torch.randint(-(2**15), 2**15, (rows, LogMelConfig().n_samples(n_frames)), dtype=torch.int16).to(device)
+    n_frames, mel = max(config.crop_frames or (model.config.n_frames,)), model.config.log_mel
+    wave = torch.randint(-(2**15), 2**15, (rows, mel.n_samples(n_frames)), dtype=torch.int16).to(device)
     seconds = 0.0
     try:
         optimizer = make_optimizer(model, config)
         for step in range(2):
             start = time.perf_counter()
-            spec = ops.log_mel(wave, LogMelConfig(n_mels=model.config.n_mels))
+            spec = ops.log_mel(wave, mel)
             n_tokens = model.config.freq * (n_frames // model.config.patch_size)
             ids_shuffle = ops.mask_shuffle(config.seed, step, torch.arange(rows, device=device), n_tokens)
             train_step(model, optimizer, [(spec, ids_shuffle)], step, config.lr, config.clip_norm, precision)

@@ -18,7 +18,6 @@ from ..config import MatpacConfig
 from ..model import Matpac
 from ..nn.statistics import effective_rank
 from ..oom import is_out_of_memory
-from ..reference import LogMelConfig
 from ..spans import span
 from .begin import begin, make_sampler, name_transform
 from .compiled import blocks, compile_blocks
@@ -189,7 +188,7 @@ class _Run:
         self.began = time.perf_counter() - (state["seconds"] if state else 0.0)
         self.bad = BadSteps(config.log_every, config.max_bad_steps, self.device)
         self.peak = peak_flops(self.device, config.precision)
-        mel = LogMelConfig()
+        mel = model.config.log_mel
         self.flops = {n: config.batch_size * step_flops(model.config, mel.n_frames(n)) for n in sampler.crops}  # a step
         self.log = Log(folder.log, keep_until=self.done if state else -1) if ranks.first else None
         self.saver = Saver(
@@ -286,7 +285,7 @@ class _Run:
         c, model, step = self.config, self.model.config, batch.plan.step
         try:
             with span("front end"):
-                spec = ops.log_mel(batch.wave, LogMelConfig(n_mels=model.n_mels))  # (B, n_mels, T)
+                spec = ops.log_mel(batch.wave, model.log_mel)  # (B, n_mels, T)
                 n_tokens = model.freq * (spec.shape[2] // model.patch_size)
                 ids_shuffle = ops.mask_shuffle(c.seed, step, batch.index, n_tokens)  # (B, N)
             pieces = list(zip(spec.chunk(n), ids_shuffle.chunk(n), strict=True))

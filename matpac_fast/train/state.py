@@ -11,6 +11,7 @@ Where FSDP has cut the model, each process writes what it holds, and a checkpoin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -29,11 +30,12 @@ from torch import Tensor
 
 from .. import checkpoint, distcp
 from ..choice import parse
-from ..config import PRESETS, MatpacConfig
+from ..config import FRONT_END, PRESETS, MatpacConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import sync_folder, write_text
 from ..intact import intact_named, read_state
 from ..model import Matpac
+from ..reference import LogMelConfig
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, cut_like, is_sharded
 from .step import trained_parameters
@@ -41,7 +43,7 @@ from .step import trained_parameters
 _PART = ".part"
 _INIT = "to begin from it, --init {folder}"
 # What a model is that the shapes of its weights, but for the tables of positions, do not tell.
-_UNSEEN = ("n_mels", "patch_size", "num_heads", "predictor_heads")
+_UNSEEN = (*FRONT_END, "patch_size", "num_heads", "predictor_heads")
 
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -336,7 +338,7 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
         known = MatpacConfig.from_dict(metadata["config"]).to_dict()
     elif checkpoint.is_official(state):
         state = checkpoint.from_official_names(state, str(path))
-        known = {"n_mels": checkpoint.read_sizes(state)["n_mels"]}
+        known = dataclasses.asdict(LogMelConfig(n_mels=checkpoint.read_sizes(state)["n_mels"]))
     if not any(name.startswith("predictor.") for name in state):
         raise CheckpointError(
             f"{path}: an encoder alone; expected a training checkpoint, which holds teacher, predictor and heads too"

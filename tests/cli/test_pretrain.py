@@ -261,6 +261,26 @@ def test_a_run_from_other_weights_has_their_mels_with_a_preset_too(corpus, tmp_p
         assert (config["n_mels"], config["width"]) == (128, 192)
 
 
+def test_a_model_of_another_front_end_on_a_corpus_of_its_rate(corpus, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        (tmp_path / "audio").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", rng.uniform(-0.5, 0.5, 24_000), 32_000)
+    prepare(tmp_path / "audio", tmp_path / "corpus", sample_rate=32_000)
+    Matpac(MatpacConfig.preset("nano", sample_rate=32_000, n_fft=1024, hop=400)).save(tmp_path / "weights")
+    options = ["--out", tmp_path / "run", "--batch-size", 2, "--device", "cpu", "--steps", 1]
+    theirs = ["--init", tmp_path / "weights", *options]
+    assert run(corpus, *theirs, "--crop-seconds", "0.2") == cli.FAILED
+    assert "at 16000 Hz; expected 32000 Hz" in capsys.readouterr().err
+    assert run(tmp_path / "corpus", *options, "--preset", "nano") == cli.FAILED
+    assert "at 32000 Hz; expected 16000 Hz" in capsys.readouterr().err
+    assert run(tmp_path / "corpus", *theirs, "--crop-seconds", "0.32") == cli.FAILED
+    assert "--crop-seconds 0.32: expected a multiple of 0.2 s, such as 0.2 or 0.4" in capsys.readouterr().err
+    assert run(tmp_path / "corpus", *theirs, "--crop-seconds", "0.4", "--dry-run") == 0
+    assert run(tmp_path / "corpus", *theirs, "--crop-seconds", "0.4") == 0
+    assert load_encoder(tmp_path / "run").native_seconds == 0.4
+
+
 def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert run(corpus, "--out", tmp_path / "run", "--steps", 2, *SMALL) == 0

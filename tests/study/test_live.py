@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from matpac_fast.audio.corpus import Corpus
+from matpac_fast.audio_encoder import AudioEncoder
 from matpac_fast.config import MatpacConfig
 from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.model import Matpac
@@ -38,10 +39,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def write(folder, name, wave):
+def write(folder, name, wave, sample_rate=16_000):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave, 16_000)
+    soundfile.write(path, wave, sample_rate)
 
 
 @pytest.fixture
@@ -80,6 +81,23 @@ def test_it_tells_tones_apart_and_says_what_it_left_out(tones):
     found = probe(state, CONFIG)
     assert math.isnan(found["student_knn"])
     assert found["teacher_knn"] == 1.0
+
+
+def test_a_model_of_32_khz_hears_what_is_above_8(tmp_path, monkeypatch):
+    rng, rates, embed_many = np.random.default_rng(0), set(), AudioEncoder.embed_many
+
+    def noted(self, clips, sample_rate):
+        rates.add(sample_rate)
+        return embed_many(self, clips, sample_rate)
+
+    monkeypatch.setattr(AudioEncoder, "embed_many", noted)
+    for i in range(16):
+        tone = 0.3 * np.sin(2 * np.pi * (9_500, 13_000)[i % 2] / 32_000 * np.arange(6_000))
+        write(tmp_path / "tones", f"{i % 2}/{i:02d}.wav", tone + 0.02 * rng.standard_normal(6_000), 32_000)
+    config = CONFIG.replace(sample_rate=32_000, f_max=16_000.0)  # at 16 kHz, both would be noise
+    found = LiveProbe(tmp_path / "tones", sample_rate=32_000)(Matpac(config).state_dict(), config)
+    assert found["student_knn"] == found["teacher_knn"] == 1.0
+    assert rates == {32_000}
 
 
 def test_on_labels_that_mean_nothing_it_is_at_chance(tmp_path):
