@@ -20,6 +20,7 @@ from ..train.config import Precision, TrainConfig, fit_to_run
 from ..train.logs import Record, Reporter, Reporters, read_log
 from ..train.sampler import Short
 from ._progress import unbreakable_console
+from ._set import read_fields, refuse_both
 
 _SOON = 30.0  # seconds: where the log's first line comes later than this, one estimate is said before it
 
@@ -53,6 +54,9 @@ def main(
     compile: bool | None = None,
     cuda_graph: bool | None = None,
     shard: bool | None = None,
+    settings: Annotated[
+        tuple[tuple[str, ...], ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE ..."), tyro.conf.UseAppendAction
+    ] = (),
     log_every: int | None = None,
     save_every: int | None = None,
     keep_last: int | None = None,
@@ -67,7 +71,7 @@ def main(
 
     Example: matpac-fast pretrain corpus/ --out runs/a --preset tiny --steps 2000
 
-    The same command on the same --out goes on with the run that is there, exactly, bit for bit; options that are left
+    The same command on the same --out goes on with the run that is there, to the bit on a CPU; options that are left
     out are then the run's own. Ctrl-C and SIGTERM save a checkpoint and leave. On several GPUs, here eight:
 
     torchrun --nproc-per-node 8 -m matpac_fast.cli pretrain corpus/ --out runs/a
@@ -81,28 +85,32 @@ def main(
         grad_accumulation: compute a batch in so many pieces, one after the other: less memory, the same step.
         lr: peak learning rate. Default: 3e-4.
         warmup: steps to the peak. Default: 1/15 of the run, as official.
-        stretch_decays: --no-stretch-decays keeps the official decays of teachers and MCL temperature a step, however
-            short the run. Default: stretched to it.
+        stretch_decays: by default a short run uses proportionally faster EMA and temperature decays.
+            --no-stretch-decays uses the official decays a step, with which a short run's teacher hardly moves.
         ema: decay of the teacher's average a step, at the start and at the end of the run. Default: the official
             0.99995 0.99999, stretched.
-        crop_seconds: length of a crop, a multiple of a patch's 0.16 s; several are drawn in turn. Default: 6.08.
+        crop_seconds: length of a crop, a multiple of a patch's 0.16 s; of several lengths each step draws one.
+            Default: 6.08.
         pad_short: clips shorter than a crop: leave them out, repeat them, or add silence. Default: drop.
         mask_ratio: share of the patches that the student does not see. Default: 0.7.
         mcl_heads: heads of multiple choice learning; 5 is MATPAC++. Default: 0, MATPAC.
         teacher_init: start the teacher from random weights or as a copy of the student. Default: random, as official.
         center_of: centre by the teacher's probabilities or by its logits, as DINO. Default: probabilities, as official.
         precision: auto is bf16 where the device computes in it, else float32. Default: auto.
-        seed: names the initial weights, the order, the crops and the masks. Default: 0.
+        seed: determines the initial weights, the order of the clips, the crops and the masks. Default: 0.
         init: start a new run from these weights: a run, or its checkpoint of a step, runs/a@20000, a file, or an
             official training checkpoint. What neither preset nor options say of the model's sizes is as theirs.
             Default: random.
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
-        compile: run the transformer blocks through torch.compile: faster on a GPU after a minute or two.
-            Default: not.
+        compile: run the transformer blocks through torch.compile, on a GPU in place of the package's fused blocks; it
+            takes a minute or two to begin. A short run of each shows which is faster. Default: not.
         cuda_graph: launch each step as one CUDA graph. Default: where one process trains on a GPU, which alone can.
         shard: under torchrun, cut weights, gradients and Adam's moments into one part a process (FSDP2), and let
             each write its part of a checkpoint: for models that do not fit on one GPU. Default: each process holds all
             of them (DDP).
+        settings: any field of the model's and the training's configuration, such as --set model.student_temp=0.07
+            'train.betas=[0.9, 0.98]'; docs/training.md lists them. Values are JSON and taken as they stand; they
+            override --preset and --init. A field that has an option of its own may be given by either, not by both.
         log_every: steps between two lines of the log. Default: 20.
         save_every: steps between two checkpoints. Default: 500.
         keep_last: newest checkpoints that stay on disk. Default: 3.
@@ -115,9 +123,11 @@ def main(
         dry_run: print the size of model and run and an estimate of the time, and train nothing.
     """
     from ..audio.corpus import Corpus
+    from ..train.begin import check_run
     from ..train.loop import pick_device, pretrain
     from ..train.state import read_config, steps_done, weights_sizes
 
+    fields = read_fields(word for words in settings for word in words)
     target = pick_device(device)
     clips = Corpus(corpus)
     stored = read_config(out)
@@ -142,37 +152,43 @@ def main(
         cuda_graph=cuda_graph,
         shard=shard,
     )
+    sizes: dict[str, Any] = {}
     if preset is not None:
-        model = MatpacConfig.preset(preset)
-        given_model |= {name: getattr(model, name) for name in set().union(*PRESETS.values())}
+        sizes = {name: getattr(MatpacConfig.preset(preset), name) for name in set().union(*PRESETS.values())}
     if init is not None and stored is None and first:  # what is gone on with says how large it is
-        given_model = weights_sizes(init) | given_model
+        sizes = weights_sizes(init) | sizes
     if crop_seconds is not None and first:
         if not crop_seconds:
             raise ConfigError("--crop-seconds: expected one length or more, such as 6.08")
-        sizes = MatpacConfig().to_dict() | (stored["model"] if stored else {}) | given_model
+        whole = MatpacConfig().to_dict() | (stored["model"] if stored else {}) | sizes | given_model | fields["model"]
         # Of a length that is whole patches whatever their size, as the mels are.
-        grid = MatpacConfig.from_dict(sizes | {"n_frames": 38 * sizes["n_mels"]})
+        grid = MatpacConfig.from_dict(whole | {"n_frames": 38 * whole["n_mels"]})
         frames = tuple(_frames(seconds, grid) for seconds in crop_seconds)
         given_model["n_frames"] = max(frames)
         given_train["crop_frames"] = frames if len(frames) > 1 else None
-    decays: dict[str, float] = {}
-    if ema is not None:  # as they were given, so after `fit_to_run`; the head's teacher is never slower, as there
+    if ema is not None:  # as they were given, not stretched; the head's teacher is never slower, as in `fit_to_run`
         head = min(MatpacConfig.head_ema_start, ema[0])
-        decays = {"ema_start": ema[0], "ema_end": ema[1], "head_ema_start": head}
+        given_model |= {"ema_start": ema[0], "ema_end": ema[1], "head_ema_start": head}
+    refuse_both("model", given_model, fields["model"])
+    refuse_both("train", given_train, fields["train"])
+    given_model = sizes | given_model | fields["model"]
+    given_train |= fields["train"]
     if not first:  # rank 0's count, which alone may see the run that they are meant for
         train, model = TrainConfig(), MatpacConfig()
     elif stored is None:
         defaults = {"batch_size": 256 * int(os.environ.get("WORLD_SIZE", "1")) if target.type == "cuda" else 32}
-        train = TrainConfig(**{**defaults, **given_train})
-        model = fit_to_run(MatpacConfig(**given_model), train).replace(**decays)
+        train = TrainConfig.from_dict({**defaults, **given_train})
+        model = MatpacConfig.from_dict({**fit_to_run(MatpacConfig(), train).to_dict(), **given_model})
     else:
         train = TrainConfig.from_dict({**stored["train"], **given_train})
-        model = MatpacConfig.from_dict({**stored["model"], **given_model, **decays})
+        model = MatpacConfig.from_dict({**stored["model"], **given_model})
         init = init or stored["init"]
+        by_set = [f"{part}.{name}" for part, values in fields.items() for name in values]
+        if by_set:  # `pretrain` checks it again, but knows nothing of --set
+            check_run(out, model, train, clips, init, target, by_set=by_set)
 
     if dry_run:
-        from ..train.begin import check_options, check_run
+        from ..train.begin import check_options
         from ..train.estimate import estimate
 
         if first:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ FREE = frozenset(
     )
 )
 
-# The options of the command line that give a value: its own name, or another.
+# The options of the command line that give a value: its own name, or another; --set gives any.
 _NAMED = (
     *(f"model.{name}" for name in ("mask_ratio", "mcl_heads", "teacher_init", "center_of")),
     *(f"train.{name}" for name in ("steps", "batch_size", "lr", "warmup", "stretch_decays", "pad_short")),
     *("train.precision", "train.seed", "init"),
+    *FREE - {"train.max_bad_steps"},
 )
-_OPTIONS = {
+OPTIONS = {
     **{name: "--" + name.rpartition(".")[2].replace("_", "-") for name in _NAMED},
     **{f"model.{name}": "--preset" for preset in PRESETS.values() for name in preset},
     **{f"model.{name}": "--ema" for name in ("ema_start", "ema_end", "head_ema_start", "head_ema_end")},
@@ -122,14 +123,18 @@ def check_run(
     init: str | os.PathLike[str] | None,
     device: torch.device,
     transform: str | None = None,
+    by_set: Collection[str] = (),
 ) -> TrainConfig:
-    """Raise ConfigError where another run is in `run` than is asked; the configuration with its precision chosen."""
+    """Raise ConfigError where another run is in `run` than is asked; the configuration with its precision chosen.
+
+    `by_set` are the fields that --set gives, such as "model.depth"; the message then names it, not their own option.
+    """
     stored = read_config(run)
     if config.precision == "auto":
         chosen = stored["train"]["precision"] if stored else resolve_precision("auto", device)
         config = dataclasses.replace(config, precision=chosen)
     if stored and (different := differences(stored, describe(model, config, corpus, init, transform))):
-        raise ConfigError(refusal(run, different))
+        raise ConfigError(refusal(run, different, by_set))
     return config
 
 
@@ -162,15 +167,17 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str =
     return found
 
 
-def refusal(run: Path, different: Mapping[str, tuple[Any, Any]]) -> str:
+def refusal(run: Path, different: Mapping[str, tuple[Any, Any]], by_set: Collection[str] = ()) -> str:
     """What differs, in the words of the options that give it, and how to go on."""
     corpus = [name for name in different if name.startswith("corpus.")]
     options: dict[str, list[str]] = {}
     for name, (old, new) in different.items():
         if name not in corpus:
-            option = _OPTIONS.get(name, "")
+            option = "" if name in by_set else OPTIONS.get(name, "")
             if new is False:
                 option = option.replace("--", "--no-", 1)
+            if not option and name.startswith(("model.", "train.")):
+                option = f"--set {name}"
             options.setdefault(option, []).append(f"{name} is {old!r} there and {new!r} here")
     told = [", ".join(phrases) + (f" ({option})" if option else "") for option, phrases in options.items()]
     advice = []
