@@ -59,7 +59,7 @@ def main(
         batch_size: crops an optimiser step.
         lr: peak learning rate.
         crop_seconds: lengths of the crops; each step draws one.
-        seed: names the initial weights, the order, the crops and the masks.
+        seed: determines the initial weights, the order of the clips, the crops and the masks.
         device: auto, cpu, cuda or cuda:1.
     """
     _check(minutes, temporal_supports, crop_seconds)

@@ -63,23 +63,26 @@ def main(
             pre-trained one.
         out: folder for the embeddings.
         temporal_support: seconds of audio that one embedding sees. Default: the whole file.
-        hop: seconds from one window to the next, where there is a temporal support. Default: as much.
-        pool: mean, one embedding a window; none, one for every 160 ms.
-        layers: last, or all of them.
-        remainder: the end of a file that fills no window: keep it as a shorter one, pad it, merge it, or drop it;
-            of a file shorter than the temporal support it is all, and drop keeps that.
-        batch_size: windows per forward pass.
-        precision: to compute in.
-        format: parquet; npz, one file a shard; npy, to be memory-mapped, with an index in Parquet beside it.
-        dtype: to store.
-        workers: decoding threads. Default: one a core.
+        hop: seconds from one window to the next. Default: the temporal support, so that windows do not overlap.
+        pool: mean gives one embedding a window; none gives one a frame, which is 160 ms of MATPAC's.
+        layers: embeddings of the last layer, or of all layers.
+        remainder: the end of a file that fills no window: keep it as a shorter one, pad it with zeros, merge it into
+            the last one, or drop it. A file shorter than one window is always kept, as one short window, also with
+            drop; pad fills it up.
+        batch_size: windows per forward pass; halved, with a warning, where memory does not suffice.
+        precision: number format that the encoder computes in.
+        format: of the shards: parquet; npz, for numpy; npy, to be memory-mapped, with an index in Parquet beside it.
+        dtype: number format that the embeddings are stored in.
+        workers: threads that decode audio. Default: one a core.
         files_per_shard: files in one shard, at most; a killed worker loses one shard's work at most.
         shard_seconds: seconds of audio in one shard, at most.
         max_errors: stop, with exit code 3, once more files than this have failed. Default: never.
         retry_errors: try again the files that failed before.
-        any_decoder: go on although soundfile, libsndfile or soxr has another version than the one that it began with.
-        lease_seconds: take over the shard of a worker that is not heard of for so long.
-        num_heads: attention heads, for official checkpoints off the rule of 64 channels a head.
+        any_decoder: go on although soundfile, libsndfile or soxr is of another version than the one that the folder was
+            begun with.
+        lease_seconds: take over the shard of a worker on another machine that has shown no sign of life for so many
+            seconds.
+        num_heads: attention heads of an official checkpoint, which does not tell them. Default: the width / 64.
         device: auto, cpu, cuda or cuda:1. auto gives each worker that torchrun or srun starts its own GPU.
     """
     from ..embed.extract import embed_collection

@@ -21,11 +21,11 @@ def main(
     (batch, E), for any batch and any length from 25 ms up.
 
     Args:
-        encoder: of MATPAC or M2D: a run folder, or of it runs/a@teacher or runs/a@20000, a checkpoint, an official
+        encoder: MATPAC's or M2D's: a run folder, or of it runs/a@teacher or runs/a@20000, a checkpoint, an official
             file, or a name such as m2d:FILE. Default: this package's own pre-trained one.
         onnx: write this ONNX file; it needs pip install 'matpac_fast[export]', and torch 2.8 or later.
         torch: write this file for torch.export.load.
-        num_heads: attention heads, for official checkpoints off the rule of 64 channels a head.
+        num_heads: attention heads of an official checkpoint, which does not tell them. Default: the width / 64.
     """
     if onnx is None and torch is None:
         raise ConfigError("nothing to export: give --onnx FILE, --torch FILE or both")

@@ -40,11 +40,13 @@ def main(
     Args:
         source: folder of audio, searched with all its sub-folders.
         out: folder for the corpus: a new one, or that of an earlier run.
-        sample_rate: of the corpus, in Hz; training takes 16000, or the rate of another front end (docs/training.md).
-        workers: decoding threads. Default: one a core.
+        sample_rate: sample rate of the corpus in Hz; pre-training needs 16000, or the rate of another front end
+            (docs/training.md).
+        workers: threads that decode audio. Default: one a core.
         shard_seconds: seconds of audio in one shard; a killed run loses one shard's work at most.
-        min_seconds: shorter files are left out.
-        silence_db: files that stay within this level, in dB of full scale and below 0, are left out as silent.
+        min_seconds: files shorter than this are left out.
+        silence_db: files that are never louder than this, in dB below full scale and so negative, are left out as
+            silent.
     """
     from ..audio.prepare import prepare
 

@@ -43,30 +43,33 @@ def main(
     Example: matpac-fast probe --encoder runs/a --task esc50:data/ESC-50 --temporal-support 2
 
     Prints the score on the test clips with its 95 % interval, and of each subset that the task names, such as a
-    recording device. See matpac-fast study --help for the tasks, and for what the options mean.
+    recording device. matpac-fast study --help lists the tasks.
 
     Args:
         encoder: a run folder, or of it runs/a@teacher or runs/a@20000, a checkpoint, an official file, or a name such
             as passt:FILE. Default: this package's own pre-trained one.
-        task: NAME:FOLDER.
+        task: what to predict, as NAME:FOLDER, such as esc50:data/ESC-50.
         temporal_support: seconds of audio that one embedding sees.
         hop: seconds from one window to the next. Default: the temporal support.
-        remainder: the end of a clip that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
-        aggregate: mean, score, attend or one.
-        learning_rates: of the probes' grid.
-        decays: of the probes' grid.
-        seeds: of probes.
+        remainder: the end of a clip that fills no window: keep it as a shorter one, pad it with zeros, merge it into
+            the last one, or drop it.
+        aggregate: mean probes the mean embedding of a clip's windows; score probes every window and averages what the
+            probe says; attend is an attentive probe, which learns how much each window counts; one probes the single
+            window in the clip's middle.
+        learning_rates: learning rates to try, with commas between them; validation clips choose.
+        decays: weight decays to try, with commas between them; validation clips choose.
+        seeds: how many times each probe is trained, from other initial weights; the scores are averaged.
         standardize: bring features to zero mean and unit spread before the probe.
-        resamples: of the bootstrap.
-        batch_size: windows per forward pass when embedding.
-        partial: take a data set's folder for what it has: files that are missing or cannot be decoded are left out and
-            named.
-        split_seed: draws the folds of a folder that has none.
-        cache: folder that keeps embeddings and probes, such as a study's. Default: they are not kept; under torchrun
-            there must be one, for its processes share them.
-        workers: decoding threads. Default: one a core.
+        resamples: how often the test clips are drawn anew for the 95 % interval (bootstrap).
+        batch_size: windows that the encoder embeds at a time.
+        partial: use a data set's folder although some of its files are missing or cannot be decoded: these are left out
+            and named.
+        split_seed: determines the folds that are drawn where a folder: task has none of its own.
+        cache: folder that keeps embeddings and probes, such as a study's. Default: they are not kept. torchrun needs
+            one, for its processes share them.
+        workers: threads that decode audio. Default: one a core.
         device: auto, cpu, cuda or cuda:1.
-        dtype: float32 or bfloat16, of the encoder's arithmetic.
+        dtype: number format that the encoder computes in.
     """
     check_resamples(resamples)
     if cache is None and (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:

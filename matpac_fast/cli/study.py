@@ -61,7 +61,7 @@ def main(
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> int:
-    """Which temporal support is best for an encoder and a task, and which is the cheapest that is nearly as good.
+    """Find which temporal support is best for an encoder and a task, and the cheapest that is nearly as good.
 
     Example: matpac-fast study --encoders untrained-tiny,runs/a --tasks folder:my/audio --out study/
 
@@ -74,30 +74,34 @@ def main(
         encoders: names, run folders or files, with commas between them, such as runs/a,runs/a@teacher,runs/a@20000;
             see matpac-fast embed --help.
         out: folder for results and embeddings.
-        tasks: with commas between them.
+        tasks: NAME:FOLDER, several with commas between them.
         temporal_support: seconds of audio that one embedding sees, with commas between them.
         hop: seconds from one window to the next. Default: the temporal support.
-        remainder: the end of a clip that fills no window: keep it as a shorter one, pad it, merge it, or drop it.
-        aggregate: mean, probe the mean embedding of a clip's windows; score, probe every window and average what the
-            probe says; attend, an attentive probe, which learns how much each window counts; one, probe the single
+        remainder: the end of a clip that fills no window: keep it as a shorter one, pad it with zeros, merge it into
+            the last one, or drop it.
+        aggregate: mean probes the mean embedding of a clip's windows; score probes every window and averages what the
+            probe says; attend is an attentive probe, which learns how much each window counts; one probes the single
             window in the clip's middle.
-        margin: how much validation score the cheapest temporal support may lose, 0.01 being a point.
-        cheapest_by: what cheap means: peak memory, time, or multiply-adds a second of audio.
+        margin: how much less validation score than the best the cheapest temporal support may have; 0.01 is one point
+            of 100.
+        cheapest_by: what cheap means: least peak memory, or least time or multiply-adds for a second of audio.
         cost: measure memory, time and multiply-adds.
-        cost_only: do only that; no tasks are needed.
-        batch_sizes: windows at a time that costs are measured at.
-        learning_rates: of the probes' grid; each fold and seed takes what its validation clips like best.
-        decays: of the probes' grid.
-        seeds: of probes; each draws initial weights, and validation clips where a task has none.
+        cost_only: measure costs alone, without tasks.
+        batch_sizes: numbers of windows at a time to measure costs with.
+        learning_rates: learning rates to try, with commas between them; the validation clips of each fold and seed
+            choose.
+        decays: weight decays to try, with commas between them; validation clips choose.
+        seeds: how many times each probe is trained, each time from other initial weights, and on other validation clips
+            where a task has none of its own.
         standardize: bring features to zero mean and unit spread before the probe.
-        resamples: of the bootstrap.
-        batch_size: windows per forward pass when embedding.
-        partial: take a data set's folder for what it has: files that are missing or cannot be decoded are left out and
-            named.
-        split_seed: draws the folds of a folder that has none.
-        workers: decoding threads. Default: one a core.
+        resamples: how often the test clips are drawn anew for the 95 % interval (bootstrap).
+        batch_size: windows that the encoder embeds at a time.
+        partial: use a data set's folder although some of its files are missing or cannot be decoded: these are left out
+            and named.
+        split_seed: determines the folds that are drawn where a folder: task has none of its own.
+        workers: threads that decode audio. Default: one a core.
         device: auto, cpu, cuda or cuda:1.
-        dtype: float32 or bfloat16, of the encoder's arithmetic.
+        dtype: number format that the encoder computes in.
     """
     check_resamples(resamples)
     if not 0 <= margin < math.inf:

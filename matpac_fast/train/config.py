@@ -38,7 +38,7 @@ class TrainConfig:
         clip_norm: largest norm of the whole gradient.
         precision: "float32", "bf16" (autocast; weights, losses and averages stay float32), or "auto": bf16 where the
             device computes in it natively.
-        seed: names the initial weights, the order of the clips, the crops and the masks.
+        seed: determines the initial weights, the order of the clips, the crops and the masks.
         crop_frames: frames of a crop; of several lengths each step draws one. None takes the model's `n_frames`.
         pad_short: clips shorter than a crop are left out ("drop", as official), repeated up to its length ("repeat"),
             or followed by silence ("zeros").
@@ -48,7 +48,8 @@ class TrainConfig:
         keep_every: checkpoints of steps that this divides stay too; None: none of them.
         probe_every: steps between two calls of the probe that `pretrain` is given; None: save_every.
         max_bad_steps: stop after this many steps in a row whose loss or gradient was not finite.
-        compile: run the transformer blocks through torch.compile; nothing changes but rounding and speed.
+        compile: run the transformer blocks through torch.compile, on a GPU in place of the package's fused blocks;
+            nothing changes but rounding and speed.
         cuda_graph: launch each step as one CUDA graph, whose memory is its own; None: where one process trains on a
             GPU, which alone can, and a step of the longest crops takes less than half of its memory.
         shard: on several processes, cut weights, gradients and Adam's moments into one part each (FSDP2), and let

@@ -326,8 +326,8 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     those the weights were trained on: positions are fixed, and the model's own.
 
     Raises:
-        CheckpointError: no such file, damaged, unsafe, an encoder alone, or weights of another model: what differs in the
-            shapes of weights is listed, and what shapes do not tell, as far as the file says it.
+        CheckpointError: no such file, damaged, unsafe, an encoder alone, or weights of another model: what differs is
+            listed, of what shapes do not tell as far as the file says it.
     """
     source = _whole(source)
     path = checkpoint.find_weights(source)
