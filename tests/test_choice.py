@@ -16,7 +16,7 @@ from matpac_fast import AudioEncoder, Matpac, MatpacConfig, checkpoint, download
 from matpac_fast.choice import Choice, parse
 from matpac_fast.encoder import register_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
-from matpac_fast.train.state import load_weights, weights_sizes
+from matpac_fast.train.weights import load_weights, weights_sizes
 
 TINY = dict(n_frames=32, width=16, depth=1, num_heads=2, predictor_width=12, predictor_depth=1, predictor_heads=2)
 TINY |= dict(head_hidden=16, head_bottleneck=8, prototypes=12)

@@ -6,10 +6,10 @@ from .logs import Reporter, Reporters, read_log
 from .loop import Probe, Result, pretrain
 from .sampler import Plan, Sampler
 from .schedule import learning_rate
-from .state import load_weights
 from .step import make_optimizer
 from .transform import Transform
 from .watch import TrainingError
+from .weights import load_weights
 
 __all__ = [
     "PeerError",

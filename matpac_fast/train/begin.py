@@ -17,8 +17,9 @@ from ..model import Matpac
 from .config import TrainConfig, resolve_precision
 from .distributed import Ranks, shards
 from .sampler import Sampler
-from .state import RunFolder, load_weights, read_config
+from .state import RunFolder, read_config
 from .transform import Transform, transform_name
+from .weights import load_weights
 
 # What may differ between the halves of a resumed run without changing its result but for rounding.
 FREE = frozenset(

@@ -25,7 +25,7 @@ from matpac_fast.train.estimate import estimate
 from matpac_fast.train.logs import read_log
 from matpac_fast.train.loop import pretrain
 from matpac_fast.train.sampler import Sampler
-from matpac_fast.train.state import weights_sizes
+from matpac_fast.train.weights import weights_sizes
 
 OTHER = dict(sample_rate=32_000, n_fft=1024, win_length=800, hop=320, n_mels=64, f_min=20, f_max=16_000.0, bank="htk")
 OTHER |= dict(mean=-5.0, std=3.0)

@@ -19,9 +19,10 @@ from matpac_fast.model import Matpac
 from matpac_fast.train import loop
 from matpac_fast.train.logs import Reporter, read_log
 from matpac_fast.train.loop import pretrain
-from matpac_fast.train.state import RunFolder, Snapshot, load_weights, weights_sizes
+from matpac_fast.train.state import RunFolder, Snapshot
 from matpac_fast.train.step import make_optimizer, train_step
 from matpac_fast.train.watch import collapse
+from matpac_fast.train.weights import load_weights, weights_sizes
 
 
 class Recorder(Reporter):

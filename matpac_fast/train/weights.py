@@ -1,0 +1,79 @@
+"""The weights that a new run begins with: those of another run or model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from .. import checkpoint
+from ..choice import parse
+from ..config import FRONT_END, PRESETS, MatpacConfig
+from ..errors import CheckpointError, ConfigError
+from ..intact import intact_named
+from ..model import Matpac
+from ..reference import LogMelConfig
+
+_INIT = "to begin from it, --init {folder}"
+# What a model is that the shapes of its weights, but for the tables of positions, do not tell.
+_UNSEEN = (*FRONT_END, "patch_size", "num_heads", "predictor_heads")
+
+
+def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
+    """Start `model` from the weights in a run folder, "RUN@STEP", a file of ours or an official training checkpoint.
+
+    Student, predictor, heads, teachers and centre; not the optimiser's moments. The crops may be of another length than
+    those the weights were trained on: positions are fixed, and the model's own.
+
+    Raises:
+        CheckpointError: no such file, damaged, unsafe, an encoder alone, or weights of another model: what differs is
+            listed, of what shapes do not tell as far as the file says it.
+    """
+    source = _whole(source)
+    path = checkpoint.find_weights(source)
+    with intact_named(source, _INIT):
+        state, metadata = checkpoint.load(path)
+    known: dict[str, Any] = {}
+    if "config" in metadata:
+        known = MatpacConfig.from_dict(metadata["config"]).to_dict()
+    elif checkpoint.is_official(state):
+        state = checkpoint.from_official_names(state, str(path))
+        known = dataclasses.asdict(LogMelConfig(n_mels=checkpoint.read_sizes(state)["n_mels"]))
+    if not any(name.startswith("predictor.") for name in state):
+        raise CheckpointError(
+            f"{path}: an encoder alone; expected a training checkpoint, which holds teacher, predictor and heads too"
+        )
+    asked = model.config.to_dict()
+    if different := [name for name in _UNSEEN if name in known and known[name] != asked[name]]:
+        told = ", ".join(f"{name} is {known[name]!r} there and {asked[name]!r} here" for name in different)
+        raise CheckpointError(f"{path} holds weights of another model: {told}; make this one as it is there")
+    own = model.state_dict()
+    state |= {name: own[name] for name in checkpoint.POSITIONS}
+    checkpoint.load_into(model, state, str(path))
+
+
+def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them."""
+    source = _whole(source)
+    with intact_named(source, _INIT):
+        path = checkpoint.find_weights(source)
+        state, metadata = checkpoint.load(path)
+    if "config" in metadata:
+        sizes = metadata["config"]
+    else:
+        if checkpoint.is_official(state):
+            state = checkpoint.from_official_names(state, str(path))
+        sizes = checkpoint.read_sizes(state)
+        sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], None)
+    wanted = {*_UNSEEN, "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
+    return {name: value for name, value in sizes.items() if name in wanted}
+
+
+def _whole(source: str | os.PathLike[str]) -> str:
+    """Where a whole model lies, of the step that `source` may end in."""
+    choice = parse(os.fspath(source))
+    if choice.side is not None:
+        raise ConfigError(
+            f"{os.fspath(source)}: a new run begins with the whole model, student and teacher; leave @{choice.side} out"
+        )
+    return choice.source()
