@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -189,6 +190,16 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Ma
         save_file(tensors, beside, {"matpac_fast": json.dumps(metadata, sort_keys=True)})
 
 
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError where safetensors would write to a path and not read from it."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{os.fspath(path)}: weights are not read from where a name is not UTF-8; rename it"
+        ) from None
+
+
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read weights onto the CPU: (state, metadata). safetensors, a torch file of plain tensors, by itself or as the one
     in a zip archive, or the folder that the processes of a sharded training wrote together.
@@ -203,6 +214,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     if distcp.is_one(path):
         return distcp.load(path, "model.")
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a pipe, opening it would wait for ever
+            raise CheckpointError(f"{path}: not a regular file; expected a file of weights or a run folder")
         with open(path, "rb") as file:
             start = file.read(64)
     except FileNotFoundError:
@@ -223,6 +237,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
+    check_name(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("matpac_fast", "{}"))

@@ -214,11 +214,15 @@ def _of_matpac(ending: str, kind: str) -> str:
 
 
 def _read(choice: Choice) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not os.path.exists(choice.path):
+    try:
+        os.stat(choice.path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of a path that cannot be
         raise CheckpointError(
             f"no encoder {choice.path!r}: neither a file nor one of {', '.join(list_encoders())}; give the path or "
             f"the https:// address of a released file, see {_RELEASES}"
-        )
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{choice.path}: cannot be read: {error.strerror}") from None
     source = choice.source()
     with intact_named(source, "to load it, give {folder}"):
         return checkpoint.load(checkpoint.find_weights(source))

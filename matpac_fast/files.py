@@ -9,6 +9,21 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, MatpacFastError
+
+
+def check_no_file(
+    path: str | os.PathLike[str],
+    what: str,
+    error: type[MatpacFastError] = ConfigError,
+    mend: str = "give another path",
+) -> None:
+    """Raise `error` where `path`, the folder for `what`, is there and is no folder; `mend` says what to do."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        kind = "a file" if os.path.exists(path) else "a link to nothing"
+        raise error(f"{os.fspath(path)}: {kind}, where a folder for {what} was expected; {mend}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -25,11 +40,16 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path`, on any error it vanishes.
 
     The name of the temporary ends in ".tmp", so a process killed half-way leaves something that is easily told. The
-    file gets the permissions that the umask gives to any new one.
+    file gets the permissions that the umask gives to any new one. Where `path` is a link, its target is replaced.
+
+    Raises:
+        ConfigError: a pipe, a device or the like is there, which a file should not replace.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    place = Path(os.path.realpath(path))
+    if os.path.lexists(place) and not (place.is_file() or place.is_dir()):  # of a folder the system says what it is
+        raise ConfigError(f"{os.fspath(path)}: not a regular file; expected a new path, or that of a file to replace")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.parent / f".{place.name}.{secrets.token_hex(4)}.tmp"
     try:
         handle = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -38,8 +58,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(beside, mode)  # safetensors leaves a file that its owner alone can read
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
+        os.replace(beside, place)
+        sync_folder(place.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the error that is told is the first one
             beside.unlink()
@@ -50,10 +70,20 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def arrow_file(path: str | os.PathLike[str], mode: str = "rb") -> Any:
+    """A file opened for pyarrow, which takes some names for addresses and fails at what is not UTF-8.
+
+    It is none of Python's, which pyarrow's threads may still hold when the interpreter ends: that aborts the process.
+    """
+    import pyarrow as pa
+
+    return pa.OSFile(os.fsencode(path), mode)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, all of it or none."""
+    """Write `text` as UTF-8, all of it or none; of a name that is not UTF-8, its odd bytes as \\udcNN."""
     with atomic(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from matpac_fast import checkpoint, load_encoder
-from matpac_fast.errors import CheckpointError
+from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac, MatpacConfig
 
 TINY = dict(n_frames=64, width=32, depth=2, num_heads=2, predictor_width=24, predictor_depth=1, predictor_heads=2)
@@ -240,3 +240,12 @@ def test_a_failed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
         model.save(tmp_path / "m.safetensors")
     assert os.listdir(tmp_path) == ["m.safetensors"]
     assert (tmp_path / "m.safetensors").read_bytes() == before
+
+
+def test_a_name_that_safetensors_does_not_read_is_said_as_such(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.safetensors")
+    checkpoint.save(path, {"w": torch.zeros(1)}, {})
+    with pytest.raises(ConfigError, match="a name is not UTF-8; rename it"):
+        checkpoint.load(path)
+    os.rename(path, tmp_path / "\xe9.safetensors")
+    assert checkpoint.load(tmp_path / "\xe9.safetensors")[0]["w"].tolist() == [0]

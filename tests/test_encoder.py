@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -306,3 +308,16 @@ def test_all_eleven_released_probes_load(golden, released, tmp_path, task, class
     logits = g["odd/precise/pooled/concat/emb"] @ weight.T + bias
     want = logits.sigmoid() if several else logits.softmax(-1)
     torch.testing.assert_close(probs, want, rtol=1e-4, atol=1e-6)
+
+
+def test_an_encoder_that_cannot_be_reached_is_not_called_unknown(tmp_path, monkeypatch):
+    honest, run = os.stat, str(tmp_path / "run")
+
+    def guarded(path, *args, **rest):
+        if path == run:
+            raise PermissionError(13, "Permission denied")
+        return honest(path, *args, **rest)
+
+    monkeypatch.setattr(os, "stat", guarded)  # file modes do not stop root
+    with pytest.raises(CheckpointError, match="run: cannot be read: Permission denied"):
+        load_encoder(run)

@@ -5,7 +5,8 @@ import stat
 
 import pytest
 
-from matpac_fast.files import atomic, write_text
+from matpac_fast.errors import ConfigError
+from matpac_fast.files import atomic, check_no_file, write_text
 
 
 @pytest.fixture(params=[0o002, 0o022, 0o077], ids=oct)
@@ -49,3 +50,40 @@ def test_an_error_names_the_file_and_not_what_is_written_beside_it(tmp_path):
         beside.write_text("x")
     assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "sub"), None)
     assert [path.name for path in tmp_path.iterdir()] == ["sub"]
+
+
+def test_a_text_may_tell_of_a_name_that_is_not_utf_8(tmp_path):
+    write_text(tmp_path / "text", "h\xe9 " + os.fsdecode(b"\xff"))
+    assert (tmp_path / "text").read_bytes() == b"h\xc3\xa9 \\udcff"
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/target")
+    for text in ("new", "newer"):  # at first a link to nothing
+        write_text(tmp_path / "link", text)
+        assert os.readlink(tmp_path / "link") == "there/target"
+        assert (tmp_path / "there" / "target").read_text() == text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link", "target", "there"]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to pipe").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("pipe", "to pipe", "loop"):
+        with pytest.raises(ConfigError, match=f"{name}: not a regular file"):
+            write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "pipe", "to pipe"]
+
+
+def test_what_stands_where_a_folder_should_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "to here").symlink_to(tmp_path)
+    for name, kind in (("file", "a file"), ("link", "a link to nothing")):
+        with pytest.raises(ConfigError, match=f"{name}: {kind}, where a folder for the run was expected"):
+            check_no_file(tmp_path / name, "the run")
+    for name in (".", "to here", "new"):
+        check_no_file(tmp_path / name, "the run")

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import CorpusError
+from ..files import arrow_file
 
 INDEX = "index.parquet"
 REJECTED = "rejected.parquet"
@@ -186,7 +187,8 @@ class Corpus:
     def _column(self, name: str) -> list[Any]:
         import pyarrow.parquet as pq
 
-        table = pq.read_table(Path(self.folder or "") / INDEX, columns=["shard", "offset", name])
+        with arrow_file(Path(self.folder or "") / INDEX) as file:
+            table = pq.read_table(file, columns=["shard", "offset", name])
         # The corpus may have been prepared again since it was opened; a clip keeps its place, which no other one gets.
         shards, offsets, values = (table[column].to_pylist() for column in ("shard", "offset", name))
         found = dict(zip(zip(shards, offsets, strict=True), values, strict=True))
@@ -303,7 +305,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
             raise CorpusError(f"{folder}: its preparation was interrupted: run the same matpac-fast prepare again")
         raise CorpusError(f"{folder}: no corpus, it has no {INDEX}: make one with matpac-fast prepare AUDIO {folder}")
     try:
-        table = pq.read_table(path, columns=["frames", "shard", "offset"])
+        with arrow_file(path) as file:
+            table = pq.read_table(file, columns=["frames", "shard", "offset"])
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
     metadata = read_metadata(table.schema, path)

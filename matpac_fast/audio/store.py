@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorpusError
-from ..files import atomic, sync_folder
+from ..files import arrow_file, atomic, check_no_file, sync_folder
 from .corpus import FORMAT, INDEX, METADATA, PARTS, REJECTED, SHARDS, damaged, read_metadata, shard_path
 from .decode import decoder_versions
 
@@ -57,11 +57,10 @@ class Store:
         self.present: set[str] | None = None
 
     def __enter__(self) -> Store:
+        check_no_file(self.out, "the corpus", CorpusError)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.out, os.O_RDONLY)
-        except FileExistsError:
-            raise CorpusError(f"{self.out}: a file, where a folder for the corpus was expected") from None
         except OSError as error:
             raise CorpusError(f"{self.out}: cannot be written: {error.strerror}") from None
         try:
@@ -200,8 +199,8 @@ class Store:
             # No number is given twice, though no clip may be left in the last shard: whoever opened the corpus before
             # would read other audio there.
             metadata["next_shard"] = self.next_shard
-        with atomic(path) as beside:
-            pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(metadata)}), beside, compression="zstd")
+        with atomic(path) as beside, arrow_file(beside, "wb") as file:
+            pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(metadata)}), file, compression="zstd")
 
     def _read(self, path: Path) -> Any:
         """A table with all columns, empty where there is no file; checks that it was made as this run would."""
@@ -212,7 +211,8 @@ class Store:
         if not path.exists():
             return schema.empty_table()
         try:
-            table = pq.read_table(path)
+            with arrow_file(path) as file:
+                table = pq.read_table(file)
         except (pa.ArrowException, OSError) as error:
             raise damaged(path, error) from None
         metadata = read_metadata(table.schema, path)

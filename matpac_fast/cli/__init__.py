@@ -31,6 +31,8 @@ FAILED = 2
 INTERRUPTED = 130
 UNHEARD = 141  # as a program that SIGPIPE ends
 
+_NO_THREAD = "can't start new thread"  # Python's words
+
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
@@ -41,6 +43,22 @@ def _usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Expected errors are one line on stderr; MATPAC_FAST_DEBUG=1 shows their traceback."""
     argv = sys.argv[1:] if argv is None else argv
+    _mend_streams()
+    try:
+        try:
+            return _run(argv)
+        finally:
+            _flush()
+    except BrokenPipeError:  # nobody reads on, as behind `| head`; Python would say so once more when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNHEARD
+    except OSError as error:
+        if _debugs():
+            raise
+        return _failed(argv, _line(error))
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else FAILED
@@ -56,26 +74,56 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
         import tyro
 
-        from ._options import described
+        from ._options import described, paths
 
-        return tyro.cli(described(module.main), prog=f"matpac-fast {argv[0]}", args=argv[1:]) or 0
+        prog = f"matpac-fast {argv[0]}"
+        return tyro.cli(described(module.main), prog=prog, args=argv[1:], registry=paths) or 0
     except KeyboardInterrupt:
         print(f"matpac-fast {argv[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # nobody reads on, as behind `| head`; Python would say so once more when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNHEARD
-    except (MatpacFastError, OSError) as error:
-        if os.environ.get("MATPAC_FAST_DEBUG") == "1":
+    except MatpacFastError as error:
+        if _debugs():
             raise
-        # Of the processes that torchrun starts each says what ails it.
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
-        print(f"matpac-fast {argv[0]}{rank}: {_line(error).removeprefix(f'{argv[0]}: ')}", file=sys.stderr)
-        return FAILED
+        return _failed(argv, str(error).removeprefix(f"{argv[0]}: "))
+    except RuntimeError as error:
+        if _debugs() or str(error) != _NO_THREAD:
+            raise
+        return _failed(argv, f"{error}; expected more memory (ulimit -v) or more processes (ulimit -u) to be allowed")
 
 
-def _line(error: Exception) -> str:
-    """What is wrong, in one line; of the system's errors the file first, without its number."""
-    if not isinstance(error, OSError) or error.strerror is None:
+def _failed(argv: list[str], line: str) -> int:
+    # Of the processes that torchrun starts each says what ails it.
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
+    print(f"{' '.join(['matpac-fast', *argv[:1]])}{rank}: {line}", file=sys.stderr)
+    return FAILED
+
+
+def _debugs() -> bool:
+    return os.environ.get("MATPAC_FAST_DEBUG") == "1"
+
+
+def _mend_streams() -> None:
+    """Have a stdout and a stderr that take whatever is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by 2>&-; another file would get its number, and what C libraries write there
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # no name ends a finished run in an error
+
+
+def _flush() -> None:
+    """Write out what was printed: what fails then is said here, and not by Python when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "standard output"
+        raise
+
+
+def _line(error: OSError) -> str:
+    """What is wrong, in one line; the file first, without the system's number."""
+    if error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"

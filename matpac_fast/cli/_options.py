@@ -6,9 +6,37 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+
+from ..errors import MatpacFastError
+
+# Where a path is wanted: one that is empty, as from a variable that is not set, would be the current folder, and an
+# address a folder by its name.
+_NO_PATH = re.compile(r"|[a-z][a-z0-9+.-]*://.*", re.IGNORECASE | re.DOTALL)
+paths = tyro.constructors.ConstructorRegistry()
+
+
+@paths.primitive_rule
+def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """How the options that are paths are read."""
+    if info.type is not Path:
+        return None
+
+    def read(words: list[str]) -> Path:
+        if _NO_PATH.fullmatch(words[0]):
+            raise MatpacFastError(f"{words[0]!r} is no path; expected that of a file or folder of this machine")
+        return Path(words[0])
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def described(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,12 +18,13 @@ from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..encoder import load_encoder
 from ..errors import ConfigError
+from ..files import check_no_file
 from ..model import Matpac
 from ..samples import load_samples
 from ..train.config import TrainConfig, fit_to_run
 from ..train.logs import Reporter, read_log
 from ..train.loop import pick_device, pretrain
-from ..train.state import read_config
+from ..train.state import RunFolder, read_config
 from . import _demo_report as report
 from ._demo_study import CLIP_SECONDS, PACKAGED, TRAINED, UNTRAINED, compare, verdicts
 from ._progress import progress
@@ -63,6 +64,7 @@ def main(
         device: auto, cpu, cuda or cuda:1.
     """
     _check(minutes, temporal_supports, crop_seconds)
+    check_no_file(out, "the demo")
     # Its report must not take the place of a file of someone else's.
     if out.is_dir() and not (out / "run" / "config.json").exists() and {p.name for p in out.iterdir()} - {"run"}:
         raise ConfigError(f"{out} is not empty and holds no demo; give a new folder to --out")
@@ -78,6 +80,7 @@ def main(
         preset = MatpacConfig.preset("nano", n_frames=max(crops))
         train = TrainConfig(steps=steps or 1, batch_size=batch_size, lr=lr, crop_frames=crops, seed=seed)
         if steps is None:
+            RunFolder(run)  # what cannot be written is said before anything is timed
             print(f"timing a few steps on {target}", flush=True)
             steps = max(1, round(60 * minutes / _seconds_a_step(corpus, preset, train, target, 60 * minutes / 20)))
         train = dataclasses.replace(train, steps=steps, log_every=max(1, steps // 50))

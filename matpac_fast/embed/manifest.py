@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 from ..audio.ahead import in_order
 from ..audio.decode import AudioFile, find_audio, folder_reason
 from ..errors import AudioError, ConfigError
-from ..files import atomic, write_text
+from ..files import arrow_file, atomic, check_no_file, write_text
 from .writer import Failure, read_errors, shard_path
 
 SETTINGS = "settings.json"
@@ -66,12 +66,11 @@ class Manifest:
 
 def check_folder(out: Path) -> None:
     """Raise ConfigError where `out` is no folder, or holds things and no embeddings: nothing is mixed in there."""
+    check_no_file(out, "the embeddings")
     try:
         entries = {name for name in os.listdir(out) if not name.startswith(".")}
     except FileNotFoundError:
         return
-    except NotADirectoryError:
-        raise ConfigError(f"{out}: a file, where a folder for the embeddings was expected") from None
     ours = entries & {"manifest.parquet", SETTINGS, LEASES} or any(out.glob("shard-*"))
     if entries and not ours:
         raise ConfigError(f"{out} is not empty and holds no embeddings; give a new folder to --out")
@@ -98,7 +97,8 @@ def read_manifest(out: Path) -> Manifest | None:
         return None
     manifest = Manifest()
     try:
-        table = pq.read_table(path)
+        with arrow_file(path) as file:
+            table = pq.read_table(file)
         columns = [table[name].to_pylist() for name in _COLUMNS]
     except (pa.ArrowException, OSError, KeyError) as error:
         # Without it nobody knows what the shards' numbers stand for, so a new one could not be made to fit them.
@@ -122,8 +122,8 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
     rows += [(name, None, None, None, reason) for name, reason in manifest.unusable]
     kinds = [pa.string(), pa.float64(), pa.int64(), pa.int32(), pa.string()]
     columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-    with atomic(out / "manifest.parquet") as beside:
-        pq.write_table(pa.table(dict(zip(_COLUMNS, columns, strict=True))), beside)
+    with atomic(out / "manifest.parquet") as beside, arrow_file(beside, "wb") as file:
+        pq.write_table(pa.table(dict(zip(_COLUMNS, columns, strict=True))), file)
 
 
 def extend(
@@ -146,14 +146,21 @@ def extend(
 
     if source.is_file():
         names = _listed(source)
+    elif source.exists() and not source.is_dir():  # each worker reads it, and so does the same call again
+        raise AudioError(
+            f"{source}: neither a folder nor a regular file; a list of paths must be one: save it as a file"
+        )
     else:
         names = [os.path.relpath(file, source) for file in find_audio(source, passed_over)]
     new = []
     for name in names:
-        if not _is_utf8(name):
+        try:
+            stored = os.fsencode(name).decode("utf-8")
+        except UnicodeDecodeError:
             unusable.append((_escaped(name), "the name is not UTF-8: rename the file"))
-        elif name not in listed:
-            new.append(name)
+            continue
+        if stored not in listed:
+            new.append(stored)
     if not listed and not new and not unusable:
         raise AudioError(f"{source}: no audio files in this {'list' if source.is_file() else 'folder or below'}")
     jobs = ((1, partial(_entry, root(source), name)) for name in new)
@@ -173,7 +180,7 @@ def look_over(
     homes, changed, gone, renewed = known.homes(), [], [], False
     done = [shard_path(out, i, kind).exists() for i in range(len(known.shards))]
     places = [(i, j) for i, shard in enumerate(known.shards) for j, e in enumerate(shard) if homes[e.path] == i]
-    jobs = ((1, partial(_size, root(source) / known.shards[i][j].path)) for i, j in places)
+    jobs = ((1, partial(_size, root(source) / local(known.shards[i][j].path))) for i, j in places)
     for (i, j), size in zip(places, _counted(in_order(jobs, workers), len(places), tell), strict=True):
         entry = known.shards[i][j]
         if (size or 0) == entry.bytes:  # or it could not be read then, and cannot now
@@ -191,6 +198,11 @@ def look_over(
 def root(source: Path) -> Path:
     """What the paths of a manifest are relative to."""
     return source.parent if source.is_file() else source
+
+
+def local(name: str) -> str:
+    """A manifest's name, which is UTF-8, as Python calls that file in whatever locale."""
+    return os.fsdecode(name.encode("utf-8"))
 
 
 def check_there(source: Path) -> None:
@@ -256,8 +268,8 @@ def retried(
 def _entry(source: Path, name: str) -> Entry:
     seconds, size = 0.0, 0
     try:
-        size = os.stat(source / name).st_size
-        with AudioFile(source / name) as file:
+        size = os.stat(source / local(name)).st_size
+        with AudioFile(source / local(name)) as file:
             seconds = file.seconds or 0.0
     except (AudioError, OSError):
         pass  # reading it will say why
@@ -266,14 +278,6 @@ def _entry(source: Path, name: str) -> Entry:
 
 def _escaped(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = False) -> None:
@@ -322,7 +326,7 @@ def check_source(out: Path, source: Path, manifest: Manifest, workers: int, tell
     if stored == str(source.resolve()):
         return
     entries = {entry.path: entry for shard in manifest.shards for entry in shard}
-    jobs = ((1, partial(_size, root(source) / name)) for name in entries)
+    jobs = ((1, partial(_size, root(source) / local(name))) for name in entries)
     sizes = _counted(in_order(jobs, workers), len(entries), tell)
     others = [name for (name, entry), size in zip(entries.items(), sizes, strict=True) if (size or 0) != entry.bytes]
     if others:

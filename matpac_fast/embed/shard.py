@@ -20,7 +20,7 @@ from ..audio.decode import read_blocks
 from ..audio_encoder import AudioEncoder
 from ..embedding import Embeddings
 from ..errors import AudioError
-from .manifest import Entry
+from .manifest import Entry, local
 from .writer import Rows
 
 # A file beyond this is never held as a whole: it streams through the encoder block by block.
@@ -87,7 +87,7 @@ class ShardEmbedder:
         seconds = float(np.clip(self._batch_size * hop, *_BLOCK_SECONDS))  # a block fills a batch, within limits
         for entry in shard:
             held = round(min(entry.seconds, longest) * self._encoder.sample_rate) * 4
-            yield held, partial(_read, source / entry.path, self._encoder.sample_rate, longest, seconds)
+            yield held, partial(_read, source / local(entry.path), self._encoder.sample_rate, longest, seconds)
 
     def embed(self, shard: list[Entry], audio: Iterator[Audio], out: Path) -> Rows:
         """The rows of a shard, whose files' audio `audio` gives in their order."""

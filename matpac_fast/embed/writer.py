@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import ConfigError
-from ..files import atomic
+from ..files import arrow_file, atomic
 
 FORMATS = ("parquet", "npz", "npy")
 DTYPES = ("float32", "float16")
@@ -130,7 +130,10 @@ class Rows:
         paths = pa.array([name for name, _ in self._clips], pa.string())
         # Embeddings are noise to a compressor: dictionaries for the names, plain numbers for the rest.
         dictionaries: Any = ["path", "encoder"]
-        with pq.ParquetWriter(path, schema, use_dictionary=dictionaries, compression="none") as writer:
+        with (
+            arrow_file(path, "wb") as file,
+            pq.ParquetWriter(file, schema, use_dictionary=dictionaries, compression="none") as writer,
+        ):
             for first, block in self._blocks(max(1, _GROUP // self._row_bytes)):
                 n = len(block)
                 part = slice(first, first + n)
@@ -188,7 +191,8 @@ def read_errors(path: Path) -> list[Failure]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return list(zip(arrays["failed"].tolist(), arrays["reason"].tolist(), strict=True))
-        metadata = pq.read_schema(path).metadata or {}
+        with arrow_file(path) as file:
+            metadata = pq.read_schema(file).metadata or {}
         return [(name, reason) for name, reason in json.loads(metadata[_KEY])["errors"]]
     except (pa.ArrowException, zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -204,5 +208,5 @@ def write_errors(out: Path, errors: list[Failure]) -> None:
 
     columns = {"path": [name for name, _ in errors], "reason": [reason for _, reason in errors]}
     table = pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
-    with atomic(out / "errors.parquet") as beside:
-        pq.write_table(table, beside)
+    with atomic(out / "errors.parquet") as beside, arrow_file(beside, "wb") as file:
+        pq.write_table(table, file)

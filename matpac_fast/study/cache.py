@@ -28,7 +28,7 @@ from ..audio.decode import decoder_versions, read_audio
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..errors import AudioError, ConfigError
-from ..files import atomic, sha256, write_text
+from ..files import arrow_file, atomic, sha256, write_text
 from ..tasks.task import Fold
 from .cost import dtype_name
 from .linear import Rows
@@ -104,7 +104,7 @@ class Cache:
 
         found: set[str] = set()
         for part in self._parts():
-            with pq.ParquetFile(part) as file:
+            with arrow_file(part) as opened, pq.ParquetFile(opened) as file:
                 found.update(_names(file))
         return found
 
@@ -121,7 +121,7 @@ class Cache:
         lacking, tables = set(audio), []
         place = {name: i for i, name in enumerate(sorted(lacking))}
         for part in self._parts():
-            with pq.ParquetFile(part) as file:
+            with arrow_file(part) as opened, pq.ParquetFile(opened) as file:
                 names = _names(file)
                 if fresh := lacking & names:  # other tasks' clips are in parts of their own
                     lacking -= fresh
@@ -160,8 +160,8 @@ class Cache:
         column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.float32()), values.shape[1])
         table = pa.table({"audio": pa.array(names).dictionary_encode(), "seconds": seconds, "embedding": column})
         part = hashlib.sha256("".join(audio).encode()).hexdigest()[:16]
-        with atomic(self.folder / f"part-{part}.parquet") as beside:
-            pq.write_table(table, beside, use_dictionary=["audio"], compression="none")  # pyright: ignore
+        with atomic(self.folder / f"part-{part}.parquet") as beside, arrow_file(beside, "wb") as file:
+            pq.write_table(table, file, use_dictionary=["audio"], compression="none")  # pyright: ignore
 
     def embed(self, waves: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
         """Of each wave (S,), at the encoder's rate: (1, E) for "mean" and "one", else (W, E); and the seconds seen."""

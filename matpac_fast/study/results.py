@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..files import atomic
+from ..files import arrow_file, atomic
 from ..tasks import Task
 from .cache import View
 from .cost import Cost
@@ -258,8 +258,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         if pa.types.is_null(field.type):
             kind = types.get(field.name, pa.float64())
             table = table.set_column(i, field.name, table[field.name].cast(kind))
-    with atomic(path) as beside:
-        pq.write_table(table, beside)
+    with atomic(path) as beside, arrow_file(beside, "wb") as file:
+        pq.write_table(table, file)
 
 
 def add_cost(path: Path, cost: Cost) -> None:
@@ -276,4 +276,5 @@ def read_costs(path: Path) -> list[Cost]:
 
     if not path.exists():
         return []
-    return [Cost(**row) for row in pq.read_table(path).to_pylist()]
+    with arrow_file(path) as file:
+        return [Cost(**row) for row in pq.read_table(file).to_pylist()]

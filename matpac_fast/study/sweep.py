@@ -29,7 +29,7 @@ from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..encoder import load_encoder
 from ..errors import AudioError, ConfigError
-from ..files import atomic
+from ..files import atomic, check_no_file
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, dtype_name, measure
@@ -84,14 +84,11 @@ class StudyConfig:
 
 def check_folder(out: Path, option: str = "--out") -> None:
     """Raise ConfigError where `out` is no folder, or holds things and no study: nothing is mixed in there."""
+    check_no_file(out, "the study", mend=f"give another to {option}")
     try:
         entries = {name for name in os.listdir(out) if not name.startswith(".")}
     except FileNotFoundError:
         return
-    except NotADirectoryError:
-        raise ConfigError(
-            f"{out}: a file, where a folder for the study was expected; give another to {option}"
-        ) from None
     embeddings = "embeddings" in entries and not (out / "embeddings" / "settings.json").exists()  # else a collection
     if entries and not (embeddings or entries & _OURS):
         raise ConfigError(f"{out} is not empty and holds no study; give a new folder to {option}")

@@ -30,7 +30,7 @@ from torch import Tensor
 from .. import checkpoint, distcp
 from ..config import MatpacConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import sync_folder, write_text
+from ..files import check_no_file, sync_folder, write_text
 from ..intact import intact_named, read_state
 from ..model import Matpac
 from .config import TrainConfig
@@ -42,6 +42,7 @@ _PART = ".part"
 
 def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The configuration of a run folder, or None where there is no run."""
+    check_no_file(run, "the run")
     path = Path(run) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -95,6 +96,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        checkpoint.check_name(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         others = [p for p in self.path.iterdir() if not p.name.startswith(".")]  # but our lock and a torn first write
         if others and not (self.path / "config.json").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -219,3 +220,15 @@ def test_verdicts_claim_only_what_the_test_can_tell() -> None:
     assert same.count("within chance") == 1  # against the statistics it gains
     assert "-25.0 points" in worse
     assert "chance" not in worse
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_steps_are_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_samples", few)
+    monkeypatch.setattr(demo, "_seconds_a_step", lambda *_: pytest.fail("timed"))
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == cli.FAILED
+    assert "file: a file, where a folder for the demo was expected" in capsys.readouterr().err
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "demo")]) == cli.FAILED
+    assert "Not a directory" in capsys.readouterr().err
+    assert cli.main(["demo", "--out", str(tmp_path / os.fsdecode(b"\xff"))]) == cli.FAILED
+    assert "a name is not UTF-8" in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from matpac_fast.cli import _progress, embed
 from matpac_fast.config import MatpacConfig
 from matpac_fast.embed import writer
 from matpac_fast.embed.extract import Progress, Report
+from matpac_fast.embed.manifest import read_manifest
 from matpac_fast.model import Matpac
 from tests.embed import crew
 
@@ -204,3 +207,39 @@ def test_a_damaged_checkpoint_is_said_with_one_that_is_whole(source, tmp_path, c
     assert said.endswith(f"step-00000001 is intact: to load it, give {run}/checkpoints/step-00000001\n")
     whole = run / "checkpoints" / "step-00000001"
     assert cli.main(command(source, tmp_path / "out", "--encoder", str(whole))) == 0
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npz", "npy"])
+@pytest.mark.parametrize("name", ["file:", "s3:x", os.fsdecode(b"\xff")])
+def test_any_name_does_for_a_folder(source, tmp_path, monkeypatch, capsys, name, kind):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert cli.main(command(source, Path(name), "--format", kind)) == 0
+    assert "6 files embedded" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "source"])
+
+
+def test_a_locale_that_knows_ascii_alone_loses_no_file(source, tmp_path):
+    os.rename(source / "0.wav", source / "\xe9.wav")
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    words = command(source, tmp_path / "\xe8", "--encoder", "untrained-nano")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "matpac_fast.cli", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ascii_alone},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert f"6 files embedded in {tmp_path}/\\udcc3\\udca8\n" in ran.stdout
+    manifest = read_manifest(tmp_path / "\xe8")
+    assert manifest is not None
+    assert manifest.homes().keys() == {"\xe9.wav", *(f"{i}.wav" for i in range(1, 6))}
+
+
+def test_a_list_or_an_encoder_that_is_a_pipe_is_refused_and_not_waited_for(source, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(command(tmp_path / "pipe", tmp_path / "out")) == cli.FAILED
+    assert "pipe: neither a folder nor a regular file; a list of paths must be one" in capsys.readouterr().err
+    assert cli.main(command(source, tmp_path / "out", "--encoder", str(tmp_path / "pipe"))) == cli.FAILED
+    assert "pipe: not a regular file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

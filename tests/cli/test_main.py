@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +54,7 @@ def test_an_unknown_command_is_named(capsys):
         (CorpusError("corpus/ holds no index; run matpac-fast prepare"), 2, "corpus/ holds no index"),
         (OSError(28, "No space left on device", "out.parquet"), 2, "demo: out.parquet: No space left on device"),
         (OSError("no device"), 2, "demo: no device"),
+        (PermissionError(13, "Permission denied", "demo"), 2, "matpac-fast demo: demo: Permission denied"),
         (ConfigError("demo: hop is 0"), 2, "matpac-fast demo: hop is 0"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -91,3 +95,66 @@ def test_a_switch_is_left_as_it_is_where_nothing_is_said():
     for more in ([], ["--fast"], ["--no-fast", "--sizes", "1", "2.5"]):
         tyro.cli(described(main), args=["here", *more])
     assert seen == [("here", None, None), ("here", True, None), ("here", False, (1.0, 2.5))]
+
+
+def running(monkeypatch, main):
+    monkeypatch.setattr(cli.importlib, "import_module", lambda *_: types.SimpleNamespace(main=main))
+    return cli.main(["demo"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["embed", "--help"]])
+def test_what_cannot_be_printed_is_one_line_or_nothing(monkeypatch, capsys, arguments):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(arguments) == cli.FAILED
+    assert capsys.readouterr().err == f"matpac-fast {arguments[0]}: standard output: No space left on device\n"
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as unheard:  # closing it raises nothing any more
+        monkeypatch.setattr(sys, "stdout", unheard)
+        assert cli.main(arguments) == cli.UNHEARD
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_that_cannot_be_encoded_ends_no_command(monkeypatch):
+    told = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", told)
+    assert running(monkeypatch, lambda: print("h\xe9 \udcff")) == 0
+    assert told.buffer.getvalue() == b"h\\xe9 \\udcff\n"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_streams_that_are_closed_are_none_of_the_next_file(monkeypatch, capsys):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+        assert running(monkeypatch, lambda: print("lost", file=getattr(sys, name))) == 0  # noqa: B023
+        getattr(sys, name).close()
+        monkeypatch.undo()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_too_few_threads_are_one_line_and_other_faults_are_not(monkeypatch, capsys):
+    def fail(text: str) -> Callable[[], None]:
+        def main() -> None:
+            raise RuntimeError(text)
+
+        return main
+
+    monkeypatch.delenv("MATPAC_FAST_DEBUG", raising=False)
+    assert running(monkeypatch, fail("can't start new thread")) == cli.FAILED
+    assert capsys.readouterr().err.startswith("matpac-fast demo: can't start new thread; expected more memory")
+    with pytest.raises(RuntimeError, match="a fault"):
+        running(monkeypatch, fail("a fault"))
+
+
+def test_what_is_no_path_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments, named in (
+        (["prepare", "", "corpus"], "''"),
+        (["prepare", ".", "s3://bucket/x"], "'s3://bucket/x'"),
+        (["pretrain", ".", "--out", "run", "--init", ""], "''"),
+        (["demo", "--out", ""], "''"),
+    ):
+        assert cli.main(arguments) == cli.FAILED
+        line = f"matpac-fast {arguments[0]}: {named} is no path; expected that of a file or folder of this machine\n"
+        assert capsys.readouterr().err == line
+    assert not list(tmp_path.iterdir())

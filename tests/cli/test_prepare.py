@@ -174,3 +174,19 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(source, tmp_
     assert len(Corpus(out)) == 300
     added = int(said[0].partition(" added")[0].rpartition("; ")[2])
     assert 0 < added < 300
+
+
+@pytest.mark.parametrize("name", ["file:", "file:x", "s3:x", os.fsdecode(b"\xff")])
+def test_any_name_does_for_a_corpus(source, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert cli.main(["prepare", str(source), name]) == 0
+    assert sorted(path.name for path in Path(name).iterdir()) == ["index.parquet", "rejected.parquet", "shards"]
+    assert Corpus(name).paths == ["0.wav", "1.wav", "2.wav"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "source"])
+
+
+def test_a_folder_that_is_a_link_to_nothing_is_said(source, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("nowhere")
+    assert cli.main(["prepare", str(source), str(tmp_path / "link")]) == cli.FAILED
+    assert "link: a link to nothing, where a folder for the corpus was expected" in capsys.readouterr().err

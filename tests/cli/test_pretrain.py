@@ -397,3 +397,22 @@ def test_probe_tensorboard_and_curves_stand_in_the_runs_folder(corpus, tmp_path,
         "tensorboard",
     ]
     assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_that_of_a_run_is_said_before_anything(corpus, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, says in (
+        ("file", "file: a file, where a folder for the run was expected"),
+        ("link", "link: a link to nothing, where a folder for the run was expected"),
+        (os.fsdecode(b"\xff"), "weights are not read from where a name is not UTF-8; rename it"),
+    ):
+        assert run(corpus, "--out", tmp_path / name, "--steps", 1, *SMALL) == cli.FAILED
+        assert says in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_weights_to_begin_with_that_are_a_pipe_are_not_waited_for(corpus, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert run(corpus, "--out", tmp_path / "run", "--init", tmp_path / "pipe") == cli.FAILED
+    assert "pipe: not a regular file; expected a file of weights or a run folder" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,8 +16,9 @@ from matpac_fast import load_encoder
 from matpac_fast.audio.decode import read_audio
 from matpac_fast.errors import ConfigError
 from matpac_fast.study.cache import Cache, View, fill, hash_audio, shared_audio
+from matpac_fast.study.results import add_cost, read_costs
 from matpac_fast.tasks import Fold, load_task
-from tests.study.conftest import save_encoder
+from tests.study.conftest import made_cost, save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,16 @@ def test_copies_across_a_split_are_counted():
 
     fold = Fold(np.array([0, 1]), np.array([3, 4]), np.array([2]))
     assert shared_audio(audio, [fold]) == 1
+
+
+@pytest.mark.parametrize("name", ["file:", "s3:x", os.fsdecode(b"\xff")])
+def test_any_name_does_for_a_folder(tmp_path, encoder, some, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    paths, audio = some
+    cache = Cache(Path(name), encoder, View(0.3))
+    fill([cache], audio, paths, 1, none_done)
+    assert cache.known() == set(audio)
+    assert len(cache.read(audio).values) == len(paths)
+    add_cost(Path(name, "cost.parquet"), made_cost(1.0))
+    assert read_costs(Path(name, "cost.parquet")) == [made_cost(1.0)]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
