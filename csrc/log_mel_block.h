@@ -287,7 +287,8 @@ MATPAC_FFT void mels(const Plan& plan, const Shared& shared, const Tile& tile, i
   const Four* all_weights = static_cast<const Four*>(args.weights);
   const Band* bands = reinterpret_cast<const Band*>(args.bands);
   const int first = thread / kFrames * kFour + lane / (kFrames / kFour);
-  Out* out = static_cast<Out*>(args.out) + (int64_t(tile.clip) * args.n_mels + first) * args.frames + tile.first() + frame;
+  Out* out =
+      static_cast<Out*>(args.out) + (int64_t(tile.clip) * args.n_mels + first) * args.frames + tile.first() + frame;
   MATPAC_NO_UNROLL
   for (int m = first; m < args.n_mels; m += kWarps * kFour, out += kWarps * kFour * args.frames) {
     const Band band = bands[m];

@@ -83,7 +83,7 @@ def register_encoder(name: str, load: Loader | str, mark: str | None = None) -> 
 
 
 def list_encoders(pattern: str = "*") -> list[str]:
-    """Names that `load_encoder` knows without a file, by shell pattern.
+    """Names that `load_encoder` knows, by shell pattern; most load without an argument, "hear" needs its module.
 
     They are the pre-trained encoder of this package and the untrained presets; the encoders of other methods, see
     docs/encoders.md; and what was registered, with `register_encoder` or in the entry-point group
