@@ -113,7 +113,8 @@ def memory_timeline(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _memory(step: Callable[[], Any], path: Path) -> None:
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    # Of C++ it would look up the names of all frames, for seconds.
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=1_000_000)
     try:
         step()
         with atomic(path) as beside:
