@@ -336,13 +336,16 @@ def _unpacked(path: str | os.PathLike[str]) -> str | os.PathLike[str] | io.Bytes
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [name for name in archive.namelist() if not name.endswith("/")]
+            # macOS adds what it knows of each file, by names that end alike.
+            packed = [
+                name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")
+            ]
             if any(name.endswith("/data.pkl") for name in packed):
                 return path
             weights = [name for name in packed if name.endswith((".pt", ".pth", ".ckpt"))]
             if len(weights) != 1:
                 raise CheckpointError(
-                    f"{path}: an archive, of {_some(packed, 3)}; unpack it and give the file of weights"
+                    f"{path}: an archive, of {_some(packed, 3) or 'nothing'}; unpack it and give the file of weights"
                 )
             return io.BytesIO(archive.read(weights[0]))
     except zipfile.BadZipFile:

@@ -13,6 +13,7 @@ from .reference import LogMelConfig
 
 # The fields that make the model's `log_mel`.
 FRONT_END = tuple(field.name for field in dataclasses.fields(LogMelConfig))
+_LARGEST = 3.4028234663852886e38  # in float32
 _NUMBERS: dict[Any, str] = {"int": "a whole number", "float": "a number"}
 
 
@@ -124,7 +125,7 @@ class MatpacConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("mcl_heads", "teacher_temp_warmup", "seed"):
+        for name in ("mcl_heads", "teacher_temp_warmup", "seed", "mcl_temp_end"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
         for name in ("student_temp", "teacher_temp_start", "teacher_temp", "mcl_temp_start"):
@@ -149,6 +150,12 @@ class MatpacConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
         self.log_mel  # noqa: B018 - it checks its fields
+        for field in dataclasses.fields(self):
+            most = {"int": 2**63 - 1, "float": _LARGEST}.get(str(field.type))
+            if most is not None and not abs(getattr(self, field.name)) <= most:
+                raise ConfigError(
+                    f"{field.name} is {getattr(self, field.name)!r}; expected a finite number, to {most:g}"
+                )
 
     @property
     def log_mel(self) -> LogMelConfig:

@@ -351,6 +351,7 @@ def test_an_archive_with_one_file_of_weights_is_loaded(tmp_path):
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(tmp_path / "checkpoint-300.pth", "m2d/checkpoint-300.pth")
             archive.writestr("m2d/LICENSE.pdf", b"%PDF")
+            archive.writestr("__MACOSX/m2d/._checkpoint-300.pth", b"Mac OS X")
     encoder = load_encoder(f"m2d:{tmp_path}/m2d-80x608p16x16.zip", "cpu")
     assert encoder.id == load_encoder(tmp_path / "checkpoint-300.pth", "cpu").id
     with pytest.raises(CheckpointError, match="M2D at 32 kHz, by the name of its folder"):

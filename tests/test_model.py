@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -387,6 +388,11 @@ def test_presets_have_the_size_they_should(name, millions):
         (dict(prototypes=0), "prototypes is 0; expected at least 1"),
         (dict(patch_size=0), "patch_size is 0; expected at least 1"),
         (dict(mcl_heads=-3), "mcl_heads is -3; expected 0 or more"),
+        (dict(mcl_temp_end=-1e-4), "mcl_temp_end is -0.0001; expected 0 or more"),
+        (dict(mean=math.nan), "mean is nan; expected a finite number"),
+        (dict(student_temp=math.inf), "student_temp is inf; expected a finite number"),
+        (dict(log_floor=1e300), "log_floor is 1e[+]300; expected a finite number, to 3.40282e[+]38"),
+        (dict(seed=2**63), "seed is 9223372036854775808; expected a finite number"),
         (dict(mask_ratio=1.5), "mask_ratio is 1.5; expected a share above 0 and below 1"),
         (dict(mask_ratio=float("nan")), "mask_ratio is nan; expected a share above 0 and below 1"),
         (dict(ema_start=1.1), "ema_start is 1.1; expected 0 to 1"),

@@ -20,7 +20,7 @@ _WORDS = {int: "a whole number", float: "a number such as 0.1", bool: "true or f
 def read_fields(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The fields and values of words such as model.depth=6, under "model" and "train".
 
-    A value is JSON; where the field is one of several names, quotes may be left out. Whether a value can be is for the
+    A value is JSON; where the field is a name, quotes may be left out. Whether a value can be is for the
     classes to say.
 
     Raises:
@@ -62,7 +62,7 @@ def _value(setting: str, text: str, hint: Any) -> Any:
     except ValueError:
         value = text
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if get_origin(hint) is Literal:
+    if hint is str or get_origin(hint) is Literal:
         return value if isinstance(value, str) else text
     if not any(_is(value, kind) for kind in kinds):
         raise ConfigError(f"--set {setting}: expected {' or '.join(map(_told, kinds))}")

@@ -109,7 +109,7 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(self.path / "config.json", json.dumps(config, indent=2, allow_nan=False) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

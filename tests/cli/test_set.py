@@ -86,6 +86,13 @@ def config_of(out):
     return {f"{part}.{name}": value for part in ("model", "train") for name, value in config[part].items()}
 
 
+@pytest.mark.parametrize("text", ["3", "null", "hamming!"])
+def test_a_name_that_there_is_not_is_refused_with_those_that_there_are(text):
+    fields = read_fields([f"model.window={text}"])["model"]
+    with pytest.raises(ConfigError, match=rf"window is '{text}'; expected one of hann"):
+        MatpacConfig.from_dict(fields)
+
+
 def test_set_gives_every_field_and_the_run_keeps_it(corpus, tmp_path, capsys):
     fields = ["--set", "model.depth=1", "model.ema_end=0.9", "model.center_of=logits"]
     fields += ["--set", "train.betas=[0.9, 0.98]", "train.seed=5", "model.n_mels=64"]
