@@ -31,12 +31,7 @@ AUTO = resolve_precision("auto", torch.device("cpu"))  # bf16 on a processor tha
 SMALL = ["--preset", "tiny", "--crop-seconds", "0.32", "--batch-size", "2", "--device", "cpu", "--log-every", "2"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*options):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from matpac_fast.config import MatpacConfig
 from matpac_fast.errors import CorpusError
@@ -39,12 +38,8 @@ class MemoryCorpus:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors as small as these, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def alone(one_thread) -> None:
+    """Every test of training runs so."""
 
 
 @pytest.fixture
