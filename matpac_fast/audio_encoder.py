@@ -338,6 +338,13 @@ class AudioEncoder(nn.Module):
         return windowing
 
 
+def products_dtype(weights: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a network's products are taken in: the 16 bits of its weights, else the encoder's `dtype`. Where both are
+    float32, autocast's, which is on where `embed_windows` hands on the caller's."""
+    dtype = weights if weights.itemsize == 2 else dtype
+    return autocast_dtype(device) or dtype if dtype == weights == torch.float32 else dtype
+
+
 def _tensor(wave: Wave, what: str) -> Tensor:
     """A tensor of the wave, of a supported dtype; its values are not looked at."""
     if isinstance(wave, np.ndarray):

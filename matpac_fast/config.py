@@ -13,8 +13,8 @@ from .reference import LogMelConfig
 
 # The fields that make the model's `log_mel`.
 FRONT_END = tuple(field.name for field in dataclasses.fields(LogMelConfig))
-_LARGEST = 3.4028234663852886e38  # in float32
 _NUMBERS: dict[Any, str] = {"int": "a whole number", "float": "a number"}
+_MOST: dict[Any, float] = {"int": 2**63 - 1, "float": 3.4028234663852886e38}  # what PyTorch's integers and float32 hold
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class MatpacConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
         self.log_mel  # noqa: B018 - it checks its fields
         for field in dataclasses.fields(self):
-            most = {"int": 2**63 - 1, "float": _LARGEST}.get(str(field.type))
+            most = _MOST.get(field.type)
             if most is not None and not abs(getattr(self, field.name)) <= most:
                 raise ConfigError(
                     f"{field.name} is {getattr(self, field.name)!r}; expected a finite number, to {most:g}"

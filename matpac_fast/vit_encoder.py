@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, ops
-from .audio_encoder import AudioEncoder
-from .backend import autocast_dtype
+from .audio_encoder import AudioEncoder, products_dtype
 from .config import FRONT_END, MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.frontend import Frontend
@@ -131,9 +130,7 @@ class Encoder(AudioEncoder):
 
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]:
         weights = self.weights_dtype
-        dtype = weights if weights.itemsize == 2 else self.dtype
-        if dtype == weights == torch.float32:  # autocast is on where `embed_windows` hands on the caller's
-            dtype = autocast_dtype(self.device) or dtype
+        dtype = products_dtype(weights, self.dtype, self.device)
         groups = [pieces.to(weights) for pieces in groups]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             if self._compiles:  # a graph for each shape, not for each company that shapes may have

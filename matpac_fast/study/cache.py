@@ -177,16 +177,14 @@ class Cache:
         )
         rows = [(each.values, each.end - each.start) for each in found]
         if view.aggregate == "mean":
-            return [(average(values, seconds)[None], seconds.sum()[None]) for values, seconds in rows]
+            # A last window of a few milliseconds counts as little.
+            return [
+                ((seconds / seconds.sum()).to(values)[None] @ values, seconds.sum()[None]) for values, seconds in rows
+            ]
         return rows
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
-
-
-def average(values: Tensor, seconds: Tensor) -> Tensor:
-    """(..., W, E) and what each window saw (W,) -> (..., E): a last one of a few milliseconds counts as little."""
-    return torch.einsum("...we,w->...e", values, (seconds / seconds.sum()).to(values))
 
 
 def _names(part: Any) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
@@ -29,15 +30,11 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
         CheckpointError: no such file, damaged, unsafe, an encoder alone, or weights of another model: what differs is
             listed, of what shapes do not tell as far as the file says it.
     """
-    source = _whole(source)
-    path = checkpoint.find_weights(source)
-    with intact_named(source, _INIT):
-        state, metadata = checkpoint.load(path)
+    path, state, config, official = _read(source)
     known: dict[str, Any] = {}
-    if "config" in metadata:
-        known = MatpacConfig.from_dict(metadata["config"]).to_dict()
-    elif checkpoint.is_official(state):
-        state = checkpoint.from_official_names(state, str(path))
+    if config is not None:
+        known = MatpacConfig.from_dict(config).to_dict()
+    elif official:
         known = dataclasses.asdict(LogMelConfig(n_mels=checkpoint.read_sizes(state)["n_mels"]))
     if not any(name.startswith("predictor.") for name in state):
         raise CheckpointError(
@@ -54,19 +51,24 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
 
 def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them."""
-    source = _whole(source)
-    with intact_named(source, _INIT):
-        path = checkpoint.find_weights(source)
-        state, metadata = checkpoint.load(path)
-    if "config" in metadata:
-        sizes = metadata["config"]
-    else:
-        if checkpoint.is_official(state):
-            state = checkpoint.from_official_names(state, str(path))
+    _, state, sizes, _ = _read(source)
+    if sizes is None:
         sizes = checkpoint.read_sizes(state)
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], None)
     wanted = {*_UNSEEN, "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
     return {name: value for name, value in sizes.items() if name in wanted}
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[str, Any] | None, bool]:
+    """The file, its weights by our names, the model's configuration where it says one, and whether it is official."""
+    source = _whole(source)
+    with intact_named(source, _INIT):
+        path = checkpoint.find_weights(source)
+        state, metadata = checkpoint.load(path)
+    official = "config" not in metadata and checkpoint.is_official(state)
+    if official:
+        state = checkpoint.from_official_names(state, str(path))
+    return path, state, metadata.get("config"), official
 
 
 def _whole(source: str | os.PathLike[str]) -> str:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..audio_encoder import AudioEncoder
-from ..backend import autocast_dtype, without_autocast
+from ..audio_encoder import AudioEncoder, products_dtype
+from ..backend import without_autocast
 from ..errors import CheckpointError
 
 
@@ -64,9 +64,7 @@ class Network(AudioEncoder):
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
         dtypes = {p.dtype for p in self.parameters()}  # more than one where `ready` has rounded some
         weights = dtypes.pop() if len(dtypes) == 1 else torch.float32  # not float32 where the user has called half()
-        dtype = weights if weights.itemsize == 2 else self.dtype
-        if dtype == weights == torch.float32:  # autocast is on where `embed_windows` hands on the caller's
-            dtype = autocast_dtype(self.device) or dtype
+        dtype = products_dtype(weights, self.dtype, self.device)
         with without_autocast(self.device):
             inputs = self.front_end(pieces).to(weights)
         found: list[Tensor] = []
