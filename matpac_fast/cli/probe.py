@@ -10,12 +10,12 @@ from typing import Literal
 from .._cores import n_cores
 from ..errors import ConfigError
 from ..study.cache import Aggregate
-from ..study.linear import ProbeConfig
 from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.loop import pick_device
 from ..weights import DEFAULT
-from .study import _numbers, _stages, check_resamples, copies, left_out
+from ._probe import check_resamples, probe_config
+from .study import _stages, copies, left_out
 
 
 def main(
@@ -27,6 +27,7 @@ def main(
     aggregate: Aggregate = "mean",
     learning_rates: str = "0.1,1",
     decays: str = "1e-4,1e-3,1e-2,1e-1",
+    probe_batch: int | None = None,
     seeds: int = 3,
     standardize: bool = True,
     resamples: int = 1000,
@@ -58,6 +59,9 @@ def main(
             window in the clip's middle.
         learning_rates: learning rates to try, with commas between them; validation clips choose.
         decays: weight decays to try, with commas between them; validation clips choose.
+        probe_batch: train each probe in shuffled batches of so many windows, until 20 passes have not lowered the
+            validation loss, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4 --decays 0 --seeds 5.
+            Default: all at once.
         seeds: how many times each probe is trained, from other initial weights; the scores are averaged.
         standardize: bring features to zero mean and unit spread before the probe.
         resamples: how often the test clips are drawn anew for the 95 % interval (bootstrap).
@@ -83,9 +87,7 @@ def main(
         hop=hop,
         remainder=remainder,
         aggregate=aggregate,
-        probe=ProbeConfig(
-            _numbers("--learning-rates", learning_rates), _numbers("--decays", decays), seeds, standardize=standardize
-        ),
+        probe=probe_config(learning_rates, decays, probe_batch, seeds, standardize),
         cost=False,
         batch_size=batch_size,
         device=str(pick_device(device)),

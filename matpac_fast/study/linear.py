@@ -33,6 +33,7 @@ class ProbeConfig:
     `decays` are strengths of an L2 penalty decay / 2 * |weight|^2 beside the mean loss of a clip. A seed draws the
     initial weights, and the validation clips where the task names none. `standardize`: features to zero mean and unit
     spread over the fold's training and validation clips. `attentive`: as attentive.py says; a study sets it.
+    `batch`: rows of a gradient, as batches.py says, where steps are passes; None: all.
     """
 
     learning_rates: tuple[float, ...] = (0.1, 1.0)
@@ -43,11 +44,14 @@ class ProbeConfig:
     patience: int = 5  # checks without any probe of the grid getting better
     standardize: bool = True
     attentive: bool = False
+    batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "check_every", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"probe: {name} is {getattr(self, name)}; expected at least 1")
+        for name in ("seeds", "steps", "check_every", "patience", "batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"probe: {name} is {value}; expected at least 1")
+        if self.attentive and self.batch is not None:
+            raise ConfigError("probe: an attentive probe is trained on all clips at once; expected no batch for it")
         if not (self.learning_rates and self.decays and min(self.learning_rates) > 0 and min(self.decays) >= 0):
             raise ConfigError(
                 f"probe: learning rates {self.learning_rates}, decays {self.decays}; expected positive ones"
@@ -116,8 +120,9 @@ def probe(
     if not rows.values.isfinite().all():
         raise ConfigError("probe: embeddings that are not finite; look at the audio, or at the encoder's dtype")
     from .attentive import AttentiveFold
+    from .batches import BatchedFold
 
-    kind = AttentiveFold if config.attentive else FoldProbes
+    kind = AttentiveFold if config.attentive else FoldProbes if config.batch is None else BatchedFold
     per_clip = np.bincount(rows.clip, minlength=len(targets))
     parts = [part for fold in folds for part in (fold.train, fold.valid, fold.test) if part is not None]
     used = np.unique(np.concatenate(parts))
@@ -209,6 +214,25 @@ class FoldProbes:
         windows does not fit into memory several times. Fewer rows than columns are always together.
         """
         n, width = len(learn), values.shape[1]
+        scaled = self._standardise(values, learn)
+        wide = n < width
+        gram = _sum(block @ block.T if wide else block.T @ block for block in scaled(learn))
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        kept = eigenvalues > eigenvalues[-1].clamp(min=1e-30) * _RANK**2
+        self.basis = vectors[:, kept]
+        if wide:
+            self.basis = next(scaled(learn)).T @ (self.basis / eigenvalues[kept].sqrt())  # (D, r)
+        self.size = (gram.trace() / n).sqrt().clamp(min=1e-30)
+        self.basis = self.basis / self.size
+
+        self.learn, self.tested = (
+            self._together((block @ self.basis for block in scaled(which)), len(which), self.basis.shape[1])
+            for which in (learn, test)
+        )
+
+    def _standardise(self, values: Tensor, learn: Tensor) -> Callable[[Tensor], Iterator[Tensor]]:
+        """Take mean and scale from the rows `learn`; returns rows -> them standardised, block by block, in float64."""
+        n, width = len(learn), values.shape[1]
         step = max(width, _FEATURES // width)
 
         def blocks(which: Tensor) -> Iterator[Tensor]:
@@ -221,36 +245,43 @@ class FoldProbes:
             spread = (_sum((block - self.mean).square().sum(0) for block in blocks(learn)) / n).sqrt()
             # A column that does not vary says nothing, and has no spread to divide by.
             self.scale = torch.where(spread > 1e-7 * (self.mean.abs() + 1e-30), 1 / spread, 0.0)
+        return lambda which: ((block - self.mean) * self.scale for block in blocks(which))
 
-        def scaled(which: Tensor) -> Iterator[Tensor]:
-            return ((block - self.mean) * self.scale for block in blocks(which))
-
-        wide = n < width
-        gram = _sum(block @ block.T if wide else block.T @ block for block in scaled(learn))
-        eigenvalues, vectors = torch.linalg.eigh(gram)
-        kept = eigenvalues > eigenvalues[-1].clamp(min=1e-30) * _RANK**2
-        self.basis = vectors[:, kept]
-        if wide:
-            self.basis = next(scaled(learn)).T @ (self.basis / eigenvalues[kept].sqrt())  # (D, r)
-        self.size = (gram.trace() / n).sqrt().clamp(min=1e-30)
-        self.basis = self.basis / self.size
-
-        def rotated(which: Tensor) -> Tensor:
-            out = values.new_empty(len(which), self.basis.shape[1], dtype=self.dtype, device=self.device)
-            for part, block in zip(out.split(step), scaled(which), strict=True):
-                part.copy_(block @ self.basis)
-            return out
-
-        self.learn, self.tested = rotated(learn), rotated(test)
+    def _together(self, blocks: Iterable[Tensor], n: int, width: int) -> Tensor:
+        out = torch.empty(n, width, dtype=self.dtype, device=self.device)
+        start = 0
+        for block in blocks:
+            out[start : start + len(block)] = block
+            start += len(block)
+        return out
 
     def _goal(self, clip: np.ndarray) -> Tensor:
         goal = self.targets[torch.from_numpy(clip)]
         return goal.to(self.device, self.dtype) if self.multi else goal.to(self.device)
 
     def run(self, metric: str, progress: Callable[[float], None]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        pairs = [(lr, decay) for lr in self.config.learning_rates for decay in self.config.decays]
+        loss, weight, bias = self._train(pairs, progress)
+        seeds = self.config.seeds
+        choice = loss.view(len(pairs), seeds).argmin(0)  # (S,)
+        picked = choice * seeds + torch.arange(seeds, device=self.device)
+        weight, bias = weight[:, picked], bias[picked]  # (r, S, K), (S, K)
+        chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64)
+        scores = self._probabilities(self.tested, self.test_clip, self.test_share, self.test, weight, bias)
+        return (
+            scores,
+            loss[picked].cpu(),
+            self._valid_scores(metric, weight, bias),
+            chosen,
+            self._given(weight, bias),
+        )
+
+    def _train(
+        self, pairs: Sequence[tuple[float, float]], progress: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each pair and seed the least validation loss (G,), and the weight (r, G, K) and bias (G, K) of it."""
         c = self.config
         s, k, r = c.seeds, self.columns, self.learn.shape[1]
-        pairs = [(lr, decay) for lr in c.learning_rates for decay in c.decays]
         g = len(pairs) * s
         rate = torch.tensor([lr for lr, _ in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
         decay = torch.tensor([d for _, d in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
@@ -286,18 +317,7 @@ class FoldProbes:
                 square.lerp_(gradient.square(), 0.01)
                 update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
                 value -= now[:, None] * update
-        choice = best_loss.view(len(pairs), s).argmin(0)  # (S,)
-        picked = choice * s + torch.arange(s, device=self.device)
-        weight, bias = best_weight[:, picked], best_bias[picked]  # (r, S, K), (S, K)
-        chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64)
-        scores = self._probabilities(self.tested, self.test_clip, self.test_share, self.test, weight, bias)
-        return (
-            scores,
-            best_loss[picked].cpu(),
-            self._valid_scores(metric, weight, bias),
-            chosen,
-            self._given(weight, bias),
-        )
+        return best_loss, best_weight, best_bias
 
     def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.addmm(bias.flatten(), x, weight.flatten(1)).unflatten(1, bias.shape)  # (R, G, K)

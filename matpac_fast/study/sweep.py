@@ -80,6 +80,11 @@ class StudyConfig:
                     came = f"study: {name} is {seconds:g} s"
                     raise ConfigError(f"{came}; expected a number of seconds from {_SHORTEST:g} up, such as 2")
         Windowing(self.temporal_supports[0], self.hop, remainder=self.remainder)
+        self.trained()  # raises where the two do not go together
+
+    def trained(self) -> ProbeConfig:
+        """How the probes are, of what `aggregate` gives them."""
+        return dataclasses.replace(self.probe, attentive=self.aggregate == "attend")
 
 
 def check_folder(out: Path, option: str = "--out") -> None:
@@ -298,7 +303,7 @@ def _probe(
     progress: Callable[[float], None],
 ) -> tuple[Probed, float]:
     """The probes of one cell, and the mean number of windows a clip; read where they are there."""
-    settings = dataclasses.replace(config.probe, attentive=cache.view.aggregate == "attend")
+    settings = config.trained()
     made_of = [_PROBES, cache.key, task.fingerprint, hashlib.sha256("".join(audio).encode()).hexdigest()]
     made_of += [json.dumps(dataclasses.asdict(settings), sort_keys=True), task.metric, device.type, __version__]
     path = out / "probes" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]}.npz"

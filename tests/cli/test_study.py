@@ -245,6 +245,8 @@ def test_without_costs_nothing_is_cheaper_and_what_is_left_out_is_named(
         ("study", ["--hop", "0"], "study: hop is 0 s; expected"),
         ("probe", ["--temporal-support", "0"], "study: temporal support is 0 s; expected"),
         ("study", ["--workers", "0"], "workers 0; expected 1 or more"),
+        ("probe", ["--probe-batch", "0"], "probe: batch is 0; expected at least 1"),
+        ("study", ["--probe-batch", "128", "--aggregate", "attend"], "probe is trained on all clips at once"),
     ],
 )
 def test_numbers_that_cannot_be_end_it_before_any_work(command, options, said, tmp_path, capsys):
@@ -348,9 +350,14 @@ def test_student_and_teacher_are_told_apart_by_name(clips, tmp_path):  # noqa: F
     names = [f"{tmp_path}/run{ending}" for ending in ("", "@teacher", "@2@teacher")]
     arguments = ["study", "--encoders", ",".join(names), "--tasks", f"folder:{clips}", "--out", str(tmp_path / "out")]
     arguments += ["--temporal-support", "0.5", "--learning-rates", "1", "--decays", "1e-2", "--seeds", "1", "--no-cost"]
+    arguments += ["--probe-batch", "16"]
     assert cli.main([*arguments, "--resamples", "5", "--device", "cpu", "--workers", "1"]) == 0
     rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert list(dict.fromkeys(row["encoder"] for row in rows)) == names
     assert len({row["encoder_id"] for row in rows}) == 3
     kept = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "out" / "embeddings").iterdir())
     assert kept == ["run", "run-2-teacher", "run-teacher"]
+    made = json.loads((tmp_path / "out" / "settings.json").read_text())["made"]
+    assert (
+        "at most 300 passes in batches of 16, checked every 1 and ended after 20 checks without gain" in made["probe"]
+    )

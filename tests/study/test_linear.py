@@ -259,7 +259,9 @@ def test_a_clip_without_an_embedding_is_an_error(part, attentive):
         run(values[clip], targets, [fold], dataclasses.replace(QUICK, attentive=attentive), 3, clip=clip)
 
 
-@pytest.mark.parametrize("change", [dict(seeds=0), dict(steps=0), dict(decays=()), dict(learning_rates=(0.0,))])
+@pytest.mark.parametrize(
+    "change", [dict(seeds=0), dict(steps=0), dict(batch=0), dict(decays=()), dict(learning_rates=(0.0,))]
+)
 def test_settings_that_cannot_be(change):
     with pytest.raises(ConfigError):
         ProbeConfig(**change)

@@ -1,0 +1,36 @@
+"""The options of `study` and `probe` that say how probes are trained and scored."""
+
+from __future__ import annotations
+
+from ..errors import ConfigError
+from ..study.linear import ProbeConfig
+
+_PASSES = 20  # that training in batches goes on without gain
+
+
+def probe_config(learning_rates: str, decays: str, batch: int | None, seeds: int, standardize: bool) -> ProbeConfig:
+    until = {} if batch is None else {"check_every": 1, "patience": _PASSES}
+    rates, strengths = numbers("--learning-rates", learning_rates), numbers("--decays", decays)
+    return ProbeConfig(rates, strengths, seeds, standardize=standardize, batch=batch, **until)
+
+
+def probe_words(probe: ProbeConfig, attentive: bool) -> str:
+    rates, decays = (", ".join(f"{value:g}" for value in values) for values in (probe.learning_rates, probe.decays))
+    steps = "steps" if probe.batch is None else f"passes in batches of {probe.batch}"
+    return (
+        f"{'attentive' if attentive else 'linear'}; learning rates {rates}; decays {decays}; seeds: {probe.seeds}; "
+        f"at most {probe.steps} {steps}, checked every {probe.check_every} and ended after {probe.patience} checks "
+        f"without gain; features {'standardised' if probe.standardize else 'as they are'}"
+    )
+
+
+def check_resamples(resamples: int) -> None:
+    if resamples < 1:
+        raise ConfigError(f"--resamples is {resamples}; expected at least 1, such as 1000")
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; expected numbers with commas between them") from None

@@ -1,0 +1,96 @@
+"""The probe as papers train it: shuffled batches, Adam at a constant learning rate, until the validation loss rises.
+
+What the grid of `FoldProbes` finds is the minimum of a penalised loss; this one ends wherever early stopping ends it,
+as do the probes of MATPAC's and M2D's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear import CELLS, FoldProbes
+
+
+class BatchedFold(FoldProbes):
+    """All probes of one fold, one after the other, each a linear layer with the initial weights of nn.Linear.
+
+    A batch is of rows; a row of a clip of several counts by its share of the clip. `steps`, `check_every` and
+    `patience` are in passes over the training rows, each in an order of its own.
+    """
+
+    def _features(self, values: Tensor, learn: Tensor, test: Tensor) -> None:
+        """Standardised, and no more: Adam's way depends on the axes, and the papers' are those of the embedding."""
+        scaled = self._standardise(values, learn)
+        self.learn, self.tested = (
+            self._together(scaled(which), len(which), values.shape[1]) for which in (learn, test)
+        )
+
+    def _train(
+        self, pairs: Sequence[tuple[float, float]], progress: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seeds, found = self.config.seeds, []
+        for i, (rate, decay) in enumerate(pairs):
+            for seed in range(seeds):
+                done = i * seeds + seed
+                told = lambda share, done=done: progress((done + share) / (len(pairs) * seeds))  # noqa: E731
+                found.append(self._one(seed, rate, decay, told))
+        losses, weights, biases = zip(*found, strict=True)
+        return torch.stack(losses), torch.stack(weights, 1), torch.stack(biases)
+
+    @torch.enable_grad()
+    def _one(
+        self, seed: int, rate: float, decay: float, progress: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The least validation loss (), and the weight (D, K) and bias (K,) that had it."""
+        c, generator = self.config, torch.Generator().manual_seed(seed)
+        assert c.batch is not None
+        width = self.learn.shape[1]
+        drawn = torch.rand(width + 1, self.columns, generator=generator, dtype=torch.float64)
+        first = ((2 * drawn - 1) / width**0.5).to(self.device, self.dtype)
+        weight, bias = first[:-1].clone().requires_grad_(), first[-1].clone().requires_grad_()
+        optimizer = torch.optim.Adam([weight, bias], lr=rate, weight_decay=decay)
+        training = self.training[:, seed].nonzero()[:, 0]
+        held = (~self.training[:, seed]).nonzero()[:, 0]
+        best = (torch.full_like(bias[0].detach(), torch.inf), weight.detach(), bias.detach())
+        stale = 0
+        for step in range(c.steps + 1):
+            if step % c.check_every == 0 or step == c.steps:
+                progress(step / c.steps)
+                with torch.no_grad():
+                    loss = self._mean(held, self.share[held].sum(), weight, bias)
+                better = bool(loss < best[0])
+                best = (loss, weight.detach().clone(), bias.detach().clone()) if better else best
+                stale = 0 if better else stale + 1
+                if stale >= c.patience:
+                    break
+            if step == c.steps:
+                break
+            order = training[torch.randperm(len(training), generator=generator).to(self.device)]
+            for rows in order.split(c.batch):
+                optimizer.zero_grad()
+                # Shares are of a whole clip: over their mean, the gradients of a pass are those of its mean clip.
+                self._mean(rows, self.share[training].mean() * len(rows), weight, bias).backward()
+                optimizer.step()
+        return best
+
+    def _mean(self, rows: Tensor, total: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The rows' losses, each times its share, over `total`."""
+        loss = weight.new_zeros(())
+        for some in rows.split(max(1, CELLS // self.columns)):
+            logits, goal = torch.addmm(bias, self.learn[some], weight), self.goal[some]
+            if self.multi:
+                each = F.binary_cross_entropy_with_logits(logits, goal.nan_to_num(), reduction="none")
+                each = torch.where(goal.isnan(), 0.0, each).sum(1)
+            else:
+                each = F.cross_entropy(logits, goal, reduction="none")
+            loss = loss + (each * self.share[some]).sum()
+        return loss / total
+
+    def _given(self, weight: Tensor, bias: Tensor) -> Tensor:
+        by_column = (weight.double() * self.scale[:, None, None]).transpose(0, 1)  # (S, D, K)
+        shift = bias.double() - torch.einsum("d,sdk->sk", self.mean, by_column)
+        return torch.cat([by_column, shift[:, None]], 1).cpu()

@@ -1,0 +1,132 @@
+"""The probe in batches: a linear layer trained as papers do, written out here once more with torch's own parts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from matpac_fast.study.linear import ProbeConfig
+from matpac_fast.tasks import Fold
+
+from .test_linear import blobs, run, standardised, three_folds
+
+BATCHES = ProbeConfig((1e-2,), (0.0,), seeds=2, steps=40, check_every=1, patience=5, batch=16)
+
+
+def trained(x: np.ndarray, targets: np.ndarray, fold: Fold, config: ProbeConfig, seed: int, multi: bool = False):
+    """The layer of least validation loss, and the number of passes."""
+    generator = torch.Generator().manual_seed(seed)
+    values, goal, k = torch.from_numpy(x), torch.from_numpy(targets), targets.max() + 1 if not multi else 3
+    layer = nn.Linear(values.shape[1], int(k), dtype=torch.float64)
+    drawn = torch.rand(values.shape[1] + 1, int(k), generator=generator, dtype=torch.float64)
+    with torch.no_grad():  # nn.Linear draws from the same range
+        layer.weight.copy_((2 * drawn[:-1].T - 1) / values.shape[1] ** 0.5)
+        layer.bias.copy_((2 * drawn[-1] - 1) / values.shape[1] ** 0.5)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=config.learning_rates[0], weight_decay=config.decays[0])
+
+    def loss(clips):
+        logits, wanted = layer(values[clips]), goal[clips]
+        if not multi:
+            return F.cross_entropy(logits, wanted)
+        known = ~wanted.isnan()
+        each = F.binary_cross_entropy_with_logits(logits, wanted.nan_to_num().double(), reduction="none")
+        return (each * known).sum() / len(clips)
+
+    best, kept, since = np.inf, None, 0
+    for done in range(config.steps + 1):
+        if (now := loss(np.sort(fold.valid)).item()) < best:
+            best, kept, since = now, copy.deepcopy(layer), 0
+        else:
+            since += 1
+        if since == config.patience or done == config.steps:
+            return kept, done
+        train = np.sort(fold.train)
+        for clips in np.array_split(
+            train[torch.randperm(len(train), generator=generator).numpy()],
+            np.arange(config.batch, len(train), config.batch),
+        ):
+            optimizer.zero_grad()
+            loss(clips).backward()
+            optimizer.step()
+    raise AssertionError
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_it_is_the_loop_that_papers_have(decay):
+    values, targets = blobs(spread=4.0)
+    config = dataclasses.replace(BATCHES, decays=(decay,))
+    folds = three_folds(len(targets))[:2]
+    found = run(values, targets, folds, config, 3)
+    passes = []
+    for f, fold in enumerate(folds):
+        x = standardised(values, fold)
+        for seed in range(2):
+            layer, done = trained(x, targets, fold, config, seed)
+            passes.append(done)
+            expected = layer(torch.from_numpy(x[fold.test])).softmax(1)
+            torch.testing.assert_close(found.scores[f][seed], expected.detach(), rtol=0, atol=1e-9)
+            given = values[fold.test] @ found.weights[f][seed, :-1] + found.weights[f][seed, -1]
+            torch.testing.assert_close(given.softmax(1), expected.detach(), rtol=0, atol=1e-9)
+    assert min(passes) < config.steps  # stopped early: what is kept is not the last
+
+
+def test_of_several_labels_only_the_known_ones_count():
+    values, _ = blobs(n=150, seed=3)
+    random = np.random.default_rng(4)
+    targets = ((values.numpy() - values.numpy().mean(0)) @ random.normal(size=(12, 3)) > 0).astype(np.float32)
+    targets[random.random(targets.shape) < 0.3] = np.nan
+    fold = three_folds(150)[0]
+    found = run(values, targets, [fold], BATCHES, 3, "mAP")
+    x = standardised(values, fold)
+    for seed in range(2):
+        layer, _ = trained(x, targets, fold, BATCHES, seed, multi=True)
+        expected = layer(torch.from_numpy(x[fold.test])).sigmoid()
+        torch.testing.assert_close(found.scores[0][seed], expected.detach(), rtol=0, atol=1e-9)
+
+
+def test_validation_chooses_among_rates_and_the_pairs_are_apart():
+    values, targets = blobs()
+    fold = three_folds(len(targets))[0]
+    config = dataclasses.replace(BATCHES, learning_rates=(1e-5, 1e-2), decays=(0.0, 1e-3))
+    found = run(values, targets, [fold], config, 3)
+    alone = {}
+    for rate in config.learning_rates:
+        for decay in config.decays:
+            one = dataclasses.replace(config, learning_rates=(rate,), decays=(decay,))
+            alone[rate, decay] = run(values, targets, [fold], one, 3)
+    for seed in range(2):
+        best = min(alone, key=lambda pair: float(alone[pair].valid[0, seed]))
+        assert tuple(found.chosen[0, seed].tolist()) == best
+        assert torch.equal(found.scores[0][seed], alone[best].scores[0][seed])
+        assert best[0] == 1e-2
+
+
+def test_a_row_counts_by_its_share_of_its_clip():
+    """One batch a pass, so that the order does not matter: rows twice with half the seconds each are the rows once."""
+    values, targets = blobs()
+    fold = three_folds(len(targets))[0]
+    config = dataclasses.replace(BATCHES, batch=1000, standardize=False)
+    once = run(values / 5, targets, [fold], config, 3)
+    clip = np.repeat(np.arange(len(targets)), 2)
+    twice = run(values[clip] / 5, targets, [fold], config, 3, clip=clip)
+    torch.testing.assert_close(once.scores[0], twice.scores[0], rtol=0, atol=1e-6)
+    # What was seen for a thousandth of a clip moves next to nothing, whatever it holds.
+    rows = torch.stack([values, 100 * values.flip(0)], 1).flatten(0, 1) / 5
+    seconds = np.tile([1.0, 1e-7], len(targets))
+    odd = run(rows, targets, [fold], config, 3, clip=clip, seconds=seconds)
+    torch.testing.assert_close(once.scores[0], odd.scores[0], rtol=0, atol=1e-3)
+
+
+def test_same_bits_twice_and_seeds_differ():
+    values, targets = blobs()
+    folds = three_folds(len(targets))
+    one, two = (run(values, targets, folds, BATCHES, 3, dtype=torch.float32) for _ in range(2))
+    for mine, other in zip(one.scores + one.weights, two.scores + two.weights, strict=True):
+        assert torch.equal(mine, other)
+    assert not torch.equal(one.scores[0][0], one.scores[0][1])
