@@ -1,7 +1,8 @@
-"""What the end of a name chooses: a step of a run, a side of the model.
+"""What the end of a name chooses: a step of a run, a side of the model, a layer of the encoder.
 
-"runs/a@20000" is the run's checkpoint of that step, "runs/a@teacher" the newest one's teacher, and
-"runs/a@20000@teacher" or "runs/a@teacher@20000" both. An existing path is one, whatever it ends in.
+"runs/a@20000" is the run's checkpoint of that step, "runs/a@teacher" the newest one's teacher, "runs/a@layer6" the
+encoder up to its sixth block; several go one behind the other, in any order: "runs/a@20000@teacher@layer6". An existing
+path is one, whatever it ends in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 from .errors import CheckpointError
 
-_ENDING = re.compile(r"(.+)@(student|teacher|[0-9]{1,15})", re.DOTALL)
+_ENDING = re.compile(r"(.+)@(student|teacher|[0-9]{1,15}|layer[1-9][0-9]{0,3})", re.DOTALL)
+ENDINGS = "@teacher, @student, @STEP such as @20000, and @layerN such as @layer6"
 _NAMED = 20  # steps that an error lists
 
 
@@ -24,6 +26,7 @@ class Choice(NamedTuple):
     ending: str = ""  # as it is written, "@20000@teacher"
     step: int | None = None  # None: the newest
     side: str | None = None  # "student", "teacher", or None: it is not said
+    layer: int | None = None  # from 1; None: the last
 
     def source(self) -> str:
         """`path`, or the folder of its checkpoint of `step`; where nothing is, who reads it will say so.
@@ -49,10 +52,14 @@ class Choice(NamedTuple):
 
 
 def parse(name: str) -> Choice:
-    """`name` in its parts; a second step or side is left in its path, which then is none."""
+    """`name` in its parts; a second step, side or layer is left in its path, which then is none."""
     path, chosen = name, {}
     while not os.path.exists(path) and (found := _ENDING.fullmatch(path)) is not None:
-        kind, value = ("step", int(found[2])) if found[2].isdecimal() else ("side", found[2])
+        kind, value = "side", found[2]
+        if value.isdecimal():
+            kind, value = "step", int(value)
+        elif value.startswith("layer"):
+            kind, value = "layer", int(value[5:])
         if kind in chosen:
             break
         path, chosen[kind] = found[1], value

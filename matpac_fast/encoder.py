@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checkpoint, m2d
 from .audio_encoder import AudioEncoder
-from .choice import Choice, parse
+from .choice import ENDINGS, Choice, parse
 from .config import PRESETS, MatpacConfig
 from .download import resolve
 from .embedding import Embeddings
@@ -115,7 +115,8 @@ def load_encoder(
             "name:argument" where it takes one, such as "passt:FILE". "matpac:FILE" and "m2d:FILE" insist on the kind.
             Names come before files and folders: one that is called like a name is written "./name".
             A run or training checkpoint of MATPAC may end in "@teacher" or "@student", a run in "@20000", its
-            checkpoint of that step, or in both, "@20000@teacher"; a path that exists is one, whatever it ends in.
+            checkpoint of that step, MATPAC and M2D in "@layer6", the network up to that layer, or in several of them,
+            "@20000@teacher"; a path that exists is one, whatever it ends in.
             A file may be an address, "https://..." with or without "#sha256=HEX": it is downloaded once, into the
             folder that `MATPAC_FAST_CACHE` names or ~/.cache/matpac_fast, and its SHA-256 is checked each time;
             `MATPAC_FAST_OFFLINE=1` or `HF_HUB_OFFLINE=1` forbids the download.
@@ -152,13 +153,13 @@ def load_encoder(
             try:
                 return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
             except CheckpointError as error:  # its argument is its own and may end in anything
-                if ending := parse(argument).ending:
-                    raise CheckpointError(f"{error}; {_of_matpac(ending, prefix)}") from error
+                if (theirs := parse(argument)).ending:
+                    raise CheckpointError(f"{error}; {_of_matpac(theirs, prefix)}") from error
                 raise
         choice = parse(argument if kind else name)
         path = choice.path if kind else _ALIASES.get(choice.path, choice.path)
         if choice.ending and kind is None and _find(path) is not None:
-            raise ConfigError(f"load_encoder: {name!r}: {_of_matpac(choice.ending, path)}")
+            raise ConfigError(f"load_encoder: {name!r}: {_of_matpac(choice, path)}")
     if weights is not None and choice.side not in (None, weights):
         raise ConfigError(
             f"load_encoder: weights is {weights!r}, and {name!r} says {choice.side!r}; leave one of them out"
@@ -179,7 +180,7 @@ def load_encoder(
         for known, other in _registry.items():
             if foreign and other.mark is not None and other.mark in state:
                 if choice.ending:
-                    raise ConfigError(f"load_encoder: {name!r}: {_of_matpac(choice.ending, known)}")
+                    raise ConfigError(f"load_encoder: {name!r}: {_of_matpac(choice, known)}")
                 return _load_registered(other, name, path, device, dtype, num_heads, weights, compile)
         state, sizes, known_id = _interpret(state, metadata, path, kind, num_heads)
     encoder = encoder_of(state, sizes, side, name)
@@ -188,6 +189,8 @@ def load_encoder(
             f"{name}: altered or damaged: saved with SHA-256 {known_id[:12]}, it is {encoder.id[:12]}"
         )
     encoder.name = os.path.basename(name.removesuffix(choice.ending).rstrip("/")) + choice.ending
+    if choice.layer is not None:
+        encoder.cut(choice.layer)
     return encoder.to(device).prepare(dtype, compile)
 
 
@@ -209,17 +212,19 @@ def _untrained(config: MatpacConfig) -> dict[str, Tensor]:
         return Matpac(config).state_dict()
 
 
-def _of_matpac(ending: str, kind: str) -> str:
-    return f"{ending} is for runs and training checkpoints of MATPAC, and this is {kind}: leave it out"
+def _of_matpac(choice: Choice, kind: str) -> str:
+    whose = "runs and training checkpoints of MATPAC" if choice.side or choice.step else "encoders of MATPAC and M2D"
+    return f"{choice.ending} is for {whose}, and this is {kind}: leave it out"
 
 
 def _read(choice: Choice) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         os.stat(choice.path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of a path that cannot be
+        endings = f", and may end in {ENDINGS}" if "@" in os.path.basename(choice.path) else ""
         raise CheckpointError(
             f"no encoder {choice.path!r}: neither a file nor one of {', '.join(list_encoders())}; give the path or "
-            f"the https:// address of a released file, see {_RELEASES}"
+            f"the https:// address of a released file, see {_RELEASES}{endings}"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{choice.path}: cannot be read: {error.strerror}") from None

@@ -155,6 +155,10 @@ def get_matpac(
     encoder = load_encoder(checkpoint_path, device, num_heads=num_heads)
     if not isinstance(encoder, Encoder):
         raise ConfigError(f"get_matpac: {encoder.name} is a {type(encoder).__name__}; expected a MATPAC encoder")
+    if as_class_head and encoder.depth < encoder.sizes["depth"]:
+        raise ConfigError(
+            f"get_matpac: the AudioSet head is of the last layer, and this is {encoder.name}; leave it out"
+        )
     if as_class_head or probe_checkpoint_paths is not None:
         inference_type, pull_time_dimension, concat_freq = "precise", True, not as_class_head
     model = OfficialMatpac(encoder, inference_type, pull_time_dimension, concat_freq)

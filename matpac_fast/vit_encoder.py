@@ -123,7 +123,7 @@ class Encoder(AudioEncoder):
     @property
     def weights_dtype(self) -> torch.dtype:
         """float32, unless the user has called half(), bfloat16() or double(); `dtype` is that of the products."""
-        return self.student.norm.weight.dtype
+        return self.frontend.cls_token.dtype
 
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
         return self.forward_groups([pieces], pool, layers)[0]
@@ -182,6 +182,22 @@ class Encoder(AudioEncoder):
         grid = tokens[:, 1:].float().unflatten(1, (self.freq, -1))  # (N, freq, T, D)
         return grid.sum(2).flatten(1) if pool == "mean" else grid.transpose(1, 2).flatten(2)
 
+    def cut(self, layer: int) -> Encoder:
+        """Keep the blocks up to `layer`, from 1, and return this encoder: its embeddings are now those that
+        `layers="all"` has of that layer, which only the last has normalised, at the cost of these blocks alone.
+
+        Raises:
+            ConfigError: no such layer.
+        """
+        if not 1 <= layer <= self.depth:
+            raise ConfigError(f"{self.name}: no layer {layer}; expected one from 1 to {self.depth}")
+        if layer < self.depth:
+            del self.student.blocks[layer:]
+            self.student.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+            self.settings = self.settings | {"depth": layer}
+            self.depth = self.n_layers = layer
+        return self
+
     def prepare(self, dtype: torch.dtype = torch.float32, compile: bool = False) -> Encoder:
         """Compute in `dtype` from here on, through torch.compile if asked; see `load_encoder`."""
         self.dtype = dtype
@@ -206,12 +222,17 @@ class Encoder(AudioEncoder):
                 an id of its own.
 
         Raises:
-            ConfigError: another dtype, or an encoder that was loaded in bfloat16.
+            ConfigError: another dtype, or an encoder that was loaded in bfloat16, or cut.
         """
         if dtype not in ("float32", "float16"):
             raise ConfigError(f"save: dtype is {dtype!r}; expected 'float32' or 'float16'")
         if self.dtype != torch.float32:
             raise ConfigError(f"save: the weights are rounded to {self.dtype}; load the encoder in float32 to save it")
+        if self.depth < self.sizes["depth"]:
+            raise ConfigError(
+                f"save: this is the encoder up to layer {self.depth} of {self.sizes['depth']}; save the whole one, and "
+                f"load FILE@layer{self.depth} of it"
+            )
         stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in self.state_dict().items()}
         rounded = encoder_of(stored, self.sizes, "student", os.fspath(path))
         checkpoint.save(path, stored, {"kind": "encoder", "sizes": self.sizes, "id": rounded.id})

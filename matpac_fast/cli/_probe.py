@@ -9,9 +9,10 @@ _PASSES = 20  # that training in batches goes on without gain
 
 
 def probe_config(learning_rates: str, decays: str, batch: int | None, seeds: int, standardize: bool) -> ProbeConfig:
-    until = {} if batch is None else {"check_every": 1, "patience": _PASSES}
-    rates, strengths = numbers("--learning-rates", learning_rates), numbers("--decays", decays)
-    return ProbeConfig(rates, strengths, seeds, standardize=standardize, batch=batch, **until)
+    grid = numbers("--learning-rates", learning_rates), numbers("--decays", decays)
+    if batch is None:
+        return ProbeConfig(*grid, seeds, standardize=standardize)
+    return ProbeConfig(*grid, seeds, standardize=standardize, batch=batch, check_every=1, patience=_PASSES)
 
 
 def probe_words(probe: ProbeConfig, attentive: bool) -> str:

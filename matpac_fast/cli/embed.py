@@ -59,8 +59,8 @@ def main(
     Args:
         source: folder of audio, searched with all its sub-folders; or a text file with one path a line.
         encoder: a run folder, a checkpoint, an official file, or a name such as passt:FILE. runs/a@teacher is a run's
-            teacher, runs/a@20000 its checkpoint of that step, runs/a@20000@teacher both. Default: this package's own
-            pre-trained one.
+            teacher, runs/a@20000 its checkpoint of that step, runs/a@layer6 the network up to its sixth layer,
+            runs/a@20000@teacher two of these. Default: this package's own pre-trained one.
         out: folder for the embeddings.
         temporal_support: seconds of audio that one embedding sees. Default: the whole file.
         hop: seconds from one window to the next. Default: the temporal support, so that windows do not overlap.

@@ -72,7 +72,7 @@ def main(
     results.parquet, comparisons.parquet, cost.parquet, PNG plots and report.html. Killed and run again, it goes on.
 
     Args:
-        encoders: names, run folders or files, with commas between them, such as runs/a,runs/a@teacher,runs/a@20000;
+        encoders: names, run folders or files, with commas between them, such as runs/a,runs/a@teacher,runs/a@layer6;
             see matpac-fast embed --help.
         out: folder for results and embeddings.
         tasks: NAME:FOLDER, several with commas between them.

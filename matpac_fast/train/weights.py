@@ -74,8 +74,9 @@ def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[st
 def _whole(source: str | os.PathLike[str]) -> str:
     """Where a whole model lies, of the step that `source` may end in."""
     choice = parse(os.fspath(source))
-    if choice.side is not None:
+    if choice.side is not None or choice.layer is not None:
+        part = f"@{choice.side}" if choice.side is not None else f"@layer{choice.layer}"
         raise ConfigError(
-            f"{os.fspath(source)}: a new run begins with the whole model, student and teacher; leave @{choice.side} out"
+            f"{os.fspath(source)}: a new run begins with the whole model, student and teacher; leave {part} out"
         )
     return choice.source()
