@@ -74,10 +74,10 @@ def _run(argv: list[str]) -> int:
         module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
         import tyro
 
-        from ._options import described, paths
+        from ._options import described, description, paths
 
-        prog = f"matpac-fast {argv[0]}"
-        return tyro.cli(described(module.main), prog=prog, args=argv[1:], registry=paths) or 0
+        command, prog = described(module.main), f"matpac-fast {argv[0]}"
+        return tyro.cli(command, prog=prog, description=description(command), args=argv[1:], registry=paths) or 0
     except KeyboardInterrupt:
         print(f"matpac-fast {argv[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED

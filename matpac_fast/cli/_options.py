@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
+import textwrap
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +58,13 @@ def described(main: Callable[..., Any]) -> Callable[..., Any]:
     # tyro would break the help where the docstring breaks its lines.
     main.__doc__ = re.sub(r"\n {12}(?=\S)", " ", main.__doc__ or "")
     return main
+
+
+def description(main: Callable[..., Any]) -> str:
+    """What stands before the options in --help, in lines of the terminal's width.
+
+    tyro joins lines that begin with a letter; so all but a paragraph's first begin further right.
+    """
+    text = inspect.cleandoc(main.__doc__ or "").partition("\nArgs:\n")[0]
+    lines = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n\n".join(map(lines.fill, text.split("\n\n")))

@@ -133,7 +133,7 @@ def main(
         return 0
     check_folder(out)
     cells: list[Cell] = []
-    with _stages() as hear:
+    with _stages() as hear, _kept():
         if cost_only:
             found, tables = list(cost_sweep(config, out, hear).values()), Tables([], [], [])
         else:
@@ -180,6 +180,15 @@ def _listed(out: Path, lines: Sequence[str]) -> Path | None:
         return path
     path.unlink(missing_ok=True)
     return None
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("what is embedded, probed and measured is kept; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager

@@ -303,6 +303,19 @@ def test_errors_are_one_line(arguments, said, clips, tmp_path, capsys):  # noqa:
     assert len(err.strip().splitlines()) == 1
 
 
+def test_interrupted_it_says_that_it_goes_on(clips, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matpac_fast.cli.study.run_study", interrupted)
+    needed = ["--encoders", "logmel-stats", "--tasks", f"folder:{clips}", "--out", str(tmp_path / "out")]
+    assert cli.main(["study", *needed, "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "what is embedded, probed and measured is kept; the same command goes on from there",
+        "matpac-fast study: interrupted",
+    ]
+
+
 def test_an_incomplete_data_set_is_named_file_by_file(tmp_path, capsys):
     miniature.esc50(tmp_path / "esc")
     missing = {path: path.read_bytes() for path in sorted((tmp_path / "esc/audio").iterdir())[:7]}
