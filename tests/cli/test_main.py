@@ -37,7 +37,8 @@ def test_every_command_has_help_with_an_example(name, capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert f"Example: matpac-fast {name}" in said
-    assert max(map(len, said.partition("\u256d")[0].splitlines())) <= 80  # the terminal's width here
+    described = said.partition("\n")[2].partition("\u256d")[0]  # between usage and options
+    assert max(map(len, described.splitlines())) <= 80  # the terminal's width here
     # What may be left out says what happens then; a switch is no choice between three words.
     assert "default: None" not in said
     assert "{None" not in said
