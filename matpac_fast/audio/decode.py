@@ -250,7 +250,9 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
 
 def find_audio(
-    folder: str | os.PathLike[str], on_error: Callable[[Path, OSError], None] = lambda path, error: None
+    folder: str | os.PathLike[str],
+    on_error: Callable[[Path, OSError], None] = lambda path, error: None,
+    also: frozenset[str] = frozenset(),
 ) -> list[Path]:
     """The audio files in `folder` and below, sorted, by suffix in any case.
 
@@ -260,6 +262,7 @@ def find_audio(
         folder: where to look.
         on_error: told of each folder below that cannot be read, is named like an audio file, or is a link to a folder
             that holds it; the search goes on.
+        also: suffixes of other files to find, in lower case.
 
     Raises:
         AudioError: `folder` itself is none, or cannot be read.
@@ -290,12 +293,13 @@ def find_audio(
             on_error(Path(here), error)
             continue
         for entry in listed:
-            named = os.path.splitext(entry.name)[1].lower() in suffixes
+            suffix = os.path.splitext(entry.name)[1].lower()
+            named = suffix in suffixes
             if _is_folder(entry):
                 if named:
                     on_error(Path(entry.path), OSError(errno.EISDIR, "a folder by the name of an audio file"))
                 (links if entry.is_symlink() else waiting).append(entry.path)
-            elif named:
+            elif named or suffix in also:
                 found.append(entry.path)
     return [Path(path) for path in sorted(found)]
 

@@ -6,9 +6,11 @@ finished is done again, so the result is the same however often it was killed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from .._cores import n_cores
 from ..errors import AudioError, CorpusError
 from ..files import atomic, sha256
+from . import archives
 from .ahead import in_order
 from .corpus import REJECTED, shard_path, to_int16
 from .decode import AUDIO_SUFFIXES, AudioFile, find_audio, folder_reason
@@ -71,7 +74,8 @@ def prepare(
     their end, are made again in new shards; where their file is gone too, they are dropped from the index.
 
     Args:
-        source: a folder; audio in it and below is found by suffix (see `find_audio`).
+        source: a folder; audio in it and below is found by suffix (see `find_audio`), also in archives, see
+            `archives.members`. A clip's path goes on in its archive: "train-00.tar/a.flac".
         out: the corpus: a new or empty folder, or an earlier one.
         sample_rate: of the corpus, in Hz.
         workers: decoding threads; by default one a core. The result does not depend on it.
@@ -97,25 +101,21 @@ def prepare(
         )
     settings = Settings(sample_rate, float(min_seconds), float(silence_db))
     unreadable: list[_Loaded] = []
-    paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)))
-    found = {_key(source, path): path for path in paths}
+    paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)), archives.ARCHIVES)
+    found = _found(source, paths, unreadable)
     if not found and not unreadable:
-        raise CorpusError(f"{source}: no audio in it; looked for {' '.join(sorted(AUDIO_SUFFIXES))}")
+        looked_for = " ".join(sorted(AUDIO_SUFFIXES | archives.ARCHIVES))
+        raise CorpusError(f"{source}: no audio in it; looked for {looked_for}")
 
     added, replaced, remade, clipped = 0, 0, 0, 0
     with Store(out, settings) as store:
         if len(store.clips) and not any(map(store.is_clip, found)):
             raise CorpusError(f"{out}: a corpus of other audio: none of its {len(store.clips)} files is in {source}")
         store.present = {*found, *(item.row["path"] for item in unreadable)}
-        now = {key: _status(path) for key, path in found.items()}
-        todo = {key: status for key, status in now.items() if status is None or not store.is_current(key, status)}
-        loaded = in_order(
-            (
-                (status.st_size if status else 0, partial(_load, key, found[key], settings, store.sha256(key)))
-                for key, status in todo.items()
-            ),
-            workers,
-        )
+        status = functools.cache(_status)  # of an archive once
+        now = {key: status(_file(item)) for key, item in found.items()}
+        todo = {key: then for key, then in now.items() if then is None or not store.is_current(key, then)}
+        loaded = in_order(_jobs(found, todo, settings, store), workers)
 
         def changes() -> Iterator[_Loaded]:
             nonlocal added, replaced, remade, clipped
@@ -161,6 +161,54 @@ def prepare(
     )
 
 
+def _found(source: Path, paths: list[Path], unreadable: list[_Loaded]) -> dict[str, Path | archives.Member]:
+    """The audio by what it is called in the corpus, that of an archive where the archive is; archives that cannot be
+    read to their end go to `unreadable`."""
+    found: dict[str, Path | archives.Member] = {}
+    for path in paths:
+        if path.suffix.lower() not in archives.ARCHIVES:
+            found[_key(source, path)] = path
+            continue
+        inside, reason = archives.members(path)
+        if reason is not None:
+            unreadable.append(_Loaded({"path": _key(source, path), "reason": reason}))
+        for member in inside:
+            key = first = f"{_key(source, path)}/{_storable(member.name)}"
+            again = itertools.count(2)
+            while key in found:
+                key = f"{first}#{next(again)}"
+            found[key] = member
+    return found
+
+
+def _file(item: Path | archives.Member) -> Path:
+    return item if isinstance(item, Path) else item.archive
+
+
+def _jobs(
+    found: dict[str, Path | archives.Member],
+    todo: dict[str, os.stat_result | None],
+    settings: Settings,
+    store: Store,
+) -> Iterator[tuple[int, Callable[[], _Loaded | None]]]:
+    """What decodes each file, with its size; an archive is read here, in its order, a member when its turn comes."""
+    for file, keys in itertools.groupby(todo, lambda key: _file(found[key])):
+        if isinstance(found[(keys := list(keys))[0]], Path):
+            for key in keys:
+                status = todo[key]
+                yield (
+                    status.st_size if status else 0,
+                    partial(_load, key, file, settings, store.sha256(key)),
+                )
+            continue
+        wanted: list[archives.Member] = [found[key] for key in keys]  # type: ignore[misc]
+        for key, member, data in zip(keys, wanted, archives.contents(file, wanted), strict=True):
+            if isinstance(data, AudioError):
+                yield 0, partial(_Loaded, {"path": key, "reason": str(data)})
+            else:
+                yield len(data), partial(_load_bytes, key, data, member.suffix, settings, store.sha256(key), todo[key])
+
+
 def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: float) -> None:
     """Write clips into shards of at least `limit` samples, but for the last."""
     rows: list[Row] = []
@@ -183,12 +231,30 @@ def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: float) -> None
     store.reject(rows)
 
 
-def _load(key: str, path: Path, settings: Settings, known: str | None) -> _Loaded | None:
-    """Decode a file; None where its hash is the `known` one, so that nothing about it is new."""
+def _load_bytes(
+    key: str, data: bytes, suffix: str, settings: Settings, known: str | None, archive: os.stat_result | None
+) -> _Loaded | None:
+    """`_load` of what an archive holds, from a file of its own for as long as it takes."""
+    try:
+        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+            file.write(data)
+            file.flush()
+            return _load(key, Path(file.name), settings, known, archive)
+    except OSError as error:
+        raise CorpusError(
+            f"{tempfile.gettempdir()}: cannot be written: {error.strerror}; make room, or set TMPDIR to another folder"
+        ) from None
+
+
+def _load(
+    key: str, path: Path, settings: Settings, known: str | None, archive: os.stat_result | None = None
+) -> _Loaded | None:
+    """Decode a file; None where its hash is the `known` one, so that nothing about it is new. What came out of an
+    archive has the size and time of that, by which it is known again."""
     row: Row = {"path": key}
     try:
         with AudioFile(path) as file:
-            status = os.stat(path)
+            status = archive or os.stat(path)
             row |= {"sha256": sha256(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
             if row["sha256"] == known:
                 return None
@@ -238,8 +304,13 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _key(source: Path, path: Path) -> str:
-    """The path in the source folder, in characters that Parquet can hold."""
-    return os.fsencode(path.relative_to(source)).decode("utf-8", "backslashreplace")
+    """The path in the source folder."""
+    return _storable(os.fspath(path.relative_to(source)))
+
+
+def _storable(name: str) -> str:
+    """In characters that Parquet can hold."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _unreadable(source: Path, folder: Path, error: OSError) -> _Loaded:

@@ -32,13 +32,14 @@ def main(
     Example: matpac-fast prepare ~/audio corpus/
 
     Takes wav, flac, ogg, opus, mp3, aiff and the like, of any rate and number of channels, and writes 16-bit mono in
-    shards that training reads in place. What cannot be used is left out; rejected.parquet says what and why. Run again,
+    shards that training reads in place; also out of tar and zip files, and Parquet files as on Hugging Face, without
+    unpacking them. What cannot be used is left out; rejected.parquet says what and why. Run again,
     it goes on where it was interrupted, adds files that are new, and makes again what went with a lost or truncated
     shard; where there is nothing to do, it writes nothing.
     Exits with 0, with 2 where nothing could be used.
 
     Args:
-        source: folder of audio, searched with all its sub-folders.
+        source: folder of audio or of archives of audio, searched with all its sub-folders.
         out: folder for the corpus: a new one, or that of an earlier run.
         sample_rate: sample rate of the corpus in Hz; pre-training needs 16000, or the rate of another front end
             (docs/training.md).

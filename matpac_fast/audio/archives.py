@@ -1,0 +1,172 @@
+"""Audio inside tar files, as WebDataset has it, zip files, and Parquet files, as data sets on Hugging Face are.
+
+An archive is listed, then read once from its beginning to its end; nothing of it is unpacked to disk as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import AudioError
+from ..files import arrow_file
+from .decode import AUDIO_SUFFIXES, NO_DECODER
+
+ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
+_ROWS = 16  # of a Parquet file, read at a time
+
+
+class Member(NamedTuple):
+    """Audio in an archive: its name there, and where it is: an offset, a number, or a row."""
+
+    archive: Path
+    name: str
+    place: int
+    size: int = 0  # in bytes, where the list of the archive says it
+
+    @property
+    def suffix(self) -> str:
+        """By which a decoder is chosen; "" where it is none of audio."""
+        return os.path.splitext(self.name)[1] if _is_audio(self.name) else ""
+
+
+def members(archive: Path) -> tuple[list[Member], str | None]:
+    """The audio that an archive holds, in its order, and why that is not all, where it is not.
+
+    A tar or zip file's are by suffix, as `find_audio`'s. A Parquet file's are the rows of its first column that holds
+    `bytes` (and `path`), as Hugging Face's feature Audio does; one without such a column holds none.
+    """
+    found: list[Member] = []
+    try:
+        for member in _LISTERS[archive.suffix.lower()](archive):
+            found.append(member)
+    except _damage() as error:
+        return found, f"damaged: {_line(error)}"
+    except OSError as error:
+        return found, f"cannot be read: {error.strerror or error}"
+    return found, None
+
+
+def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
+    """The bytes of members of one archive, in its order, one by one; or why there are none."""
+    reader, done = _READERS[archive.suffix.lower()](archive, wanted), 0
+    try:
+        for data in reader:
+            yield data
+            done += 1
+    except (*_damage(), OSError) as error:  # what comes after cannot be reached either
+        for _ in wanted[done:]:
+            yield AudioError(f"in an archive that cannot be read on: {_line(error)}")
+
+
+def _is_audio(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES | NO_DECODER
+
+
+def _list_tar(archive: Path) -> Iterator[Member]:
+    with tarfile.open(archive, "r:") as file:
+        for info in file:
+            if info.isreg() and not info.issparse() and _is_audio(info.name):
+                yield Member(archive, info.name, info.offset_data, info.size)
+        # tarfile takes a header that is cut off, or is none, for the end; there zeros have to be.
+        with open(archive, "rb") as raw:
+            raw.seek(file.offset)
+            if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"after {file.offset} bytes comes neither a file nor the end")
+
+
+def _read_tar(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
+    with open(archive, "rb") as file:
+        for member in wanted:
+            file.seek(member.place)
+            data = file.read(member.size)
+            yield data if len(data) == member.size else AudioError("truncated: its archive ends before it")
+
+
+def _list_zip(archive: Path) -> Iterator[Member]:
+    with zipfile.ZipFile(archive) as file:
+        for i, info in enumerate(file.infolist()):
+            if not info.is_dir() and _is_audio(info.filename):
+                yield Member(archive, info.filename, i, info.file_size)
+
+
+def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
+    with zipfile.ZipFile(archive) as file:
+        infos = file.infolist()
+        for member in wanted:
+            try:
+                yield file.read(infos[member.place])
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+                yield AudioError(f"cannot be read from its archive: {_line(error)}")  # RuntimeError: encrypted
+
+
+def _list_parquet(archive: Path) -> Iterator[Member]:
+    import pyarrow.parquet as pq
+
+    with arrow_file(archive) as opened, pq.ParquetFile(opened) as file:
+        if (column := _audio_column(file)) is None:
+            return
+        kind, row = file.schema_arrow.field(column).type, 0
+        named = kind.get_field_index("path") >= 0
+        if not named:
+            yield from (Member(archive, f"{row:08d}", row) for row in range(file.metadata.num_rows))
+            return
+        for batch in file.iter_batches(columns=[f"{column}.path"]):
+            for path in batch.column(0).field("path").to_pylist():
+                yield Member(archive, os.path.basename(path) if path else f"{row:08d}", row)
+                row += 1
+
+
+def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
+    import pyarrow.parquet as pq
+
+    with arrow_file(archive) as opened, pq.ParquetFile(opened) as file:
+        column, waiting, end = _audio_column(file), list(reversed(wanted)), 0
+        for group in range(file.num_row_groups):
+            start, end = end, end + file.metadata.row_group(group).num_rows
+            if not waiting or waiting[-1].place >= end:
+                continue
+            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[f"{column}.bytes"]):
+                values = batch.column(0).field("bytes")
+                while waiting and waiting[-1].place < start + len(values):
+                    data = values[waiting.pop().place - start].as_py()
+                    yield AudioError("no audio in its row, a name alone") if data is None else data
+                start += len(values)
+
+
+def _audio_column(file: Any) -> str | None:
+    import pyarrow as pa
+
+    for field in file.schema_arrow:
+        if pa.types.is_struct(field.type) and (i := field.type.get_field_index("bytes")) >= 0:
+            kind = field.type.field(i).type
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                return field.name
+    return None
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    import pyarrow as pa
+
+    return tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pa.ArrowException
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+_LISTERS: dict[str, Callable[[Path], Iterator[Member]]] = {
+    ".tar": _list_tar,
+    ".zip": _list_zip,
+    ".parquet": _list_parquet,
+}
+_READERS: dict[str, Callable[[Path, Sequence[Member]], Iterator[bytes | AudioError]]] = {
+    ".tar": _read_tar,
+    ".zip": _read_zip,
+    ".parquet": _read_parquet,
+}

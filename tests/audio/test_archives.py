@@ -1,0 +1,201 @@
+"""Audio in tar, zip and Parquet files: the same clips as from the files themselves, and reasons for what is not."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from matpac_fast import cli
+from matpac_fast.audio import archives
+from matpac_fast.audio import prepare as module
+from matpac_fast.audio.corpus import Corpus
+from matpac_fast.audio.prepare import prepare
+from matpac_fast.errors import AudioError, CorpusError
+from tests.audio.mixed import RATE, rows, snapshot
+
+NAMES = ("b.flac", "a.wav", "deep/c.OGG")  # not in the order of their names
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    folder = tmp_path / "files"
+    (folder / "deep").mkdir(parents=True)
+    for i, name in enumerate(NAMES):
+        wave = np.random.default_rng(i).normal(size=RATE + 1000 * i).astype(np.float32) / 10
+        soundfile.write(folder / name, wave, RATE, format=Path(name).suffix[1:])
+    (folder / "notes.txt").write_text("no audio")
+    return folder
+
+
+def tar(files: Path, path: Path, names=(*NAMES, "notes.txt")) -> None:
+    with tarfile.open(path, "w") as file:
+        for name in names:
+            file.add(files / name, name)
+
+
+def zipped(files: Path, path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in (*NAMES, "notes.txt"):
+            file.write(files / name, name)
+
+
+def parquet(files: Path, path: Path, column: str = "audio") -> None:
+    audio = [{"bytes": (files / name).read_bytes(), "path": f"there/{os.path.basename(name)}"} for name in NAMES]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"label": [1, 2, 3], column: pa.array(audio, kind)})
+    pq.write_table(table, path, row_group_size=2)
+
+
+PACKERS = {"x.tar": tar, "x.ZIP": zipped, "x.parquet": parquet}
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_an_archive_gives_the_clips_of_its_files(files, tmp_path, name, monkeypatch):
+    plain = prepare(files, tmp_path / "plain")
+    (tmp_path / "packed").mkdir()
+    PACKERS[name](files, tmp_path / "packed" / name)
+    report = prepare(tmp_path / "packed", tmp_path / "out")
+    inside = [os.path.basename(n) if "parquet" in name else n for n in NAMES]
+    assert (report.clips, report.added, report.rejected) == (3, 3, {})
+    index, direct = rows(tmp_path / "out" / "index.parquet"), rows(tmp_path / "plain" / "index.parquet")
+    assert sorted(index) == sorted(f"{name}/{n}" for n in inside)
+    corpora = Corpus(tmp_path / "out"), Corpus(plain.out)
+    for there, n in zip(inside, NAMES, strict=True):
+        row, other = index[f"{name}/{there}"], direct[n]
+        same = ("sha256", "frames", "peak", "source_rate", "source_channels")
+        assert [row[key] for key in same] == [other[key] for key in same]
+        mine, theirs = (c.read(c.paths.index(p)) for c, p in zip(corpora, (f"{name}/{there}", n), strict=True))
+        np.testing.assert_array_equal(mine, theirs)
+
+    # Again it reads nothing and writes nothing; once the archive is touched it reads, and decodes nothing.
+    before = snapshot(tmp_path / "out")
+    monkeypatch.setattr(archives, "contents", lambda *_: pytest.fail("read"))
+    again = prepare(tmp_path / "packed", tmp_path / "out")
+    assert (again.clips, again.added, snapshot(tmp_path / "out")) == (3, 0, before)
+    monkeypatch.undo()
+    os.utime(tmp_path / "packed" / name)
+    touched = prepare(tmp_path / "packed", tmp_path / "out")
+    assert (touched.clips, touched.added, touched.replaced) == (3, 0, 0)
+
+
+def test_archives_lie_beside_files_and_may_call_two_members_the_same(files, tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    shutil.copy(files / "a.wav", tmp_path / "in")
+    shutil.copy(files / "b.flac", tmp_path / "in" / "z.flac")
+    tar(files, tmp_path / "in" / "sub" / "x.tar", ("a.wav", "b.flac", "a.wav"))
+    pq.write_table(pa.table({"path": ["a.wav"]}), tmp_path / "in" / "labels.parquet")  # of no audio
+    (tmp_path / "in" / "spark.parquet").mkdir()
+    report = prepare(tmp_path / "in", tmp_path / "out", workers=3)
+    want = ["a.wav", "sub/x.tar/a.wav", "sub/x.tar/a.wav#2", "sub/x.tar/b.flac", "z.flac"]
+    assert (sorted(rows(tmp_path / "out" / "index.parquet")), report.rejected) == (want, {})
+
+
+def test_a_changed_archive_replaces_the_clips_that_changed(files, tmp_path):
+    (tmp_path / "in").mkdir()
+    tar(files, tmp_path / "in" / "x.tar")
+    prepare(tmp_path / "in", tmp_path / "out")
+    soundfile.write(files / "a.wav", np.random.default_rng(9).normal(size=RATE) / 10, RATE)
+    soundfile.write(files / "new.wav", np.random.default_rng(8).normal(size=RATE) / 10, RATE)
+    tar(files, tmp_path / "in" / "x.tar", ("new.wav", "a.wav", "b.flac"))
+    report = prepare(tmp_path / "in", tmp_path / "out")
+    assert (report.clips, report.added, report.replaced, report.vanished) == (4, 1, 1, 1)
+
+
+def cut_tar(files: Path, path: Path) -> None:
+    tar(files, path)
+    with tarfile.open(path) as file:
+        end = file.getmember("a.wav").offset_data + 600
+    os.truncate(path, end)
+
+
+def headless_tar(files: Path, path: Path) -> None:
+    """Cut inside a header, which tarfile takes for the end."""
+    tar(files, path)
+    with tarfile.open(path) as file:
+        end = file.getmember("a.wav").offset + 100
+    os.truncate(path, end)
+
+
+def flipped_zip(files: Path, path: Path) -> None:
+    zipped(files, path)
+    with zipfile.ZipFile(path) as file:
+        start = file.getinfo("a.wav").header_offset + 60
+    data = bytearray(path.read_bytes())
+    data[start : start + 20] = bytes(20)
+    path.write_bytes(data)
+
+
+def half_parquet(files: Path, path: Path) -> None:
+    parquet(files, path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def names_alone(files: Path, path: Path) -> None:
+    audio = [{"bytes": (files / "b.flac").read_bytes(), "path": None}, {"bytes": None, "path": "/home/me/x.wav"}]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"audio": pa.array(audio, kind)}), path)
+
+
+@pytest.mark.parametrize(
+    ("pack", "name", "kept", "left_out"),
+    [
+        (cut_tar, "x.tar", ["x.tar/b.flac"], {"x.tar": "damaged: ", "x.tar/a.wav": "truncated: its archive ends"}),
+        (headless_tar, "x.tar", ["x.tar/b.flac"], {"x.tar": "damaged: after "}),
+        (flipped_zip, "x.zip", ["x.zip/b.flac", "x.zip/deep/c.OGG"], {"x.zip/a.wav": "cannot be read from its arch"}),
+        (half_parquet, "x.parquet", [], {"x.parquet": "damaged: "}),
+        (names_alone, "x.parquet", ["x.parquet/00000000"], {"x.parquet/x.wav": "no audio in its row, a name alone"}),
+        (lambda files, path: path.write_bytes(b"x" * 3000), "x.tar", [], {"x.tar": "damaged: "}),
+        (lambda files, path: path.write_bytes(b""), "x.zip", [], {"x.zip": "damaged: "}),
+    ],
+)
+def test_what_is_damaged_is_named_and_the_rest_is_taken(files, tmp_path, pack, name, kept, left_out):
+    (tmp_path / "in").mkdir()
+    pack(files, tmp_path / "in" / name)
+    if not kept:
+        with pytest.raises(CorpusError, match=f"{name}: damaged: .*rejected.parquet has"):
+            prepare(tmp_path / "in", tmp_path / "out")
+    for _ in range(2):  # and again
+        if kept:
+            assert prepare(tmp_path / "in", tmp_path / "out").clips == len(kept)
+            assert sorted(rows(tmp_path / "out" / "index.parquet")) == kept
+        rejected = rows(tmp_path / "out" / "rejected.parquet")
+        assert list(rejected) == list(left_out)
+        assert all(rejected[path]["reason"].startswith(reason) for path, reason in left_out.items())
+
+
+def test_an_archive_that_ends_while_it_is_read_leaves_reasons(files, tmp_path):
+    parquet(files, tmp_path / "x.parquet")
+    inside, reason = archives.members(tmp_path / "x.parquet")
+    assert (len(inside), reason) == (3, None)
+    data = bytearray((tmp_path / "x.parquet").read_bytes())
+    second = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(1).column(1).data_page_offset
+    data[second : second + 40] = bytes(40)
+    (tmp_path / "x.parquet").write_bytes(data)
+    found = list(archives.contents(tmp_path / "x.parquet", inside))
+    assert [type(each) for each in found] == [bytes, bytes, AudioError]
+
+
+def test_a_full_temporary_folder_ends_it_with_what_to_do(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    tar(files, tmp_path / "in" / "x.tar")
+
+    class Full(io.BytesIO):
+        name = "/tmp/x"
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.tempfile, "NamedTemporaryFile", lambda **_: Full())
+    assert cli.main(["prepare", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "No space left on device; make room, or set TMPDIR to another folder" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("shards/*"))
