@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,11 @@ class AudioFile:
             raise self._error(f"empty: {self.frames} samples at {self.sample_rate} Hz are none at {sample_rate} Hz")
 
     def _resampled(self, sample_rate: int, block_seconds: float) -> Iterator[np.ndarray]:
+        blocks = resampled(self._mono(block_seconds), self.sample_rate, sample_rate)
         if self.sample_rate == sample_rate:
-            yield from self._mono(block_seconds)
-            return
-        stream = _soxr().ResampleStream(self.sample_rate, sample_rate, 1, dtype="float32", quality=QUALITY)
-        for block in self._mono(block_seconds):
-            yield self._checked(stream.resample_chunk(block), sample_rate)
-        yield self._checked(stream.resample_chunk(np.empty(0, np.float32), last=True), sample_rate)
+            yield from blocks  # checked already
+        else:
+            yield from (self._checked(block, sample_rate) for block in blocks)
 
     def _mono(self, block_seconds: float) -> Iterator[np.ndarray]:
         """Mono blocks at the rate of the file, checked; the checks of the whole come after the last block."""
@@ -247,6 +245,18 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int = 16_000) -> np.nd
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """A mono wave (S,) in float32 at another rate, by soxr HQ; equal to what `read_audio` does to a file."""
     return _soxr().resample(wave.astype(np.float32, copy=False), from_rate, to_rate, quality=QUALITY)
+
+
+def resampled(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
+    """Blocks (n,) of a mono wave in float32, at another rate: joined together they are `resample` of the whole. Some
+    may be empty."""
+    if from_rate == to_rate:
+        yield from blocks
+        return
+    stream = _soxr().ResampleStream(from_rate, to_rate, 1, dtype="float32", quality=QUALITY)
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
 def find_audio(

@@ -29,22 +29,20 @@ from .lease import SECONDS, Leases
 from .manifest import (
     LEASES,
     SETTINGS,
-    Entry,
     Manifest,
     check_folder,
     check_source,
-    check_there,
     extend,
     keep_settings,
     look_over,
     read_manifest,
     retried,
-    root,
     stored_names,
     taken_back,
     write_manifest,
 )
 from .shard import Audio, Job, ShardEmbedder, Work
+from .source import Entry, Source, open_source
 from .writer import DTYPES, FORMATS, shard_path, write_errors
 
 WORKER, _SHARD = "worker-", "shard-"
@@ -122,7 +120,8 @@ def embed_collection(
     Files that cannot be used are listed with their reason in errors.parquet. Long files stream in bounded memory.
 
     Args:
-        source: a folder; or a list, a text file with one path a line, absolute or relative to the list's folder.
+        source: a folder; or a list, a text file with one path a line, absolute or relative to the list's folder; or a
+            corpus of `prepare`, whose clips go by the names of their files.
         out: a folder, made where it is missing; one that holds embeddings of other settings is refused.
         encoder, temporal_support, hop, pool, layers, remainder, batch_size: as `AudioEncoder.embed` takes them.
         workers: decoding threads; by default one a core.
@@ -141,7 +140,8 @@ def embed_collection(
         AudioError: no such folder or list, or no audio in it.
         ConfigError: an option that cannot be, or `out` holds other embeddings, or other things.
     """
-    source, out = Path(source), Path(out)
+    files, out = open_source(Path(source)), Path(out)
+    files.check_rate(encoder.sample_rate)
     workers = n_cores() if workers is None else workers
     for name, value in (("files_per_shard", files_per_shard), ("workers", workers), ("shard_seconds", shard_seconds)):
         if not value > 0:
@@ -168,7 +168,7 @@ def embed_collection(
         "channels": "mean",
         "dtype": dtype,
         "format": format,
-        "source": str(source.resolve()),
+        "source": str(files.path.resolve()),
         "decoder": decoder_versions(),
     }
     sizes = (files_per_shard, shard_seconds)
@@ -183,29 +183,29 @@ def embed_collection(
             if known is not None or (out / SETTINGS).exists():  # said before files are looked at, which may take long
                 keep_settings(out, settings, any_decoder)
             if known is not None:
-                check_there(source)
-                check_source(out, source, known, workers, looked)
+                files.check_there()
+                check_source(out, files, known, workers, looked)
             changed = known is None
             if leases.others(WORKER) and known is not None:
                 manifest = known  # who joins others takes their list
             else:  # who comes to an idle folder looks for new files, and clears away what the dead left half-written
                 for beside in out.glob(".*.tmp"):
                     beside.unlink(missing_ok=True)
-                manifest, changed = extend(known, source, *sizes, workers, looked)
+                manifest, changed = extend(known, files, *sizes, workers, looked)
                 if known is not None:
-                    report.changed, report.gone, renewed = look_over(known, source, out, format, workers, looked)
+                    report.changed, report.gone, renewed = look_over(known, files, out, format, workers, looked)
                     changed |= renewed
             if known is None:
                 keep_settings(out, settings, any_decoder)
             if retry_errors:
                 n = len(manifest.shards)
-                manifest = retried(manifest, source, out, format, *sizes)
+                manifest = retried(manifest, files, out, format, *sizes)
                 changed |= len(manifest.shards) > n
             if changed:
                 write_manifest(out, manifest)
             leases.claim(WORKER + leases.worker, keep=True)
         settings |= {**stored_names(out), "made_by": _versions()}
-        worker = _Worker(manifest, source, out, embedder, settings, leases, report, max_errors, progress)
+        worker = _Worker(manifest, files, out, embedder, settings, leases, report, max_errors, progress)
         if shards is None:
             worker.run(workers)
         else:
@@ -234,7 +234,7 @@ class _Worker:
     def __init__(
         self,
         manifest: Manifest,
-        source: Path,
+        source: Source,
         out: Path,
         embedder: ShardEmbedder,
         settings: dict[str, Any],
@@ -304,7 +304,7 @@ class _Worker:
         rows = self._embedder.embed(self._manifest.shards[shard], audio, self._out)
         with closing(rows):
             if self._failed:
-                check_there(self._source)
+                self._source.check_there()
             self._write(lambda: rows.write(self._out, shard, self._kind, self._settings))
         self._claimed.popleft()
         self._missing.pop(shard)
@@ -329,7 +329,7 @@ class _Worker:
         """Decoding of the files of one shard after another, each claimed once the threads get to it."""
         while (shard := self._claim()) is not None:
             self._claimed.append(shard)
-            yield from self._embedder.jobs(root(self._source), self._manifest.shards[shard])
+            yield from self._embedder.jobs(self._source, self._manifest.shards[shard])
 
     def _claim(self) -> int | None:
         taken = self._leases.taken()

@@ -7,7 +7,6 @@ manifest.parquet    of every file its path, relative to the source, its seconds 
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import json
 import os
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..audio.ahead import in_order
-from ..audio.decode import AudioFile, find_audio, folder_reason
+from ..audio.decode import folder_reason
 from ..errors import AudioError, ConfigError
 from ..files import arrow_file, atomic, check_no_file, write_text
+from .source import Entry, Source
 from .writer import Failure, read_errors, shard_path
 
 SETTINGS = "settings.json"
@@ -29,15 +29,6 @@ _COLUMNS = ("path", "seconds", "bytes", "shard", "reason")
 _TELL_EVERY = 100  # files
 T = TypeVar("T")
 Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file: `seconds` are what its header says, 0 where that cannot be read."""
-
-    path: str
-    seconds: float
-    bytes: int
 
 
 @dataclass
@@ -127,7 +118,7 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 
 
 def extend(
-    known: Manifest | None, source: Path, files_per_shard: int, shard_seconds: float, workers: int, tell: Tell
+    known: Manifest | None, source: Source, files_per_shard: int, shard_seconds: float, workers: int, tell: Tell
 ) -> tuple[Manifest, bool]:
     """The manifest with what is new in `source`, and whether that changed it.
 
@@ -142,16 +133,9 @@ def extend(
     unusable: list[Failure] = []
 
     def passed_over(folder: Path, error: OSError) -> None:
-        unusable.append((_escaped(os.path.relpath(folder, source)), folder_reason(error)))
+        unusable.append((_escaped(os.path.relpath(folder, source.path)), folder_reason(error)))
 
-    if source.is_file():
-        names = _listed(source)
-    elif source.exists() and not source.is_dir():  # each worker reads it, and so does the same call again
-        raise AudioError(
-            f"{source}: neither a folder nor a regular file; a list of paths must be one: save it as a file"
-        )
-    else:
-        names = [os.path.relpath(file, source) for file in find_audio(source, passed_over)]
+    names = source.names(passed_over)
     new = []
     for name in names:
         try:
@@ -162,15 +146,16 @@ def extend(
         if stored not in listed:
             new.append(stored)
     if not listed and not new and not unusable:
-        raise AudioError(f"{source}: no audio files in this {'list' if source.is_file() else 'folder or below'}")
-    jobs = ((1, partial(_entry, root(source), name)) for name in new)
+        where = "list" if source.path.is_file() else "folder or below"
+        raise AudioError(f"{source.path}: no audio files in this {where}")
+    jobs = ((1, partial(source.entry, name)) for name in new)
     entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))
     shards = before.shards + _cut(entries, files_per_shard, shard_seconds)
     return Manifest(shards, unusable), bool(new) or unusable != before.unusable or known is None
 
 
 def look_over(
-    known: Manifest, source: Path, out: Path, kind: str, workers: int, tell: Tell
+    known: Manifest, source: Source, out: Path, kind: str, workers: int, tell: Tell
 ) -> tuple[list[str], list[str], bool]:
     """Files with embeddings that have another size in bytes now; those that are gone; and whether `known` changed.
 
@@ -180,7 +165,7 @@ def look_over(
     homes, changed, gone, renewed = known.homes(), [], [], False
     done = [shard_path(out, i, kind).exists() for i in range(len(known.shards))]
     places = [(i, j) for i, shard in enumerate(known.shards) for j, e in enumerate(shard) if homes[e.path] == i]
-    jobs = ((1, partial(_size, root(source) / local(known.shards[i][j].path))) for i, j in places)
+    jobs = ((1, partial(source.size, known.shards[i][j].path)) for i, j in places)
     for (i, j), size in zip(places, _counted(in_order(jobs, workers), len(places), tell), strict=True):
         entry = known.shards[i][j]
         if (size or 0) == entry.bytes:  # or it could not be read then, and cannot now
@@ -195,50 +180,11 @@ def look_over(
     return changed, gone, renewed
 
 
-def root(source: Path) -> Path:
-    """What the paths of a manifest are relative to."""
-    return source.parent if source.is_file() else source
-
-
-def local(name: str) -> str:
-    """A manifest's name, which is UTF-8, as Python calls that file in whatever locale."""
-    return os.fsdecode(name.encode("utf-8"))
-
-
-def check_there(source: Path) -> None:
-    """Raise AudioError where `source` is gone or empty: without its disk every file would seem unusable."""
-    try:
-        if source.is_file():
-            return
-        with os.scandir(source) as entries:
-            if next(entries, None) is not None:
-                return
-        reason = "an empty folder"
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
-    raise AudioError(f"{source}: {reason}, where audio was; is its disk mounted? Then run the same again")
-
-
 def _counted(found: Iterable[T], total: int, tell: Tell) -> Iterator[T]:
     for done, item in enumerate(found, 1):
         if done % _TELL_EVERY == 0:
             tell(done, total)
         yield item
-
-
-def _listed(source: Path) -> list[str]:
-    """The paths in a list, one a line, each once; empty lines are passed over."""
-    try:
-        lines = source.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise AudioError(f"{source}: cannot be read: {error.strerror}") from None
-    if any(b"\0" in line for line in lines):
-        raise AudioError(
-            f"{source}: no text; expected a folder, or a text file with one path of audio a line: to embed this file "
-            f"alone, write its path into one; for all beside it, give {source.parent}"
-        )
-    names = (os.fsdecode(line.rstrip(b"\r")) for line in lines)
-    return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
 
 
 def _cut(entries: list[Entry], files_per_shard: int, shard_seconds: float) -> list[list[Entry]]:
@@ -255,25 +201,14 @@ def _cut(entries: list[Entry], files_per_shard: int, shard_seconds: float) -> li
 
 
 def retried(
-    manifest: Manifest, source: Path, out: Path, kind: str, files_per_shard: int, shard_seconds: float
+    manifest: Manifest, source: Source, out: Path, kind: str, files_per_shard: int, shard_seconds: float
 ) -> Manifest:
     """The manifest with the files that failed in finished shards in new shards, as they are now, to be tried again."""
     names = {name for name, _ in manifest.errors(out, kind)}
     homes = manifest.homes()
     listed = [e.path for i, shard in enumerate(manifest.shards) for e in shard if homes[e.path] == i]
-    failed = [_entry(root(source), name) for name in listed if name in names]
+    failed = [source.entry(name) for name in listed if name in names]
     return Manifest(manifest.shards + _cut(failed, files_per_shard, shard_seconds), manifest.unusable)
-
-
-def _entry(source: Path, name: str) -> Entry:
-    seconds, size = 0.0, 0
-    try:
-        size = os.stat(source / local(name)).st_size
-        with AudioFile(source / local(name)) as file:
-            seconds = file.seconds or 0.0
-    except (AudioError, OSError):
-        pass  # reading it will say why
-    return Entry(name, seconds, size)
 
 
 def _escaped(name: str) -> str:
@@ -317,32 +252,24 @@ def stored_names(out: Path) -> dict[str, str]:
     return {name: stored[name] for name in ("source", "encoder_name")}
 
 
-def check_source(out: Path, source: Path, manifest: Manifest, workers: int, tell: Tell) -> None:
+def check_source(out: Path, source: Source, manifest: Manifest, workers: int, tell: Tell) -> None:
     """Raise ConfigError where `source` is another folder than that of the manifest, and not the same one moved.
 
     It is the same where each file listed is there and as long, in bytes.
     """
     stored = stored_names(out)["source"]
-    if stored == str(source.resolve()):
+    if stored == str(source.path.resolve()):
         return
     entries = {entry.path: entry for shard in manifest.shards for entry in shard}
-    jobs = ((1, partial(_size, root(source) / local(name))) for name in entries)
+    jobs = ((1, partial(source.size, name)) for name in entries)
     sizes = _counted(in_order(jobs, workers), len(entries), tell)
     others = [name for (name, entry), size in zip(entries.items(), sizes, strict=True) if (size or 0) != entry.bytes]
     if others:
         raise ConfigError(
             f"{out} holds embeddings of {stored}, and {len(others)} of its {len(entries)} files are not the same in "
-            f"{source} (such as {others[0]}): give the folder that holds these files, or a new folder to --out; where "
-            f"it is that one, moved and changed since, write it into {out / SETTINGS} as the source"
+            f"{source.path} (such as {others[0]}): give the folder that holds these files, or a new folder to --out; "
+            f"where it is that one, moved and changed since, write it into {out / SETTINGS} as the source"
         )
-
-
-def _size(file: Path) -> int | None:
-    """In bytes; None where there is no such file, or none that can be reached."""
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return None
 
 
 def _differences(stored: Mapping[str, Any], here: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,11 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..audio.ahead import in_order
-from ..audio.decode import read_blocks
 from ..audio_encoder import AudioEncoder
 from ..embedding import Embeddings
 from ..errors import AudioError
-from .manifest import Entry, local
+from .source import Entry, Source
 from .writer import Rows
 
 # A file beyond this is never held as a whole: it streams through the encoder block by block.
@@ -80,14 +78,14 @@ class ShardEmbedder:
         self._shape = tuple(found.values.shape[1:])
         self._whole_only = options["temporal_support"] is None and encoder.native_window is None
 
-    def jobs(self, source: Path, shard: Iterable[Entry]) -> Iterator[Job]:
+    def jobs(self, source: Source, shard: Iterable[Entry]) -> Iterator[Job]:
         """Decoding of a shard's files, for threads."""
         longest = float("inf") if self._whole_only else LONG_SECONDS
         hop = self._options["hop"] or self._options["temporal_support"] or 0.0
         seconds = float(np.clip(self._batch_size * hop, *_BLOCK_SECONDS))  # a block fills a batch, within limits
         for entry in shard:
             held = round(min(entry.seconds, longest) * self._encoder.sample_rate) * 4
-            yield held, partial(_read, source / local(entry.path), self._encoder.sample_rate, longest, seconds)
+            yield held, partial(_read, source, entry.path, self._encoder.sample_rate, longest, seconds)
 
     def embed(self, shard: list[Entry], audio: Iterator[Audio], out: Path) -> Rows:
         """The rows of a shard, whose files' audio `audio` gives in their order."""
@@ -164,9 +162,9 @@ def _arrays(found: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return found.start.numpy(), found.end.numpy(), found.values.float().cpu().numpy()
 
 
-def _read(path: Path, sample_rate: int, longest: float, block_seconds: float) -> Audio:
+def _read(source: Source, name: str, sample_rate: int, longest: float, block_seconds: float) -> Audio:
     """A file's wave; or its blocks, where it is longer than `longest` seconds; or the reason why it has none."""
-    blocks = _blocks(path, sample_rate, block_seconds)
+    blocks, path = source.blocks(name, sample_rate, block_seconds), source.place(name)
     head: list[np.ndarray] = []
     samples = 0
     try:
@@ -185,33 +183,6 @@ def _chained(head: list[np.ndarray], rest: Generator[np.ndarray, None, None]) ->
         while head:
             yield head.pop(0)
         yield from rest
-
-
-def _blocks(path: Path, sample_rate: int, block_seconds: float) -> Generator[np.ndarray, None, None]:
-    """`read_blocks` of a file that stays as it is meanwhile."""
-    before = _state(path)
-    try:
-        yield from read_blocks(path, sample_rate, block_seconds)
-    except AudioError as error:
-        if _state(path) != before:
-            raise _changed(path) from None
-        raise error
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
-    if _state(path) != before:
-        raise _changed(path)
-
-
-def _state(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _changed(path: Path) -> AudioError:
-    return AudioError(f"{path}: it changed while it was read; try again with --retry-errors once it is at rest")
 
 
 def _reason(error: AudioError, path: Path) -> str:

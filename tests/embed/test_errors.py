@@ -18,6 +18,7 @@ from matpac_fast import cli
 from matpac_fast.audio import container, decode
 from matpac_fast.cli.embed import summary
 from matpac_fast.embed import extract, shard
+from matpac_fast.embed import source as source_module
 from matpac_fast.embed.extract import Report, embed_collection
 from matpac_fast.embed.lease import Leases
 from matpac_fast.errors import AudioError, ConfigError
@@ -98,7 +99,7 @@ def test_a_file_too_loud_once_it_is_resampled_is_a_row_and_the_others_go_on(sour
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("way", ["grows", "is replaced", "vanishes"])
 def test_a_file_that_changes_while_it_is_read_is_a_row(source, tmp_path, monkeypatch, way, long):
-    read = shard.read_blocks
+    read = source_module.read_blocks
     if long:
         monkeypatch.setattr(shard, "LONG_SECONDS", 0.05)
 
@@ -115,7 +116,7 @@ def test_a_file_that_changes_while_it_is_read_is_a_row(source, tmp_path, monkeyp
                     path.unlink()
             yield block
 
-    monkeypatch.setattr(shard, "read_blocks", meanwhile)
+    monkeypatch.setattr(source_module, "read_blocks", meanwhile)
     embed_collection(source, tmp_path / "out", crew.Tiny(), 0.1, workers=1)
     reason = "it changed while it was read; try again with --retry-errors once it is at rest"
     assert errors(tmp_path / "out") == {"1.wav": reason}
