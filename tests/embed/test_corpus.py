@@ -106,3 +106,12 @@ def test_a_corpus_that_is_gone_or_unfinished_is_said(audio, tmp_path, encoder, c
     os.rename(tmp_path / "corpus", tmp_path / "elsewhere")
     with pytest.raises(AudioError, match="is its disk mounted"):
         embed_collection(tmp_path / "corpus", tmp_path / "out", encoder)
+
+
+def test_of_archives_it_says_what_to_do(tmp_path, encoder):  # noqa: F811
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.tar").touch()
+    with pytest.raises(
+        AudioError, match=r"or below, but x\.tar: give the corpus that matpac-fast prepare makes of it$"
+    ):
+        embed_collection(tmp_path / "in", tmp_path / "out", encoder)
