@@ -171,17 +171,44 @@ def _pareto(plt: Any, path: Path, rows: list[dict[str, Any]], look: dict[str, An
         for row in shown:
             style = {key: value for key, value in look[row["encoder"]].items() if key != "color"}
             axis.scatter(row[column], row["score"], s=34, color=look[row["encoder"]]["color"], **style, zorder=2)
-            axis.annotate(
-                f"{row['temporal_support']:g}", (row[column], row["score"]), xytext=(4, 4), textcoords="offset points",
-                fontsize=7, color="0.35",
-            )  # fmt: skip
+        axis.margins(x=0.12, y=0.08)  # room for the labels
         _log_axis(axis, "x")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25, which="major")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(f"{rows[0]['metric']} (numbers: temporal support in s)")
     _legend(figure, axes[0][-1])
+    figure.canvas.draw()  # labels are placed where the points have come to lie, and stay
+    figure.set_layout_engine("none")
+    for axis, (column, _) in zip(axes[0], panels, strict=True):
+        points = {
+            (row[column], row["score"]): (f"{row['temporal_support']:g}", look[row["encoder"]]["color"])
+            for row in rows
+            if row[column] > 0
+        }
+        _label(axis, {point: points[point] for point in [*_front(list(points)), *points]})
     _save(figure, path)
+
+
+def _label(axis: Any, points: dict[tuple[float, float], tuple[str, str]]) -> None:
+    """Write each point's text, in its colour, beside it, the first ones first, where it covers neither a point nor
+    another text; where there is no such place it is left out."""
+    from matplotlib.transforms import Bbox
+
+    per_point = axis.figure.dpi / 72
+    centres = axis.transData.transform(list(points))
+    taken = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3).expanded(per_point, per_point) for x, y in centres]
+    for point, (text, color) in points.items():
+        for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)):
+            label = axis.annotate(
+                text, point, xytext=(5 * right, 5 * up), textcoords="offset points", fontsize=7, color=color,
+                ha=("center", "left", "right")[right], va=("center", "bottom", "top")[up],
+            )  # fmt: skip
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
 def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None:

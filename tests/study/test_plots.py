@@ -106,3 +106,28 @@ def test_every_encoder_is_told_from_the_others(drawn, tmp_path):
     lines = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
     assert legend.get_window_extent().width < figure.bbox.width
+
+
+def test_numbers_of_the_trade_cover_nothing_and_the_front_has_its_own(monkeypatch, tmp_path):
+    """Three points apart, which nothing beats, and a crowd."""
+    spots = [(1.0, 0.2), (10.0, 0.5), (100.0, 0.9), *((50.0 + i / 5, 0.3 + i / 1000) for i in range(30))]
+    rows = [
+        dict(task="t", encoder=f"e{i % 2}", metric="accuracy", subset="", temporal_support=float(i), score=score)
+        | dict(low=score, high=score, peak_mib=peak, ms_per_audio_second=0.0, longest_seconds=100.0)
+        for i, (peak, score) in enumerate(spots)
+    ]
+    boxes, points = {}, []
+
+    def look(figure, path):  # at the resolution of the placing: at another one text is as large, but for rounding
+        if path.name == "pareto-t.png":
+            (axis,) = figure.axes
+            boxes.update({text.get_text(): text.get_window_extent() for text in axis.texts})
+            points.extend(axis.transData.transform(spots))
+
+    monkeypatch.setattr(plots, "_save", look)
+    assert plots.write_plots(tmp_path, rows, [])[1] == []
+    assert {"0", "1", "2"} <= boxes.keys()
+    assert 5 < len(boxes) < len(spots) == len(points)
+    for i, box in enumerate(boxes.values()):
+        assert not any(box.overlaps(other) for other in list(boxes.values())[:i])
+        assert not any(box.contains(*point) for point in points)
