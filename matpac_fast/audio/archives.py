@@ -5,7 +5,9 @@ An archive is listed, then read once from its beginning to its end; nothing of i
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -19,6 +21,8 @@ from .decode import AUDIO_SUFFIXES, NO_DECODER
 
 ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
 _ROWS = 16  # of a Parquet file, read at a time
+_BYTES, _TEXT = ("binary", "large_binary"), ("string", "large_string")  # types in Arrow's words
+_CHANGED = "no longer in its archive, which changed meanwhile: run the same again once it is at rest"
 
 
 class Member(NamedTuple):
@@ -48,20 +52,21 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
     except _damage() as error:
         return found, f"damaged: {_line(error)}"
     except OSError as error:
-        return found, f"cannot be read: {error.strerror or error}"
+        return found, f"cannot be read: {error.strerror or _line(error)}"
     return found, None
 
 
 def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
     """The bytes of members of one archive, in its order, one by one; or why there are none."""
-    reader, done = _READERS[archive.suffix.lower()](archive, wanted), 0
+    reader, done, reason = _READERS[archive.suffix.lower()](archive, wanted), 0, _CHANGED
     try:
         for data in reader:
             yield data
             done += 1
     except (*_damage(), OSError) as error:  # what comes after cannot be reached either
-        for _ in wanted[done:]:
-            yield AudioError(f"in an archive that cannot be read on: {_line(error)}")
+        reason = f"in an archive that cannot be read on: {_line(error)}"
+    for _ in wanted[done:]:
+        yield AudioError(reason)
 
 
 def _is_audio(name: str) -> bool:
@@ -82,10 +87,14 @@ def _list_tar(archive: Path) -> Iterator[Member]:
 
 def _read_tar(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
     with open(archive, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
         for member in wanted:
+            if not 0 <= member.size <= end - member.place:  # no memory is asked for what a damaged header says
+                yield AudioError("truncated: its archive ends before it")
+                continue
             file.seek(member.place)
             data = file.read(member.size)
-            yield data if len(data) == member.size else AudioError("truncated: its archive ends before it")
+            yield data if len(data) == member.size else AudioError(_CHANGED)
 
 
 def _list_zip(archive: Path) -> Iterator[Member]:
@@ -99,26 +108,37 @@ def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | Audio
     with zipfile.ZipFile(archive) as file:
         infos = file.infolist()
         for member in wanted:
+            info = infos[member.place] if member.place < len(infos) else None
+            if info is None or info.filename != member.name:
+                yield AudioError(_CHANGED)
+                continue
+            if info.flag_bits & 1:
+                yield AudioError("encrypted: unpack its archive with the password")
+                continue
             try:
-                yield file.read(infos[member.place])
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-                yield AudioError(f"cannot be read from its archive: {_line(error)}")  # RuntimeError: encrypted
+                data = file.read(info)
+            except (*_damage(), OSError) as error:  # OSError: what bz2 says of damage
+                yield AudioError(f"cannot be read from its archive: {_line(error)}")
+            else:
+                yield data
 
 
 def _list_parquet(archive: Path) -> Iterator[Member]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with arrow_file(archive) as opened, pq.ParquetFile(opened) as file:
         if (column := _audio_column(file)) is None:
             return
         kind, row = file.schema_arrow.field(column).type, 0
-        named = kind.get_field_index("path") >= 0
-        if not named:
+        if (i := kind.get_field_index("path")) < 0 or not _holds(kind.field(i), _TEXT):
             yield from (Member(archive, f"{row:08d}", row) for row in range(file.metadata.num_rows))
             return
         for batch in file.iter_batches(columns=[f"{column}.path"]):
-            for path in batch.column(0).field("path").to_pylist():
-                yield Member(archive, os.path.basename(path) if path else f"{row:08d}", row)
+            # As bytes, since nothing has checked that they are UTF-8.
+            for path in batch.column(0).field("path").cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+                name = os.path.basename(path.decode("utf-8", "surrogateescape")) if path else ""
+                yield Member(archive, name or f"{row:08d}", row)
                 row += 1
 
 
@@ -127,33 +147,44 @@ def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | A
 
     with arrow_file(archive) as opened, pq.ParquetFile(opened) as file:
         column, waiting, end = _audio_column(file), list(reversed(wanted)), 0
-        for group in range(file.num_row_groups):
+        for group in range(file.num_row_groups if column is not None else 0):
             start, end = end, end + file.metadata.row_group(group).num_rows
             if not waiting or waiting[-1].place >= end:
                 continue
-            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[f"{column}.bytes"]):
-                values = batch.column(0).field("bytes")
-                while waiting and waiting[-1].place < start + len(values):
-                    data = values[waiting.pop().place - start].as_py()
-                    yield AudioError("no audio in its row, a name alone") if data is None else data
-                start += len(values)
+            try:
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[f"{column}.bytes"]):
+                    values = batch.column(0).field("bytes")
+                    while waiting and waiting[-1].place < start + len(values):
+                        data = values[waiting.pop().place - start].as_py()
+                        yield AudioError("no audio in its row, a name alone") if data is None else data
+                    start += len(values)
+            except (*_damage(), OSError) as error:  # the other groups do not depend on it
+                while waiting and waiting[-1].place < end:
+                    waiting.pop()
+                    yield AudioError(f"in a part of its archive that cannot be read: {_line(error)}")
 
 
 def _audio_column(file: Any) -> str | None:
     import pyarrow as pa
 
     for field in file.schema_arrow:
-        if pa.types.is_struct(field.type) and (i := field.type.get_field_index("bytes")) >= 0:
-            kind = field.type.field(i).type
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-                return field.name
+        i = field.type.get_field_index("bytes") if pa.types.is_struct(field.type) else -1
+        if i >= 0 and _holds(field.type.field(i), _BYTES):
+            return field.name
     return None
 
 
+def _holds(field: Any, kinds: tuple[str, ...]) -> bool:
+    return str(field.type) in kinds
+
+
 def _damage() -> tuple[type[Exception], ...]:
+    """What the readers of damaged archives raise, but for OSError; of zip files nearly anything."""
     import pyarrow as pa
 
-    return tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, pa.ArrowException
+    of_values = ValueError, LookupError, ArithmeticError, RuntimeError  # UnicodeDecodeError, NotImplementedError, ...
+    of_formats = tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError
+    return *of_formats, *of_values, pa.ArrowException
 
 
 def _line(error: BaseException) -> str:

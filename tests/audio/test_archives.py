@@ -146,9 +146,85 @@ def names_alone(files: Path, path: Path) -> None:
     pq.write_table(pa.table({"audio": pa.array(audio, kind)}), path)
 
 
+def huge_tar(files: Path, path: Path) -> None:
+    """A header that promises more than any memory."""
+    huge = tarfile.TarInfo("huge.wav")
+    huge.size = 1 << 60
+    tar(files, path, ["b.flac"])
+    with tarfile.open(path) as file:
+        file.getmembers()
+        end = file.offset
+    path.write_bytes(path.read_bytes()[:end] + huge.tobuf(tarfile.GNU_FORMAT) + bytes(1000))
+
+
+def flipped(kind: int):
+    def pack(files: Path, path: Path) -> None:
+        with zipfile.ZipFile(path, "w", kind) as file:
+            for name in ("a.wav", "b.flac"):
+                file.write(files / name, name)
+        data = bytearray(path.read_bytes())
+        data[60:400] = bytes(340)
+        path.write_bytes(data)
+
+    return pack
+
+
+def zip_of_no_utf8(files: Path, path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.write(files / "a.wav", "é.wav")
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xfe"))
+
+
+def zip_of_tomorrow(files: Path, path: Path) -> None:
+    zipped(files, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 99
+    path.write_bytes(data)
+
+
+def locked_zip(files: Path, path: Path) -> None:
+    zipped(files, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(data)
+
+
+def parquet_of_no_utf8(files: Path, path: Path) -> None:
+    data = pa.array([(files / "a.wav").read_bytes()], pa.binary())
+    name = pa.array([b"\xff.wav"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"audio": pa.StructArray.from_arrays([data, name], ["bytes", "path"])}), path)
+
+
+def numbered_parquet(files: Path, path: Path) -> None:
+    pq.write_table(pa.table({"audio": [{"bytes": (files / "a.wav").read_bytes(), "path": 7}]}), path)
+
+
+def flipped_parquet(files: Path, path: Path) -> None:
+    """The bytes of the first of two row groups are damaged."""
+    parquet(files, path)
+    start = pq.ParquetFile(path).metadata.row_group(0).column(1).dictionary_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = bytes(40)
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("pack", "name", "kept", "left_out"),
     [
+        (huge_tar, "x.tar", ["x.tar/b.flac"], {"x.tar": "", "x.tar/huge.wav": "truncated: its archive ends before it"}),
+        (flipped(zipfile.ZIP_LZMA), "x.zip", ["x.zip/b.flac"], {"x.zip/a.wav": "cannot be read from its archive: "}),
+        (flipped(zipfile.ZIP_BZIP2), "x.zip", ["x.zip/b.flac"], {"x.zip/a.wav": "cannot be read from its archive: "}),
+        (zip_of_no_utf8, "x.zip", [], {"x.zip": "damaged: "}),
+        (zip_of_tomorrow, "x.zip", [], {"x.zip": "damaged: zip file version"}),
+        (locked_zip, "x.zip", ["x.zip/a.wav", "x.zip/deep/c.OGG"], {"x.zip/b.flac": "encrypted: unpack its archive"}),
+        (parquet_of_no_utf8, "x.parquet", [r"x.parquet/\xff.wav"], {}),
+        (numbered_parquet, "x.parquet", ["x.parquet/00000000"], {}),
+        (
+            flipped_parquet,
+            "x.parquet",
+            ["x.parquet/c.OGG"],
+            {f"x.parquet/{name}": "in a part of its archive that cannot be read: " for name in ("a.wav", "b.flac")},
+        ),
         (cut_tar, "x.tar", ["x.tar/b.flac"], {"x.tar": "damaged: ", "x.tar/a.wav": "truncated: its archive ends"}),
         (headless_tar, "x.tar", ["x.tar/b.flac"], {"x.tar": "damaged: after "}),
         (flipped_zip, "x.zip", ["x.zip/b.flac", "x.zip/deep/c.OGG"], {"x.zip/a.wav": "cannot be read from its arch"}),
@@ -168,8 +244,9 @@ def test_what_is_damaged_is_named_and_the_rest_is_taken(files, tmp_path, pack, n
         if kept:
             assert prepare(tmp_path / "in", tmp_path / "out").clips == len(kept)
             assert sorted(rows(tmp_path / "out" / "index.parquet")) == kept
-        rejected = rows(tmp_path / "out" / "rejected.parquet")
+        rejected = rows(tmp_path / "out" / "rejected.parquet") if left_out else {}
         assert list(rejected) == list(left_out)
+        assert not any("\n" in row["reason"] for row in rejected.values())
         assert all(rejected[path]["reason"].startswith(reason) for path, reason in left_out.items())
 
 
@@ -183,6 +260,21 @@ def test_an_archive_that_ends_while_it_is_read_leaves_reasons(files, tmp_path):
     (tmp_path / "x.parquet").write_bytes(data)
     found = list(archives.contents(tmp_path / "x.parquet", inside))
     assert [type(each) for each in found] == [bytes, bytes, AudioError]
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_an_archive_that_is_replaced_while_it_is_read_leaves_reasons(files, tmp_path, name):
+    archive = tmp_path / name
+    PACKERS[name](files, archive)
+    inside, _ = archives.members(archive)
+    if name == "x.tar":
+        tar(files, archive, [])
+    elif name == "x.ZIP":
+        zipfile.ZipFile(archive, "w").close()
+    else:
+        pq.write_table(pa.table({"label": [1, 2, 3]}), archive)
+    found = list(archives.contents(archive, inside))
+    assert [type(each) for each in found] == 3 * [AudioError]
 
 
 def test_a_full_temporary_folder_ends_it_with_what_to_do(files, tmp_path, monkeypatch, capsys):
