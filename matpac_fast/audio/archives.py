@@ -21,7 +21,9 @@ from .decode import AUDIO_SUFFIXES, NO_DECODER
 
 ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
 _ROWS = 16  # of a Parquet file, read at a time
-_BYTES, _TEXT = ("binary", "large_binary"), ("string", "large_string")  # types in Arrow's words
+# What a column of audio may be made of, in Arrow's words.
+_BYTES = ("binary", "large_binary", "binary_view")
+_TEXT = ("string", "large_string", "string_view")
 _CHANGED = "no longer in its archive, which changed meanwhile: run the same again once it is at rest"
 
 
@@ -175,7 +177,10 @@ def _audio_column(file: Any) -> str | None:
 
 
 def _holds(field: Any, kinds: tuple[str, ...]) -> bool:
-    return str(field.type) in kinds
+    """Whether a field is of one of these types, as they are or by numbers in a dictionary."""
+    import pyarrow as pa
+
+    return str(field.type.value_type if pa.types.is_dictionary(field.type) else field.type) in kinds
 
 
 def _damage() -> tuple[type[Exception], ...]:

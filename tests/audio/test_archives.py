@@ -100,6 +100,23 @@ def test_archives_lie_beside_files_and_may_call_two_members_the_same(files, tmp_
     assert (sorted(rows(tmp_path / "out" / "index.parquet")), report.rejected) == (want, {})
 
 
+@pytest.mark.parametrize(
+    ("of_bytes", "of_path"),
+    [
+        (pa.large_binary(), pa.large_string()),
+        (pa.binary_view(), pa.string_view()),
+        (pa.dictionary(pa.int32(), pa.binary()), pa.dictionary(pa.int32(), pa.string())),
+    ],
+)
+def test_columns_of_all_types_that_arrow_has_for_bytes_are_read(files, tmp_path, of_bytes, of_path):
+    columns = [pa.array([(files / "a.wav").read_bytes()], of_bytes), pa.array(["a.wav"], of_path)]
+    table = pa.table({"audio": pa.StructArray.from_arrays(columns, ["bytes", "path"])})
+    pq.write_table(table, tmp_path / "x.parquet")
+    inside, reason = archives.members(tmp_path / "x.parquet")
+    assert ([member.name for member in inside], reason) == (["a.wav"], None)
+    assert list(archives.contents(tmp_path / "x.parquet", inside)) == [(files / "a.wav").read_bytes()]
+
+
 def test_a_changed_archive_replaces_the_clips_that_changed(files, tmp_path):
     (tmp_path / "in").mkdir()
     tar(files, tmp_path / "in" / "x.tar")
