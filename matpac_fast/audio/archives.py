@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -24,6 +25,7 @@ _ROWS = 16  # of a Parquet file, read at a time
 # What a column of audio may be made of, in Arrow's words.
 _BYTES = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view")
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
 _CHANGED = "no longer in its archive, which changed meanwhile: run the same again once it is at rest"
 
 
@@ -34,6 +36,7 @@ class Member(NamedTuple):
     name: str
     place: int
     size: int = 0  # in bytes, where the list of the archive says it
+    reason: str = ""  # why it cannot be read, where the list says that
 
     @property
     def suffix(self) -> str:
@@ -49,8 +52,12 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
     """
     found: list[Member] = []
     try:
+        if not stat.S_ISREG(os.stat(archive).st_mode):  # opening a pipe would wait for whoever writes to it
+            return [], "not a regular file"
         for member in _LISTERS[archive.suffix.lower()](archive):
             found.append(member)
+    except AudioError as error:
+        return found, str(error)
     except _damage() as error:
         return found, f"damaged: {_line(error)}"
     except OSError as error:
@@ -76,10 +83,14 @@ def _is_audio(name: str) -> bool:
 
 
 def _list_tar(archive: Path) -> Iterator[Member]:
+    with open(archive, "rb") as raw:
+        begin = raw.read(tarfile.BLOCKSIZE)
+    if begin.startswith(_COMPRESSED) and b"ustar" not in begin:  # a first file may be called BZh.wav
+        raise AudioError("a compressed tar file: unpack it, or pack it again without compression")
     with tarfile.open(archive, "r:") as file:
         for info in file:
-            if info.isreg() and not info.issparse() and _is_audio(info.name):
-                yield Member(archive, info.name, info.offset_data, info.size)
+            if not info.isdir() and _is_audio(info.name):
+                yield Member(archive, info.name, info.offset_data, info.size, _not_there(info))
         # tarfile takes a header that is cut off, or is none, for the end; there zeros have to be.
         with open(archive, "rb") as raw:
             raw.seek(file.offset)
@@ -87,10 +98,22 @@ def _list_tar(archive: Path) -> Iterator[Member]:
                 raise tarfile.ReadError(f"after {file.offset} bytes comes neither a file nor the end")
 
 
+def _not_there(info: tarfile.TarInfo) -> str:
+    """Why the bytes of a member do not stand behind its header, if so."""
+    if info.islnk() or info.issym():
+        return "a link in a tar file: pack that again with GNU tar's --dereference --hard-dereference"
+    if info.issparse():
+        return "a file with holes in a tar file: pack that again without --sparse"
+    return "" if info.isreg() else "not a regular file"
+
+
 def _read_tar(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
     with open(archive, "rb") as file:
         end = os.fstat(file.fileno()).st_size
         for member in wanted:
+            if member.reason:
+                yield AudioError(member.reason)
+                continue
             if not 0 <= member.size <= end - member.place:  # no memory is asked for what a damaged header says
                 yield AudioError("truncated: its archive ends before it")
                 continue

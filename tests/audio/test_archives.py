@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
@@ -225,9 +226,49 @@ def flipped_parquet(files: Path, path: Path) -> None:
     path.write_bytes(data)
 
 
+def tar_of_links(files: Path, path: Path) -> None:
+    tar(files, path, ["a.wav"])
+    with tarfile.open(path, "a") as file:
+        for name, kind in (
+            ("hard.wav", tarfile.LNKTYPE),
+            ("soft.wav", tarfile.SYMTYPE),
+            ("pipe.wav", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.wav"
+            file.addfile(info)
+
+
+def tar_with_holes(files: Path, path: Path) -> None:
+    tar(files, path, ["a.wav"])
+    with tarfile.open(path, "a") as file:
+        info = tarfile.TarInfo("holes.wav")
+        info.pax_headers = {"GNU.sparse.map": "0,512", "GNU.sparse.size": "1000", "GNU.sparse.name": "holes.wav"}
+        info.size = 512
+        file.addfile(info, io.BytesIO(bytes(512)))
+
+
+def tar_gz(files: Path, path: Path) -> None:
+    tar(files, path)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
 @pytest.mark.parametrize(
     ("pack", "name", "kept", "left_out"),
     [
+        (
+            tar_of_links,
+            "x.tar",
+            ["x.tar/a.wav"],
+            {
+                "x.tar/hard.wav": "a link in a tar file: pack that again",
+                "x.tar/pipe.wav": "not a regular file",
+                "x.tar/soft.wav": "a link in a tar file: pack that again",
+            },
+        ),
+        (tar_with_holes, "x.tar", ["x.tar/a.wav"], {"x.tar/holes.wav": "a file with holes in a tar file: pack that"}),
+        (tar_gz, "x.tar", [], {"x.tar": "a compressed tar file: unpack it"}),
+        (lambda files, path: os.mkfifo(path), "x.zip", [], {"x.zip": "not a regular file"}),
         (huge_tar, "x.tar", ["x.tar/b.flac"], {"x.tar": "", "x.tar/huge.wav": "truncated: its archive ends before it"}),
         (flipped(zipfile.ZIP_LZMA), "x.zip", ["x.zip/b.flac"], {"x.zip/a.wav": "cannot be read from its archive: "}),
         (flipped(zipfile.ZIP_BZIP2), "x.zip", ["x.zip/b.flac"], {"x.zip/a.wav": "cannot be read from its archive: "}),
@@ -255,7 +296,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_taken(files, tmp_path, pack, n
     (tmp_path / "in").mkdir()
     pack(files, tmp_path / "in" / name)
     if not kept:
-        with pytest.raises(CorpusError, match=f"{name}: damaged: .*rejected.parquet has"):
+        with pytest.raises(CorpusError, match=f"{name}: {left_out[name]}.*rejected.parquet has"):
             prepare(tmp_path / "in", tmp_path / "out")
     for _ in range(2):  # and again
         if kept:
