@@ -22,6 +22,7 @@ from .decode import AUDIO_SUFFIXES, NO_DECODER
 
 ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
 _ROWS = 16  # of a Parquet file, read at a time
+_BUFFER = 1 << 20  # bytes; without it, or with pre_buffer, pyarrow reads the column of a whole row group at once
 # What a column of audio may be made of, in Arrow's words.
 _BYTES = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view")
@@ -88,7 +89,8 @@ def _list_tar(archive: Path) -> Iterator[Member]:
     if begin.startswith(_COMPRESSED) and b"ustar" not in begin:  # a first file may be called BZh.wav
         raise AudioError("a compressed tar file: unpack it, or pack it again without compression")
     with tarfile.open(archive, "r:") as file:
-        for info in file:
+        while (info := file.next()) is not None:
+            file.members.clear()  # type: ignore[attr-defined] - where tarfile keeps all that it has met
             if not info.isdir() and _is_audio(info.name):
                 yield Member(archive, info.name, info.offset_data, info.size, _not_there(info))
         # tarfile takes a header that is cut off, or is none, for the end; there zeros have to be.
@@ -170,7 +172,7 @@ def _list_parquet(archive: Path) -> Iterator[Member]:
 def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
     import pyarrow.parquet as pq
 
-    with arrow_file(archive) as opened, pq.ParquetFile(opened) as file:
+    with arrow_file(archive) as opened, pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False) as file:
         column, waiting, end = _audio_column(file), list(reversed(wanted)), 0
         for group in range(file.num_row_groups if column is not None else 0):
             start, end = end, end + file.metadata.row_group(group).num_rows

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -333,6 +334,32 @@ def test_an_archive_that_is_replaced_while_it_is_read_leaves_reasons(files, tmp_
         pq.write_table(pa.table({"label": [1, 2, 3]}), archive)
     found = list(archives.contents(archive, inside))
     assert [type(each) for each in found] == 3 * [AudioError]
+
+
+def test_the_list_of_a_tar_file_keeps_nothing_of_what_is_no_audio(tmp_path):
+    with open(tmp_path / "x.tar", "wb") as file:
+        for i in range(5000):
+            file.write(tarfile.TarInfo(f"{i}.json").tobuf(tarfile.USTAR_FORMAT))
+        file.write(bytes(1024))
+    tracemalloc.start()
+    assert archives.members(tmp_path / "x.tar") == ([], None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 500_000
+
+
+def test_of_a_large_row_group_a_part_is_held(tmp_path):
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    audio = [{"bytes": np.random.default_rng(i).bytes(1 << 20), "path": f"{i}.wav"} for i in range(64)]
+    table = pa.table({"audio": pa.array(audio, kind)})
+    pq.write_table(table, tmp_path / "x.parquet", use_dictionary=False, compression="none", write_batch_size=1)
+    del audio, table
+    inside, _ = archives.members(tmp_path / "x.parquet")
+    before = pa.total_allocated_bytes()
+    first = next(found := archives.contents(tmp_path / "x.parquet", inside))
+    assert isinstance(first, bytes)
+    assert pa.total_allocated_bytes() - before < 50 << 20
+    del found
 
 
 def test_a_full_temporary_folder_ends_it_with_what_to_do(files, tmp_path, monkeypatch, capsys):
