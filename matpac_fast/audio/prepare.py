@@ -172,11 +172,12 @@ def _found(source: Path, paths: list[Path], unreadable: list[_Loaded]) -> dict[s
         inside, reason = archives.members(path)
         if reason is not None:
             unreadable.append(_Loaded({"path": _key(source, path), "reason": reason}))
+        again: Counter[str] = Counter()  # of each name: a Parquet file may have one for all its rows
         for member in inside:
             key = first = f"{_key(source, path)}/{_storable(member.name)}"
-            again = itertools.count(2)
             while key in found:
-                key = f"{first}#{next(again)}"
+                again[first] += 1
+                key = f"{first}#{again[first] + 1}"
             found[key] = member
     return found
 
