@@ -102,7 +102,8 @@ def prepare(
     settings = Settings(sample_rate, float(min_seconds), float(silence_db))
     unreadable: list[_Loaded] = []
     paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)), archives.ARCHIVES)
-    found = _found(source, paths, unreadable)
+    status = functools.cache(_status)  # of an archive once
+    found = _found(source, paths, unreadable, status)
     if not found and not unreadable:
         looked_for = " ".join(sorted(AUDIO_SUFFIXES | archives.ARCHIVES))
         raise CorpusError(f"{source}: no audio in it; looked for {looked_for}")
@@ -112,7 +113,6 @@ def prepare(
         if len(store.clips) and not any(map(store.is_clip, found)):
             raise CorpusError(f"{out}: a corpus of other audio: none of its {len(store.clips)} files is in {source}")
         store.present = {*found, *(item.row["path"] for item in unreadable)}
-        status = functools.cache(_status)  # of an archive once
         now = {key: status(_file(item)) for key, item in found.items()}
         todo = {key: then for key, then in now.items() if then is None or not store.is_current(key, then)}
         loaded = in_order(_jobs(found, todo, settings, store), workers)
@@ -161,7 +161,9 @@ def prepare(
     )
 
 
-def _found(source: Path, paths: list[Path], unreadable: list[_Loaded]) -> dict[str, Path | archives.Member]:
+def _found(
+    source: Path, paths: list[Path], unreadable: list[_Loaded], status: Callable[[Path], os.stat_result | None]
+) -> dict[str, Path | archives.Member]:
     """The audio by what it is called in the corpus, that of an archive where the archive is; archives that cannot be
     read to their end go to `unreadable`."""
     found: dict[str, Path | archives.Member] = {}
@@ -169,6 +171,7 @@ def _found(source: Path, paths: list[Path], unreadable: list[_Loaded]) -> dict[s
         if path.suffix.lower() not in archives.ARCHIVES:
             found[_key(source, path)] = path
             continue
+        status(path)  # as it was before it is listed: one that changes from here on shall be new to the next run
         inside, reason = archives.members(path)
         if reason is not None:
             unreadable.append(_Loaded({"path": _key(source, path), "reason": reason}))

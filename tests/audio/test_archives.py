@@ -24,6 +24,7 @@ from matpac_fast.audio import prepare as module
 from matpac_fast.audio.corpus import Corpus
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.errors import AudioError, CorpusError
+from matpac_fast.files import sha256
 from tests.audio.mixed import RATE, rows, snapshot
 
 NAMES = ("b.flac", "a.wav", "deep/c.OGG")  # not in the order of their names
@@ -126,7 +127,7 @@ def test_rows_that_are_all_called_the_same_take_no_time_that_grows_with_its_squa
     )
     pq.write_table(table, tmp_path / "x.parquet")
     begun = time.process_time()
-    found = module._found(tmp_path, [tmp_path / "x.parquet"], [])
+    found = module._found(tmp_path, [tmp_path / "x.parquet"], [], lambda path: None)
     assert time.process_time() - begun < 10  # it was half a minute
     names = [f"x.parquet/audio.wav{f'#{i}' if i > 1 else ''}" for i in range(1, 20_001)]
     assert list(found) == [*names, "x.parquet/audio.wav#20001"]
@@ -141,6 +142,29 @@ def test_a_changed_archive_replaces_the_clips_that_changed(files, tmp_path):
     tar(files, tmp_path / "in" / "x.tar", ("new.wav", "a.wav", "b.flac"))
     report = prepare(tmp_path / "in", tmp_path / "out")
     assert (report.clips, report.added, report.replaced, report.vanished) == (4, 1, 1, 1)
+
+
+def test_an_archive_that_is_replaced_after_it_was_listed_is_read_again_by_the_next_run(files, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    archive, list_members = tmp_path / "in" / "x.tar", archives.members
+    soundfile.write(files / "c.wav", np.random.default_rng(9).normal(size=RATE) / 10, RATE)
+    soundfile.write(files / "a.wav", np.random.default_rng(8).normal(size=RATE) / 10, RATE)
+
+    def list_then_replace(path: Path):
+        listed = list_members(path)
+        tar(files, archive, ("c.wav", "a.wav"))  # each where the other was
+        return listed
+
+    tar(files, archive, ("a.wav", "c.wav"))
+    os.utime(archive, (1, 1))
+    monkeypatch.setattr(archives, "members", list_then_replace)
+    prepare(tmp_path / "in", tmp_path / "out")
+    monkeypatch.undo()
+    prepare(tmp_path / "in", tmp_path / "out")
+    index = rows(tmp_path / "out" / "index.parquet")
+    assert {path: row["sha256"] for path, row in index.items()} == {
+        f"x.tar/{name}": sha256(files / name) for name in ("a.wav", "c.wav")
+    }
 
 
 def cut_tar(files: Path, path: Path) -> None:
