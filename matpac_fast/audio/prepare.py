@@ -110,7 +110,11 @@ def prepare(
 
     added, replaced, remade, clipped = 0, 0, 0, 0
     with Store(out, settings) as store:
-        if len(store.clips) and not any(map(store.is_clip, found)):
+        beyond = tuple(f"{item.row['path']}/" for item in unreadable)  # clips of which are not known to be gone
+        known = any(map(store.is_clip, found)) or any(
+            path.startswith(beyond) for path in store.clips["path"].to_pylist()
+        )
+        if len(store.clips) and not known:
             raise CorpusError(f"{out}: a corpus of other audio: none of its {len(store.clips)} files is in {source}")
         store.present = {*found, *(item.row["path"] for item in unreadable)}
         now = {key: status(_file(item)) for key, item in found.items()}

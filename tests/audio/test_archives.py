@@ -167,6 +167,15 @@ def test_an_archive_that_is_replaced_after_it_was_listed_is_read_again_by_the_ne
     }
 
 
+def test_the_clips_of_an_archive_that_cannot_be_read_any_more_are_kept(files, tmp_path):
+    (tmp_path / "in").mkdir()
+    parquet(files, tmp_path / "in" / "x.parquet")
+    prepare(tmp_path / "in", tmp_path / "out")
+    half_parquet(files, tmp_path / "in" / "x.parquet")
+    report = prepare(tmp_path / "in", tmp_path / "out")
+    assert (report.clips, report.vanished, report.rejected) == (3, 3, {"damaged": 1})
+
+
 def cut_tar(files: Path, path: Path) -> None:
     tar(files, path)
     with tarfile.open(path) as file:
