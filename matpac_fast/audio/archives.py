@@ -31,7 +31,10 @@ _CHANGED = "no longer in its archive, which changed meanwhile: run the same agai
 
 
 class Member(NamedTuple):
-    """Audio in an archive: its name there, and where it is: an offset, a number, or a row."""
+    """Audio in an archive: its name there, and where it is: an offset, a number, or a row.
+
+    Names are UTF-8 whatever the locale, with bytes that are none as \\udcNN.
+    """
 
     archive: Path
     name: str
@@ -88,7 +91,7 @@ def _list_tar(archive: Path) -> Iterator[Member]:
         begin = raw.read(tarfile.BLOCKSIZE)
     if begin.startswith(_COMPRESSED) and b"ustar" not in begin:  # a first file may be called BZh.wav
         raise AudioError("a compressed tar file: unpack it, or pack it again without compression")
-    with tarfile.open(archive, "r:") as file:
+    with tarfile.open(archive, "r:", encoding="utf-8") as file:
         while (info := file.next()) is not None:
             file.members.clear()  # type: ignore[attr-defined] - where tarfile keeps all that it has met
             if not info.isdir() and _is_audio(info.name):

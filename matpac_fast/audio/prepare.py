@@ -181,7 +181,7 @@ def _found(
             unreadable.append(_Loaded({"path": _key(source, path), "reason": reason}))
         again: Counter[str] = Counter()  # of each name: a Parquet file may have one for all its rows
         for member in inside:
-            key = first = f"{_key(source, path)}/{_storable(member.name)}"
+            key = first = f"{_key(source, path)}/{_storable(member.name.encode('utf-8', 'surrogateescape'))}"
             while key in found:
                 again[first] += 1
                 key = f"{first}#{again[first] + 1}"
@@ -313,12 +313,12 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _key(source: Path, path: Path) -> str:
     """The path in the source folder."""
-    return _storable(os.fspath(path.relative_to(source)))
+    return _storable(os.fsencode(path.relative_to(source)))
 
 
-def _storable(name: str) -> str:
+def _storable(name: bytes) -> str:
     """In characters that Parquet can hold."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _unreadable(source: Path, folder: Path, error: OSError) -> _Loaded:

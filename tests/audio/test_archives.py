@@ -6,6 +6,8 @@ import gzip
 import io
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -47,16 +49,16 @@ def tar(files: Path, path: Path, names=(*NAMES, "notes.txt")) -> None:
             file.add(files / name, name)
 
 
-def zipped(files: Path, path: Path) -> None:
+def zipped(files: Path, path: Path, names=(*NAMES, "notes.txt")) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name in (*NAMES, "notes.txt"):
+        for name in names:
             file.write(files / name, name)
 
 
-def parquet(files: Path, path: Path, column: str = "audio") -> None:
-    audio = [{"bytes": (files / name).read_bytes(), "path": f"there/{os.path.basename(name)}"} for name in NAMES]
+def parquet(files: Path, path: Path, names=NAMES) -> None:
+    audio = [{"bytes": (files / name).read_bytes(), "path": f"there/{os.path.basename(name)}"} for name in names]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    table = pa.table({"label": [1, 2, 3], column: pa.array(audio, kind)})
+    table = pa.table({"label": [1, 2, 3], "audio": pa.array(audio, kind)})
     pq.write_table(table, path, row_group_size=2)
 
 
@@ -174,6 +176,22 @@ def test_the_clips_of_an_archive_that_cannot_be_read_any_more_are_kept(files, tm
     half_parquet(files, tmp_path / "in" / "x.parquet")
     report = prepare(tmp_path / "in", tmp_path / "out")
     assert (report.clips, report.vanished, report.rejected) == (3, 3, {"damaged": 1})
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_names_are_the_same_in_a_locale_of_ascii_alone(files, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    renamed = {"b.flac": "日本.flac", "a.wav": "é.wav"}
+    for old, new in renamed.items():
+        os.rename(files / old, files / new)
+    names = [renamed.get(n, n) for n in NAMES]
+    PACKERS[name](files, tmp_path / "in" / name, names)
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "matpac_fast.cli", "prepare", str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, env={**os.environ, **ascii_alone}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    inside = [os.path.basename(n) if "parquet" in name else n for n in names]
+    assert sorted(rows(tmp_path / "out" / "index.parquet")) == sorted(f"{name}/{n}" for n in inside)
 
 
 def cut_tar(files: Path, path: Path) -> None:
