@@ -115,3 +115,16 @@ def test_of_archives_it_says_what_to_do(tmp_path, encoder):  # noqa: F811
         AudioError, match=r"or below, but x\.tar: give the corpus that matpac-fast prepare makes of it$"
     ):
         embed_collection(tmp_path / "in", tmp_path / "out", encoder)
+
+
+def test_a_clip_that_failed_and_is_gone_since_can_be_tried_again(audio, tmp_path, encoder):  # noqa: F811
+    prepare(audio, tmp_path / "corpus", shard_seconds=0.1)  # a shard a clip
+    number = Corpus(tmp_path / "corpus").paths.index("c.wav")
+    os.truncate(tmp_path / "corpus" / "shards" / f"{number:05d}.i16", 100)
+    embed_collection(tmp_path / "corpus", tmp_path / "out", encoder)
+    os.unlink(audio / "c.wav")
+    prepare(audio, tmp_path / "corpus", shard_seconds=0.1)
+    report = embed_collection(tmp_path / "corpus", tmp_path / "out", encoder, retry_errors=True)
+    assert (report.total, report.failed) == (3, 1)
+    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert errors == [{"path": "c.wav", "reason": "no longer in the corpus"}]
