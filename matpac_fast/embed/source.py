@@ -12,9 +12,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ..audio.corpus import FULL_SCALE, INDEX, SHARDS, Corpus
+from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
 from ..audio.decode import AudioFile, find_audio, read_blocks, resampled
 from ..errors import AudioError, ConfigError, CorpusError
+from ..files import arrow_file
 
 PassedOver: TypeAlias = "Callable[[Path, OSError], None]"
 
@@ -136,8 +137,8 @@ class Clips:
         return self.entry(name).bytes if name in self._numbers else None
 
     def check_there(self) -> None:
-        """Raise AudioError where the corpus is gone."""
-        if not (self.path / INDEX).exists():
+        """Raise AudioError where the corpus is gone, or all of its samples."""
+        if not (self.path / INDEX).exists() or not _has_shards(self.path):
             raise AudioError(f"{self.path}: no corpus, where one was; is its disk mounted? Then run the same again")
 
     def check_rate(self, sample_rate: int) -> None:
@@ -173,9 +174,31 @@ def open_source(path: Path) -> Source:
     """A corpus where `path` is one, else the files of a folder or list.
 
     Raises:
-        CorpusError: a corpus that is damaged, or whose preparation was interrupted.
+        CorpusError: a corpus that is damaged, lacks its samples, or whose preparation was interrupted.
     """
-    return Clips(path) if (path / SHARDS).is_dir() and any(path.glob(f"{SHARDS}/*.i16")) else Files(path)
+    if _has_shards(path):
+        return Clips(path)
+    if _is_index(path / INDEX):
+        raise CorpusError(
+            f"{path}: a corpus without its {SHARDS}/*.i16: copy it again, or run the same matpac-fast prepare again"
+        )
+    return Files(path)
+
+
+def _has_shards(corpus: Path) -> bool:
+    return (corpus / SHARDS).is_dir() and any(corpus.glob(f"{SHARDS}/*.i16"))
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is the index of a corpus, and not just called so."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with arrow_file(path) as file:
+            return METADATA in (pq.read_schema(file).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def local(name: str) -> str:

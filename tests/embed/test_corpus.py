@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from matpac_fast import cli
 from matpac_fast.audio.corpus import Corpus
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.embed.extract import embed_collection
-from matpac_fast.errors import AudioError
+from matpac_fast.errors import AudioError, CorpusError
 from tests.embed.test_collection import RATE, encoder, encoder_file  # noqa: F401
 
 
@@ -128,3 +129,25 @@ def test_a_clip_that_failed_and_is_gone_since_can_be_tried_again(audio, tmp_path
     assert (report.total, report.failed) == (3, 1)
     errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
     assert errors == [{"path": "c.wav", "reason": "no longer in the corpus"}]
+
+
+def test_a_corpus_that_lost_its_shards_is_no_folder_of_files(audio, tmp_path, encoder):  # noqa: F811
+    prepare(audio, tmp_path / "corpus")
+    embed_collection(tmp_path / "corpus", tmp_path / "out", encoder, files_per_shard=1)
+    before = pq.read_table(tmp_path / "out" / "manifest.parquet")
+    next((tmp_path / "out").glob("shard-*")).unlink()
+    shutil.rmtree(tmp_path / "corpus" / "shards")
+    with pytest.raises(CorpusError, match="a corpus without its .*: copy it again, or run the same matpac-fast p"):
+        embed_collection(tmp_path / "corpus", tmp_path / "out", encoder)
+    assert pq.read_table(tmp_path / "out" / "manifest.parquet").equals(before)
+
+
+def test_shards_that_go_while_it_embeds_fail_no_clip(audio, tmp_path, encoder):  # noqa: F811
+    prepare(audio, tmp_path / "corpus")
+
+    def remove(progress):
+        shutil.rmtree(tmp_path / "corpus" / "shards", ignore_errors=True)
+
+    with pytest.raises(AudioError, match="no corpus, where one was; is its disk mounted"):
+        embed_collection(tmp_path / "corpus", tmp_path / "out", encoder, progress=remove)
+    assert not list((tmp_path / "out").glob("shard-*"))
