@@ -161,10 +161,16 @@ class Clips:
                 samples = self._corpus.gather([clip], [start], min(n, frames - start))[0]
                 yield samples.astype(np.float32) / np.float32(FULL_SCALE)
 
+        produced = 0
         try:
-            yield from (block for block in resampled(stored(), own, sample_rate) if len(block))
+            for block in resampled(stored(), own, sample_rate):
+                produced += len(block)
+                if len(block):
+                    yield block
         except CorpusError as error:
             raise AudioError(f"{self.place(name)}: {error}") from None
+        if produced == 0:
+            raise AudioError(f"{self.place(name)}: empty: {frames} samples at {own} Hz are none at {sample_rate} Hz")
 
 
 Source: TypeAlias = "Files | Clips"

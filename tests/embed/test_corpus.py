@@ -151,3 +151,14 @@ def test_shards_that_go_while_it_embeds_fail_no_clip(audio, tmp_path, encoder): 
     with pytest.raises(AudioError, match="no corpus, where one was; is its disk mounted"):
         embed_collection(tmp_path / "corpus", tmp_path / "out", encoder, progress=remove)
     assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_a_clip_of_fewer_samples_than_one_at_the_encoder_s_rate_is_named(tmp_path, encoder):  # noqa: F811
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "click.wav", np.array([0.5]), 96_000)
+    soundfile.write(tmp_path / "audio" / "a.wav", np.random.default_rng(0).normal(0, 0.1, 96_000), 96_000)
+    prepare(tmp_path / "audio", tmp_path / "corpus", sample_rate=96_000, min_seconds=0, silence_db=-np.inf)
+    report = embed_collection(tmp_path / "corpus", tmp_path / "out", encoder)
+    assert (report.total, report.failed) == (2, 1)
+    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert errors == [{"path": "click.wav", "reason": "empty: 1 samples at 96000 Hz are none at 16000 Hz"}]
