@@ -6,7 +6,6 @@ import codecs
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -116,10 +115,8 @@ class Clips:
     def __init__(self, path: Path):
         self.path, self.root = path, path
         self._corpus = Corpus(path)
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self._corpus.paths)}
+        # At once: of clips that are replaced while another worker is waited for, the index no longer says the names.
+        self._numbers = {name: i for i, name in enumerate(self._corpus.paths)}
 
     def names(self, passed_over: PassedOver) -> list[str]:
         return sorted(self._numbers)

@@ -15,6 +15,7 @@ from matpac_fast import cli
 from matpac_fast.audio.corpus import Corpus
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.embed.extract import embed_collection
+from matpac_fast.embed.source import open_source
 from matpac_fast.errors import AudioError, CorpusError
 from tests.embed.test_collection import RATE, encoder, encoder_file  # noqa: F401
 
@@ -162,3 +163,12 @@ def test_a_clip_of_fewer_samples_than_one_at_the_encoder_s_rate_is_named(tmp_pat
     assert (report.total, report.failed) == (2, 1)
     errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
     assert errors == [{"path": "click.wav", "reason": "empty: 1 samples at 96000 Hz are none at 16000 Hz"}]
+
+
+def test_clips_keep_their_names_where_the_corpus_is_prepared_again_meanwhile(audio, tmp_path, encoder):  # noqa: F811
+    prepare(audio, tmp_path / "corpus")
+    source = open_source(tmp_path / "corpus")
+    soundfile.write(audio / "b.wav", np.random.default_rng(2).normal(0, 0.1, RATE), RATE)
+    prepare(audio, tmp_path / "corpus")
+    assert source.names(lambda *_: None) == ["b.wav", "c.wav", "sub/a.flac"]
+    assert sum(map(len, source.blocks("b.wav", RATE, 1.0))) == round(2.3 * RATE)
