@@ -119,7 +119,8 @@ class Clips:
         self._numbers = {name: i for i, name in enumerate(self._corpus.paths)}
 
     def names(self, passed_over: PassedOver) -> list[str]:
-        return sorted(self._numbers)
+        """As the system would have them, as those of files."""
+        return sorted(map(local, self._numbers))
 
     def place(self, name: str) -> Path:
         return self.path / name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +174,14 @@ def test_clips_keep_their_names_where_the_corpus_is_prepared_again_meanwhile(aud
     prepare(audio, tmp_path / "corpus")
     assert source.names(lambda *_: None) == ["b.wav", "c.wav", "sub/a.flac"]
     assert sum(map(len, source.blocks("b.wav", RATE, 1.0))) == round(2.3 * RATE)
+
+
+def test_a_locale_that_knows_ascii_alone_loses_no_clip(audio, tmp_path):
+    os.rename(audio / "b.wav", audio / "\xe9.wav")
+    prepare(audio, tmp_path / "corpus")
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["embed", str(tmp_path / "corpus"), "--out", str(tmp_path / "out"), "--encoder", "untrained-nano"]
+    command = [sys.executable, "-m", "matpac_fast.cli", *words, "--device", "cpu"]
+    done = subprocess.run(command, env={**os.environ, **ascii_alone}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["path"] for row in table(tmp_path / "out")] == ["c.wav", "sub/a.flac", "\xe9.wav"]
