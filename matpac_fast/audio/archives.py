@@ -51,8 +51,8 @@ class Member(NamedTuple):
 def members(archive: Path) -> tuple[list[Member], str | None]:
     """The audio that an archive holds, in its order, and why that is not all, where it is not.
 
-    A tar or zip file's are by suffix, as `find_audio`'s. A Parquet file's are the rows of its first column that holds
-    `bytes` (and `path`), as Hugging Face's feature Audio does; one without such a column holds none.
+    A tar or zip file's are by suffix, as `find_audio`'s. A Parquet file's are the rows of its column "audio", or else
+    the first, that holds `bytes` (and `path`), as Hugging Face's feature Audio does; without such a column it has none.
     """
     found: list[Member] = []
     try:
@@ -197,7 +197,7 @@ def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | A
 def _audio_column(file: Any) -> str | None:
     import pyarrow as pa
 
-    for field in file.schema_arrow:
+    for field in sorted(file.schema_arrow, key=lambda field: field.name != "audio"):  # images have bytes, too
         i = field.type.get_field_index("bytes") if pa.types.is_struct(field.type) else -1
         if i >= 0 and _holds(field.type.field(i), _BYTES):
             return field.name

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..audio.ahead import in_order
-from ..audio.archives import ARCHIVES
+from ..audio.archives import ARCHIVES, members
 from ..audio.decode import find_audio, folder_reason
 from ..errors import AudioError, ConfigError
 from ..files import arrow_file, atomic, check_no_file, write_text
@@ -149,8 +149,8 @@ def extend(
     if not listed and not new and not unusable:
         if source.path.is_file():
             raise AudioError(f"{source.path}: no audio files in this list")
-        packed = find_audio(source.path, also=ARCHIVES)  # to what may hold some
-        mend = f", but {packed[0].name}: give the corpus that matpac-fast prepare makes of it" if packed else ""
+        packed = next((path for path in find_audio(source.path, also=ARCHIVES) if members(path)[0]), None)
+        mend = f", but in {packed.name}: give the corpus that matpac-fast prepare makes of it" if packed else ""
         raise AudioError(f"{source.path}: no audio files in this folder or below{mend}")
     jobs = ((1, partial(source.entry, name)) for name in new)
     entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))

@@ -31,8 +31,6 @@ class Entry:
 class Files:
     """The audio files of a folder, or of a list. Names are UTF-8, relative to the folder, or to that of the list."""
 
-    kind = "files"
-
     def __init__(self, path: Path):
         self.path = path
 
@@ -109,8 +107,6 @@ class Files:
 
 class Clips:
     """The clips of a corpus that `prepare` made, by the names that their files had."""
-
-    kind = "clips of a corpus"
 
     def __init__(self, path: Path):
         self.path, self.root = path, path

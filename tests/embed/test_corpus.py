@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +113,14 @@ def test_a_corpus_that_is_gone_or_unfinished_is_said(audio, tmp_path, encoder, c
         embed_collection(tmp_path / "corpus", tmp_path / "out", encoder)
 
 
-def test_of_archives_it_says_what_to_do(tmp_path, encoder):  # noqa: F811
+def test_of_archives_it_says_what_to_do(audio, tmp_path, encoder):  # noqa: F811
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "x.tar").touch()
-    with pytest.raises(
-        AudioError, match=r"or below, but x\.tar: give the corpus that matpac-fast prepare makes of it$"
-    ):
+    (tmp_path / "in" / "a.parquet").touch()
+    with pytest.raises(AudioError, match=r"no audio files in this folder or below$"):
+        embed_collection(tmp_path / "in", tmp_path / "out", encoder)
+    with tarfile.open(tmp_path / "in" / "x.tar", "w") as file:
+        file.add(audio / "b.wav", "b.wav")
+    with pytest.raises(AudioError, match=r", but in x\.tar: give the corpus that matpac-fast prepare makes of it$"):
         embed_collection(tmp_path / "in", tmp_path / "out", encoder)
 
 
