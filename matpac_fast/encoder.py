@@ -213,7 +213,8 @@ def _untrained(config: MatpacConfig) -> dict[str, Tensor]:
 
 
 def _of_matpac(choice: Choice, kind: str) -> str:
-    whose = "runs and training checkpoints of MATPAC" if choice.side or choice.step else "encoders of MATPAC and M2D"
+    of_run = choice.side is not None or choice.step is not None
+    whose = "runs and training checkpoints of MATPAC" if of_run else "encoders of MATPAC and M2D"
     return f"{choice.ending} is for {whose}, and this is {kind}: leave it out"
 
 

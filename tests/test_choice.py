@@ -126,6 +126,7 @@ def test_the_option_agrees_with_the_name(run):
         ("matpac-nano@teacher", CheckpointError, "matpac-nano@teacher: holds no teacher"),
         ("untrained-nano@4", ConfigError, "'untrained-nano@4': only a run has steps; leave @4 out"),
         ("beats@teacher", ConfigError, "'beats@teacher': @teacher is for runs and .* of MATPAC, and this is beats"),
+        ("beats@0", ConfigError, "'beats@0': @0 is for runs and .* of MATPAC, and this is beats: leave it out"),
         ("logmel-stats@4", ConfigError, "@4 is for runs and .* of MATPAC, and this is logmel-stats: leave it out"),
         ("passt:own.pt@teacher", CheckpointError, "own.pt@teacher: no such file; @teacher is for .* this is passt"),
         ("hear:nowhere@4@teacher", CheckpointError, "nowhere@4@teacher.*; @4@teacher is for .* this is hear"),
