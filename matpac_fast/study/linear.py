@@ -132,7 +132,10 @@ def probe(
             "expected one or more of each"
         )
     n, width = rows.values.shape
-    work = n * min(n, width) * len(config.learning_rates) * len(config.decays) * config.seeds * n_classes
+    if config.batch is None:
+        work = n * min(n, width) * len(config.learning_rates) * len(config.decays) * config.seeds * n_classes
+    else:  # one probe after the other
+        work = min(n, config.batch) * width * n_classes
     found = []
     with one_thread() if work < _SHARED else contextlib.nullcontext():
         for i, fold in enumerate(folds):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from matpac_fast.study import linear
+from matpac_fast.study.batches import BatchedFold
 from matpac_fast.study.linear import ProbeConfig
 from matpac_fast.tasks import Fold
 
@@ -121,6 +123,21 @@ def test_a_row_counts_by_its_share_of_its_clip():
     seconds = np.tile([1.0, 1e-7], len(targets))
     odd = run(rows, targets, [fold], config, 3, clip=clip, seconds=seconds)
     torch.testing.assert_close(once.scores[0], odd.scores[0], rtol=0, atol=1e-3)
+
+
+def test_threads_share_a_batch_only_where_it_is_large_enough(monkeypatch):
+    """All rows and the whole grid together would be."""
+    values, targets = blobs()
+    seen, before, train = [], torch.get_num_threads(), BatchedFold._train
+    monkeypatch.setattr(BatchedFold, "_train", lambda *a: seen.append(torch.get_num_threads()) or train(*a))
+    torch.set_num_threads(2)
+    try:
+        for shared in (16 * 12 * 3 + 1, 16 * 12 * 3):  # rows, columns, classes
+            monkeypatch.setattr(linear, "_SHARED", shared)
+            run(values, targets, three_folds(len(targets))[:1], BATCHES, 3)
+        assert (seen, torch.get_num_threads()) == ([1, 2], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_same_bits_twice_and_seeds_differ():
