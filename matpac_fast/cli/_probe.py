@@ -5,10 +5,18 @@ from __future__ import annotations
 from ..errors import ConfigError
 from ..study.linear import ProbeConfig
 
+_RATES = "0.1,1"
+# In batches each feature has unit spread, where all at once they have unit length together: 0.1 is then so much that no
+# pass may be better than the initial weights.
+_BATCH_RATES = "1e-4,1e-3,1e-2"
 _PASSES = 20  # that training in batches goes on without gain
 
 
-def probe_config(learning_rates: str, decays: str, batch: int | None, seeds: int, standardize: bool) -> ProbeConfig:
+def probe_config(
+    learning_rates: str | None, decays: str, batch: int | None, seeds: int, standardize: bool
+) -> ProbeConfig:
+    if learning_rates is None:
+        learning_rates = _RATES if batch is None else _BATCH_RATES
     grid = numbers("--learning-rates", learning_rates), numbers("--decays", decays)
     if batch is None:
         return ProbeConfig(*grid, seeds, standardize=standardize)

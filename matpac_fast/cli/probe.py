@@ -25,7 +25,7 @@ def main(
     hop: float | None = None,
     remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
     aggregate: Aggregate = "mean",
-    learning_rates: str = "0.1,1",
+    learning_rates: str | None = None,
     decays: str = "1e-4,1e-3,1e-2,1e-1",
     probe_batch: int | None = None,
     seeds: int = 3,
@@ -57,7 +57,8 @@ def main(
         aggregate: mean probes the mean embedding of a clip's windows; score probes every window and averages what the
             probe says; attend is an attentive probe, which learns how much each window counts; one probes the single
             window in the clip's middle.
-        learning_rates: learning rates to try, with commas between them; validation clips choose.
+        learning_rates: learning rates to try, with commas between them; validation clips choose. Default: 0.1,1; in
+            batches 1e-4,1e-3,1e-2.
         decays: weight decays to try, with commas between them; validation clips choose.
         probe_batch: train each probe in shuffled batches of so many windows, until 20 passes have not lowered the
             validation loss, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4 --decays 0 --seeds 5.

@@ -49,7 +49,7 @@ def main(
     cost: bool = True,
     cost_only: bool = False,
     batch_sizes: str = "1,16",
-    learning_rates: str = "0.1,1",
+    learning_rates: str | None = None,
     decays: str = "1e-4,1e-3,1e-2,1e-1",
     probe_batch: int | None = None,
     seeds: int = 3,
@@ -90,7 +90,7 @@ def main(
         cost_only: measure costs alone, without tasks.
         batch_sizes: numbers of windows at a time to measure costs with.
         learning_rates: learning rates to try, with commas between them; the validation clips of each fold and seed
-            choose.
+            choose. Default: 0.1,1; in batches 1e-4,1e-3,1e-2.
         decays: weight decays to try, with commas between them; validation clips choose.
         probe_batch: train each probe in shuffled batches of so many windows, until 20 passes have not lowered the
             validation loss, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4 --decays 0 --seeds 5.
