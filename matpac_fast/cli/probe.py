@@ -61,8 +61,8 @@ def main(
             batches 1e-4,1e-3,1e-2.
         decays: weight decays to try, with commas between them; validation clips choose.
         probe_batch: train each probe in shuffled batches of so many windows, until 20 passes have not lowered the
-            validation loss, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4 --decays 0 --seeds 5.
-            Default: all at once.
+            validation loss, 300 passes at most, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4
+            --decays 0 --seeds 5. Default: all at once.
         seeds: how many times each probe is trained, from other initial weights; the scores are averaged.
         standardize: bring features to zero mean and unit spread before the probe.
         resamples: how often the test clips are drawn anew for the 95 % interval (bootstrap).

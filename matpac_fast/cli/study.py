@@ -93,8 +93,8 @@ def main(
             choose. Default: 0.1,1; in batches 1e-4,1e-3,1e-2.
         decays: weight decays to try, with commas between them; validation clips choose.
         probe_batch: train each probe in shuffled batches of so many windows, until 20 passes have not lowered the
-            validation loss, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4 --decays 0 --seeds 5.
-            Default: all at once.
+            validation loss, 300 passes at most, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4
+            --decays 0 --seeds 5. Default: all at once.
         seeds: how many times each probe is trained, each time from other initial weights, and on other validation clips
             where a task has none of its own.
         standardize: bring features to zero mean and unit spread before the probe.

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from matpac_fast.cli import probe as cli_probe
+from matpac_fast.cli import study as cli_study
 from matpac_fast.cli._probe import probe_config
 from matpac_fast.study import linear
 from matpac_fast.study.batches import BatchedFold
@@ -123,6 +125,13 @@ def test_the_default_learning_rates_of_the_commands_learn():
     assert (scores.argmax(1).numpy() == targets[fold.test]).mean() > 0.6
     assert probe_config(None, "0", None, 1, True).learning_rates == ProbeConfig().learning_rates
     assert probe_config("0.3", "0", 32, 1, True).learning_rates == (0.3,)
+
+
+@pytest.mark.parametrize("command", [cli_probe, cli_study])
+def test_help_says_how_long_it_is_trained(command):
+    text = " ".join((command.main.__doc__ or "").split())
+    config = probe_config(None, "0", 32, 1, True)
+    assert f"until {config.patience} passes have not lowered the validation loss, {config.steps} passes at most" in text
 
 
 def test_a_row_counts_by_its_share_of_its_clip():
