@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -52,10 +53,10 @@ class ProbeConfig:
                 raise ConfigError(f"probe: {name} is {value}; expected at least 1")
         if self.attentive and self.batch is not None:
             raise ConfigError("probe: an attentive probe is trained on all clips at once; expected no batch for it")
-        if not (self.learning_rates and self.decays and min(self.learning_rates) > 0 and min(self.decays) >= 0):
-            raise ConfigError(
-                f"probe: learning rates {self.learning_rates}, decays {self.decays}; expected positive ones"
-            )
+        rates, decays = self.learning_rates, self.decays
+        usable = all(0 < rate < math.inf for rate in rates) and all(0 <= decay < math.inf for decay in decays)
+        if not (rates and decays and usable):  # of NaN all comparisons are false
+            raise ConfigError(f"probe: learning rates {rates}, decays {decays}; expected finite, positive ones")
 
 
 @dataclass(frozen=True)

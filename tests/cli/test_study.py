@@ -245,6 +245,8 @@ def test_without_costs_nothing_is_cheaper_and_what_is_left_out_is_named(
         ("study", ["--hop", "0"], "study: hop is 0 s; expected"),
         ("probe", ["--temporal-support", "0"], "study: temporal support is 0 s; expected"),
         ("study", ["--workers", "0"], "workers 0; expected 1 or more"),
+        ("probe", ["--probe-batch", "8", "--decays", "1e-3,nan"], "decays (0.001, nan); expected finite, positive"),
+        ("study", ["--learning-rates", "0.1,inf"], "learning rates (0.1, inf), decays"),
         ("probe", ["--probe-batch", "0"], "probe: batch is 0; expected at least 1"),
         ("study", ["--probe-batch", "128", "--aggregate", "attend"], "probe is trained on all clips at once"),
     ],
