@@ -21,8 +21,8 @@ def main(
     (batch, E), for any batch and any length from 25 ms up.
 
     Args:
-        encoder: MATPAC's or M2D's: a run folder, or of it runs/a@teacher or runs/a@20000, a checkpoint, an official
-            file, or a name such as m2d:FILE. Default: this package's own pre-trained one.
+        encoder: MATPAC's or M2D's: a run folder, or of it runs/a@teacher, runs/a@20000 or runs/a@layer6, a checkpoint,
+            an official file, or a name such as m2d:FILE. Default: this package's own pre-trained one.
         onnx: write this ONNX file; it needs pip install 'matpac_fast[export]', and torch 2.8 or later.
         torch: write this file for torch.export.load.
         num_heads: attention heads of an official checkpoint, which does not tell them. Default: the width / 64.

@@ -47,8 +47,8 @@ def main(
     recording device. matpac-fast study --help lists the tasks.
 
     Args:
-        encoder: a run folder, or of it runs/a@teacher or runs/a@20000, a checkpoint, an official file, or a name such
-            as passt:FILE. Default: this package's own pre-trained one.
+        encoder: a run folder, or of it runs/a@teacher, runs/a@20000 or runs/a@layer6, a checkpoint, an official file,
+            or a name such as passt:FILE. Default: this package's own pre-trained one.
         task: what to predict, as NAME:FOLDER, such as esc50:data/ESC-50.
         temporal_support: seconds of audio that one embedding sees.
         hop: seconds from one window to the next. Default: the temporal support.

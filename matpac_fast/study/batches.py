@@ -6,6 +6,7 @@ as do the probes of MATPAC's and M2D's tables.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,20 +33,29 @@ class BatchedFold(FoldProbes):
     def _train(
         self, pairs: Sequence[tuple[float, float]], progress: Callable[[float], None]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        seeds, found = self.config.seeds, []
+        seeds, found, learnt = self.config.seeds, [], set()
         for i, (rate, decay) in enumerate(pairs):
             for seed in range(seeds):
                 done = i * seeds + seed
                 told = lambda share, done=done: progress((done + share) / (len(pairs) * seeds))  # noqa: E731
-                found.append(self._one(seed, rate, decay, told))
+                *best, passes = self._one(seed, rate, decay, told)
+                found.append(best)
+                learnt |= {seed} if passes else set()
+        if len(learnt) < seeds:
+            rates = ", ".join(f"{rate:g}" for rate in self.config.learning_rates)
+            warnings.warn(
+                f"probe: no pass lowered the validation loss at learning rates {rates} for {seeds - len(learnt)} of "
+                f"{seeds} seeds, whose initial weights are scored; try smaller ones, such as 1e-4",
+                stacklevel=2,
+            )
         losses, weights, biases = zip(*found, strict=True)
         return torch.stack(losses), torch.stack(weights, 1), torch.stack(biases)
 
     @torch.enable_grad()
     def _one(
         self, seed: int, rate: float, decay: float, progress: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The least validation loss (), and the weight (D, K) and bias (K,) that had it."""
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The least validation loss (), the weight (D, K) and bias (K,) that had it, and after how many passes."""
         c, generator = self.config, torch.Generator().manual_seed(seed)
         assert c.batch is not None
         width = self.learn.shape[1]
@@ -55,7 +65,7 @@ class BatchedFold(FoldProbes):
         optimizer = torch.optim.Adam([weight, bias], lr=rate, weight_decay=decay)
         training = self.training[:, seed].nonzero()[:, 0]
         held = (~self.training[:, seed]).nonzero()[:, 0]
-        best = (torch.full_like(bias[0].detach(), torch.inf), weight.detach(), bias.detach())
+        best = (torch.full_like(bias[0].detach(), torch.inf), weight.detach(), bias.detach(), 0)
         stale = 0
         for step in range(c.steps + 1):
             if step % c.check_every == 0 or step == c.steps:
@@ -63,7 +73,7 @@ class BatchedFold(FoldProbes):
                 with torch.no_grad():
                     loss = self._mean(held, self.share[held].sum(), weight, bias)
                 better = bool(loss < best[0])
-                best = (loss, weight.detach().clone(), bias.detach().clone()) if better else best
+                best = (loss, weight.detach().clone(), bias.detach().clone(), step) if better else best
                 stale = 0 if better else stale + 1
                 if stale >= c.patience:
                     break

@@ -172,3 +172,10 @@ def test_same_bits_twice_and_seeds_differ():
     for mine, other in zip(one.scores + one.weights, two.scores + two.weights, strict=True):
         assert torch.equal(mine, other)
     assert not torch.equal(one.scores[0][0], one.scores[0][1])
+
+
+def test_learning_rates_that_learn_nothing_are_told():
+    values, targets = blobs()
+    config = dataclasses.replace(BATCHES, learning_rates=(1e4, 1e5))
+    with pytest.warns(UserWarning, match="at learning rates 10000, 100000 for 2 of 2 seeds, whose initial weights"):
+        run(values, targets, three_folds(len(targets))[:1], config, 3)
