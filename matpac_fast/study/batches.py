@@ -33,14 +33,15 @@ class BatchedFold(FoldProbes):
     def _train(
         self, pairs: Sequence[tuple[float, float]], progress: Callable[[float], None]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        seeds, found, learnt = self.config.seeds, [], set()
+        seeds, found, learnt = self.config.seeds, [], set[int]()
         for i, (rate, decay) in enumerate(pairs):
             for seed in range(seeds):
                 done = i * seeds + seed
                 told = lambda share, done=done: progress((done + share) / (len(pairs) * seeds))  # noqa: E731
                 *best, passes = self._one(seed, rate, decay, told)
                 found.append(best)
-                learnt |= {seed} if passes else set()
+                if passes:
+                    learnt.add(seed)
         if len(learnt) < seeds:
             rates = ", ".join(f"{rate:g}" for rate in self.config.learning_rates)
             warnings.warn(
