@@ -64,6 +64,7 @@ def prepare(
     min_seconds: float = 0.1,
     silence_db: float = -70.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    listing: Callable[[int, int], None] = lambda done, total: None,
 ) -> PrepareReport:
     """Make a corpus of the audio in a folder, or bring one up to date.
 
@@ -83,6 +84,7 @@ def prepare(
         min_seconds: what is shorter is left out.
         silence_db: so is what never leaves this distance from its mid-line, in dB of full scale.
         progress: called in this thread, after every file, with how many files are done and how many there are to do.
+        listing: called before that, after every archive, with how many are listed, of how many.
 
     Raises:
         AudioError: `source` is no folder, or one that cannot be read.
@@ -103,7 +105,7 @@ def prepare(
     unreadable: list[_Loaded] = []
     paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)), archives.ARCHIVES)
     status = functools.cache(_status)  # of an archive once
-    found = _found(source, paths, unreadable, status)
+    found = _found(source, paths, unreadable, status, listing)
     if not found and not unreadable:
         looked_for = " ".join(sorted(AUDIO_SUFFIXES | archives.ARCHIVES))
         raise CorpusError(f"{source}: no audio in it; looked for {looked_for}")
@@ -166,11 +168,17 @@ def prepare(
 
 
 def _found(
-    source: Path, paths: list[Path], unreadable: list[_Loaded], status: Callable[[Path], os.stat_result | None]
+    source: Path,
+    paths: list[Path],
+    unreadable: list[_Loaded],
+    status: Callable[[Path], os.stat_result | None],
+    listing: Callable[[int, int], None],
 ) -> dict[str, Path | archives.Member]:
     """The audio by what it is called in the corpus, that of an archive where the archive is; archives that cannot be
     read to their end go to `unreadable`."""
     found: dict[str, Path | archives.Member] = {}
+    packed = [path for path in paths if path.suffix.lower() in archives.ARCHIVES]
+    listed = itertools.count(1)
     for path in paths:
         if path.suffix.lower() not in archives.ARCHIVES:
             found[_key(source, path)] = path
@@ -186,6 +194,7 @@ def _found(
                 again[first] += 1
                 key = f"{first}#{again[first] + 1}"
             found[key] = member
+        listing(next(listed), len(packed))
     return found
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -59,6 +59,23 @@ def progress(title: str, unit: str) -> Iterator[Update]:
             bar.update(task, completed=done, total=total, rate=told_rate(rate_so_far(done)), note=note)
 
         yield update
+
+
+@contextlib.contextmanager
+def stages(units: Mapping[str, str]) -> Iterator[Callable[[str, float, int], None]]:
+    """Yield a function to be called with (stage, done, total): a bar for each stage, one after the other. `units` has
+    what each stage counts."""
+    with contextlib.ExitStack() as stack:
+        now, update = "", None
+
+        def hear(stage: str, done: float, total: int) -> None:
+            nonlocal now, update
+            if stage != now or update is None:
+                stack.close()
+                now, update = stage, stack.enter_context(progress(stage, units[stage]))
+            update(done, total)
+
+        yield hear
 
 
 class Rate:

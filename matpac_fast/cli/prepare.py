@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ._progress import progress
+from ._progress import stages
 from ._quiet import quiet_libraries
 from ._words import count, length
 
@@ -52,7 +53,7 @@ def main(
     from ..audio.prepare import prepare
 
     try:
-        with quiet_libraries(), progress("preparing", "files") as update:
+        with quiet_libraries(), stages({"listing": "archives", "preparing": "files"}) as told:
             report = prepare(
                 source,
                 out,
@@ -61,7 +62,8 @@ def main(
                 shard_seconds=shard_seconds,
                 min_seconds=min_seconds,
                 silence_db=silence_db,
-                progress=update,
+                progress=partial(told, "preparing"),
+                listing=partial(told, "listing"),
             )
     except KeyboardInterrupt:
         print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)

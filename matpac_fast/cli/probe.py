@@ -15,7 +15,8 @@ from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.loop import pick_device
 from ..weights import DEFAULT
 from ._probe import check_resamples, probe_config
-from .study import _stages, copies, left_out
+from ._progress import stages
+from .study import UNITS, copies, left_out
 
 
 def main(
@@ -99,7 +100,7 @@ def main(
     )
     if cache is not None:
         check_folder(cache, "--cache")
-    with tempfile.TemporaryDirectory() as folder, _stages() as hear:
+    with tempfile.TemporaryDirectory() as folder, stages(UNITS) as hear:
         cells = run_study(config, cache or Path(folder), hear)
         results = tabulate(cells, 0.0, resamples=resamples, progress=hear).results if cells else []
     for row in results:

@@ -30,8 +30,9 @@ from ..tasks import DatasetError
 from ..train.logs import versions
 from ..train.loop import pick_device
 from ._probe import check_resamples, numbers, probe_config, probe_words
-from ._progress import progress
+from ._progress import stages
 
+UNITS = {"hashing": "files", "measuring cost": "points", "embedding": "clips", "probing": "probes", "scoring": "probes"}
 _NAMED = 5  # files that one line names
 _WIDE = 1 / 3  # from quartile to quartile, of the median time: more than a machine at rest shows
 
@@ -133,7 +134,7 @@ def main(
         return 0
     check_folder(out)
     cells: list[Cell] = []
-    with _stages() as hear, _kept():
+    with stages(UNITS) as hear, _kept():
         if cost_only:
             found, tables = list(cost_sweep(config, out, hear).values()), Tables([], [], [])
         else:
@@ -189,24 +190,6 @@ def _kept() -> Iterator[None]:
     except KeyboardInterrupt:
         print("what is embedded, probed and measured is kept; the same command goes on from there", file=sys.stderr)
         raise
-
-
-@contextlib.contextmanager
-def _stages() -> Iterator[Progress]:
-    """A progress bar for each stage, one after the other."""
-    units = {"hashing": "files", "measuring cost": "points", "embedding": "clips"}
-    units |= {"probing": "probes", "scoring": "probes"}
-    with contextlib.ExitStack() as stack:
-        now, update = "", None
-
-        def hear(stage: str, done: float, total: int) -> None:
-            nonlocal now, update
-            if stage != now or update is None:
-                stack.close()
-                now, update = stage, stack.enter_context(progress(stage, units[stage]))
-            update(done, total)
-
-        yield hear
 
 
 def choice_cells(tables: Tables) -> tuple[list[str], list[list[str]]]:

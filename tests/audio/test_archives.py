@@ -97,7 +97,9 @@ def test_archives_lie_beside_files_and_may_call_two_members_the_same(files, tmp_
     tar(files, tmp_path / "in" / "sub" / "x.tar", ("a.wav", "b.flac", "a.wav"))
     pq.write_table(pa.table({"path": ["a.wav"]}), tmp_path / "in" / "labels.parquet")  # of no audio
     (tmp_path / "in" / "spark.parquet").mkdir()
-    report = prepare(tmp_path / "in", tmp_path / "out", workers=3)
+    told = []
+    report = prepare(tmp_path / "in", tmp_path / "out", workers=3, listing=lambda *each: told.append(each))
+    assert told == [(1, 2), (2, 2)]
     want = ["a.wav", "sub/x.tar/a.wav", "sub/x.tar/a.wav#2", "sub/x.tar/b.flac", "z.flac"]
     assert (sorted(rows(tmp_path / "out" / "index.parquet")), report.rejected) == (want, {})
 
@@ -134,7 +136,7 @@ def test_rows_that_are_all_called_the_same_are_numbered(tmp_path):
         {"audio": pa.array(20_000 * [{"bytes": b"", "path": "audio.wav"}] + [{"path": "audio.wav#20001"}])}
     )
     pq.write_table(table, tmp_path / "x.parquet")
-    found = module._found(tmp_path, [tmp_path / "x.parquet"], [], lambda path: None)
+    found = module._found(tmp_path, [tmp_path / "x.parquet"], [], lambda path: None, lambda done, total: None)
     names = [f"x.parquet/audio.wav{f'#{i}' if i > 1 else ''}" for i in range(1, 20_001)]
     assert list(found) == [*names, "x.parquet/audio.wav#20001"]
 
