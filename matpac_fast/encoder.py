@@ -222,7 +222,7 @@ def _read(choice: Choice) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         os.stat(choice.path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of a path that cannot be
-        endings = f", and may end in {ENDINGS}" if "@" in os.path.basename(choice.path) else ""
+        endings = f"; a name may end in {ENDINGS}" if "@" in os.path.basename(choice.path) else ""
         raise CheckpointError(
             f"no encoder {choice.path!r}: neither a file nor one of {', '.join(list_encoders())}; give the path or "
             f"the https:// address of a released file, see {_RELEASES}{endings}"

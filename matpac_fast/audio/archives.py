@@ -69,6 +69,14 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
     return found, None
 
 
+def holds_audio(archive: Path) -> bool:
+    """Whether an archive has a member at all, and can be read so far."""
+    try:
+        return archive.is_file() and next(_LISTERS[archive.suffix.lower()](archive), None) is not None
+    except (*_damage(), OSError, AudioError):
+        return False
+
+
 def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
     """The bytes of members of one archive, in its order, one by one; or why there are none."""
     reader, done, reason = _READERS[archive.suffix.lower()](archive, wanted), 0, _CHANGED

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..audio.ahead import in_order
-from ..audio.archives import ARCHIVES, members
-from ..audio.decode import find_audio, folder_reason
+from ..audio.decode import folder_reason
 from ..errors import AudioError, ConfigError
 from ..files import arrow_file, atomic, check_no_file, write_text
 from .source import Entry, Source
@@ -28,6 +27,7 @@ SETTINGS = "settings.json"
 LEASES = "leases"  # the folder of those who are at work
 _COLUMNS = ("path", "seconds", "bytes", "shard", "reason")
 _TELL_EVERY = 100  # files
+_UNPACK = "give the corpus that matpac-fast prepare makes of it"
 T = TypeVar("T")
 Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
 
@@ -149,9 +149,10 @@ def extend(
     if not listed and not new and not unusable:
         if source.path.is_file():
             raise AudioError(f"{source.path}: no audio files in this list")
-        packed = next((path for path in find_audio(source.path, also=ARCHIVES) if members(path)[0]), None)
-        mend = f", but in {packed.name}: give the corpus that matpac-fast prepare makes of it" if packed else ""
+        mend = f", but in {source.packed[0].name}: {_UNPACK}" if source.packed else ""
         raise AudioError(f"{source.path}: no audio files in this folder or below{mend}")
+    archives = (_escaped(os.path.relpath(path, source.path)) for path in source.packed)
+    unusable += [(name, f"an archive of audio: {_UNPACK}") for name in archives]
     jobs = ((1, partial(source.entry, name)) for name in new)
     entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))
     shards = before.shards + _cut(entries, files_per_shard, shard_seconds)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from ..audio.archives import ARCHIVES, holds_audio
 from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
 from ..audio.decode import AudioFile, find_audio, read_blocks, resampled
 from ..errors import AudioError, ConfigError, CorpusError
@@ -30,6 +31,8 @@ class Entry:
 
 class Files:
     """The audio files of a folder, or of a list. Names are UTF-8, relative to the folder, or to that of the list."""
+
+    packed: Sequence[Path] = ()  # archives of audio in the folder, which are passed over
 
     def __init__(self, path: Path):
         self.path = path
@@ -51,7 +54,9 @@ class Files:
             raise AudioError(
                 f"{self.path}: neither a folder nor a regular file; a list of paths must be one: save it as a file"
             )
-        return [os.path.relpath(file, self.path) for file in find_audio(self.path, passed_over)]
+        found = find_audio(self.path, passed_over, ARCHIVES)
+        self.packed = [path for path in found if path.suffix.lower() in ARCHIVES and holds_audio(path)]
+        return [os.path.relpath(path, self.path) for path in found if path.suffix.lower() not in ARCHIVES]
 
     def place(self, name: str) -> Path:
         return self.root / local(name)
@@ -107,6 +112,8 @@ class Files:
 
 class Clips:
     """The clips of a corpus that `prepare` made, by the names that their files had."""
+
+    packed: Sequence[Path] = ()
 
     def __init__(self, path: Path):
         self.path, self.root = path, path

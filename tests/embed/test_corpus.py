@@ -122,6 +122,13 @@ def test_of_archives_it_says_what_to_do(audio, tmp_path, encoder):  # noqa: F811
         file.add(audio / "b.wav", "b.wav")
     with pytest.raises(AudioError, match=r", but in x\.tar: give the corpus that matpac-fast prepare makes of it$"):
         embed_collection(tmp_path / "in", tmp_path / "out", encoder)
+    shutil.copy(audio / "c.wav", tmp_path / "in")  # beside files they are what cannot be used
+    for before in (0, 2):
+        report = embed_collection(tmp_path / "in", tmp_path / "out", encoder)
+        assert (report.total, report.before, report.failed) == (2, before + (before == 0), 1)
+    (error,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert error["path"] == "x.tar"
+    assert error["reason"] == "an archive of audio: give the corpus that matpac-fast prepare makes of it"
 
 
 def test_a_clip_that_failed_and_is_gone_since_can_be_tried_again(audio, tmp_path, encoder):  # noqa: F811
