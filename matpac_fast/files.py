@@ -80,6 +80,11 @@ def arrow_file(path: str | os.PathLike[str], mode: str = "rb") -> Any:
     return pa.OSFile(os.fsencode(path), mode)
 
 
+def storable(name: str | bytes | os.PathLike[str]) -> str:
+    """A file's name in characters that Parquet can hold; of one that is not UTF-8, its odd bytes as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, all of it or none; of a name that is not UTF-8, its odd bytes as \\udcNN."""
     with atomic(path) as beside:

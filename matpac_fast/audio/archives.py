@@ -48,6 +48,11 @@ class Member(NamedTuple):
         return os.path.splitext(self.name)[1] if _is_audio(self.name) else ""
 
 
+def is_archive(path: Path) -> bool:
+    """By its suffix."""
+    return path.suffix.lower() in ARCHIVES
+
+
 def members(archive: Path) -> tuple[list[Member], str | None]:
     """The audio that an archive holds, in its order, and why that is not all, where it is not.
 
@@ -56,9 +61,7 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
     """
     found: list[Member] = []
     try:
-        if not stat.S_ISREG(os.stat(archive).st_mode):  # opening a pipe would wait for whoever writes to it
-            return [], "not a regular file"
-        for member in _LISTERS[archive.suffix.lower()](archive):
+        for member in _listed(archive):
             found.append(member)
     except AudioError as error:
         return found, str(error)
@@ -72,7 +75,7 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
 def holds_audio(archive: Path) -> bool:
     """Whether an archive has a member at all, and can be read so far."""
     try:
-        return archive.is_file() and next(_LISTERS[archive.suffix.lower()](archive), None) is not None
+        return next(_listed(archive), None) is not None
     except (*_damage(), OSError, AudioError):
         return False
 
@@ -88,6 +91,12 @@ def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioE
         reason = f"in an archive that cannot be read on: {_line(error)}"
     for _ in wanted[done:]:
         yield AudioError(reason)
+
+
+def _listed(archive: Path) -> Iterator[Member]:
+    if not stat.S_ISREG(os.stat(archive).st_mode):  # opening a pipe would wait for whoever writes to it
+        raise AudioError("not a regular file")
+    yield from _LISTERS[archive.suffix.lower()](archive)
 
 
 def _is_audio(name: str) -> bool:

@@ -74,16 +74,7 @@ class AudioFile:
 
     def blocks(self, sample_rate: int = 16_000, block_seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
         """The mono mix, resampled, as float32 blocks of about `block_seconds`; see `read_blocks`."""
-        produced = 0
-        for block in self._resampled(sample_rate, block_seconds):
-            produced += len(block)
-            if len(block):
-                yield block
-        if produced == 0:
-            raise self._error(f"empty: {self.frames} samples at {self.sample_rate} Hz are none at {sample_rate} Hz")
-
-    def _resampled(self, sample_rate: int, block_seconds: float) -> Iterator[np.ndarray]:
-        blocks = resampled(self._mono(block_seconds), self.sample_rate, sample_rate)
+        blocks = resampled(self._mono(block_seconds), self.sample_rate, sample_rate, self.path)
         if self.sample_rate == sample_rate:
             yield from blocks  # checked already
         else:
@@ -247,9 +238,26 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     return _soxr().resample(wave.astype(np.float32, copy=False), from_rate, to_rate, quality=QUALITY)
 
 
-def resampled(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
-    """Blocks (n,) of a mono wave in float32, at another rate: joined together they are `resample` of the whole. Some
-    may be empty."""
+def resampled(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int, path: Path) -> Iterator[np.ndarray]:
+    """Blocks (n,) of a mono wave in float32, none of them empty, at another rate: joined they are `resample` of the
+    whole. Raises AudioError, of `path`, where nothing is left."""
+    taken = given = 0
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for block in blocks:
+            taken += len(block)
+            yield block
+
+    for block in _at_rate(counted(), from_rate, to_rate):
+        given += len(block)
+        if len(block):
+            yield block
+    if given == 0:
+        raise AudioError(f"{path}: empty: {taken} samples at {from_rate} Hz are none at {to_rate} Hz")
+
+
+def _at_rate(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
     if from_rate == to_rate:
         yield from blocks
         return

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .._cores import n_cores
 from ..errors import AudioError, CorpusError
-from ..files import atomic, sha256
+from ..files import atomic, sha256, storable
 from . import archives
 from .ahead import in_order
 from .corpus import REJECTED, shard_path, to_int16
@@ -177,10 +177,9 @@ def _found(
     """The audio by what it is called in the corpus, that of an archive where the archive is; archives that cannot be
     read to their end go to `unreadable`."""
     found: dict[str, Path | archives.Member] = {}
-    packed = [path for path in paths if path.suffix.lower() in archives.ARCHIVES]
-    listed = itertools.count(1)
+    done, total = 0, sum(map(archives.is_archive, paths))
     for path in paths:
-        if path.suffix.lower() not in archives.ARCHIVES:
+        if not archives.is_archive(path):
             found[_key(source, path)] = path
             continue
         status(path)  # as it was before it is listed: one that changes from here on shall be new to the next run
@@ -189,12 +188,13 @@ def _found(
             unreadable.append(_Loaded({"path": _key(source, path), "reason": reason}))
         again: Counter[str] = Counter()  # of each name: a Parquet file may have one for all its rows
         for member in inside:
-            key = first = f"{_key(source, path)}/{_storable(member.name.encode('utf-8', 'surrogateescape'))}"
+            key = first = f"{_key(source, path)}/{storable(member.name.encode('utf-8', 'surrogateescape'))}"
             while key in found:
                 again[first] += 1
                 key = f"{first}#{again[first] + 1}"
             found[key] = member
-        listing(next(listed), len(packed))
+        done += 1
+        listing(done, total)
     return found
 
 
@@ -213,10 +213,7 @@ def _jobs(
         if isinstance(found[(keys := list(keys))[0]], Path):
             for key in keys:
                 status = todo[key]
-                yield (
-                    status.st_size if status else 0,
-                    partial(_load, key, file, settings, store.sha256(key)),
-                )
+                yield status.st_size if status else 0, partial(_load, key, file, settings, store.sha256(key))
             continue
         wanted: list[archives.Member] = [found[key] for key in keys]  # type: ignore[misc]
         for key, member, data in zip(keys, wanted, archives.contents(file, wanted), strict=True):
@@ -322,12 +319,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _key(source: Path, path: Path) -> str:
     """The path in the source folder."""
-    return _storable(os.fsencode(path.relative_to(source)))
-
-
-def _storable(name: bytes) -> str:
-    """In characters that Parquet can hold."""
-    return name.decode("utf-8", "backslashreplace")
+    return storable(path.relative_to(source))
 
 
 def _unreadable(source: Path, folder: Path, error: OSError) -> _Loaded:

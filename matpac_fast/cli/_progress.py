@@ -62,18 +62,19 @@ def progress(title: str, unit: str) -> Iterator[Update]:
 
 
 @contextlib.contextmanager
-def stages(units: Mapping[str, str]) -> Iterator[Callable[[str, float, int], None]]:
-    """Yield a function to be called with (stage, done, total): a bar for each stage, one after the other. `units` has
-    what each stage counts."""
+def stages(units: Mapping[str, str], begin: str | None = None) -> Iterator[Callable[..., None]]:
+    """Yield a function to be called with (stage, done, total) and a note: a bar for each stage, one after the other.
+    `units` has what each stage counts; that of `begin` is there at once, before anything is counted."""
     with contextlib.ExitStack() as stack:
-        now, update = "", None
+        now = begin
+        update = stack.enter_context(progress(begin, units[begin])) if begin is not None else None
 
-        def hear(stage: str, done: float, total: int) -> None:
+        def hear(stage: str, done: float, total: int, note: str = "") -> None:
             nonlocal now, update
             if stage != now or update is None:
                 stack.close()
                 now, update = stage, stack.enter_context(progress(stage, units[stage]))
-            update(done, total)
+            update(done, total, note)
 
         yield hear
 

@@ -6,13 +6,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ..weights import DEFAULT
-from ._progress import Rate, Update, progress, told_rate
+from ._progress import Rate, Update, stages, told_rate
 from ._quiet import quiet_libraries
 from ._words import count, length
 
@@ -158,18 +159,8 @@ def summary(report: Report) -> list[str]:
 @contextlib.contextmanager
 def _bars() -> Iterator[tuple[Update, Callable[[Progress], None]]]:
     """A progress bar while files are looked at, and one after it while they are embedded."""
-    with contextlib.ExitStack() as stack:
-        listing = stack.enter_context(progress("listing", "files"))
-        told: Callable[[Progress], None] | None = None
-
-        def tell(progressed: Progress) -> None:
-            nonlocal told
-            if told is None:
-                stack.close()
-                told = _told(stack.enter_context(progress("embedding", "s of audio")))
-            told(progressed)
-
-        yield listing, tell
+    with stages({"listing": "files", "embedding": "s of audio"}, "listing") as hear:
+        yield partial(hear, "listing"), _told(partial(hear, "embedding"))
 
 
 def _told(update: Update) -> Callable[[Progress], None]:

@@ -53,7 +53,7 @@ def main(
     from ..audio.prepare import prepare
 
     try:
-        with quiet_libraries(), stages({"listing": "archives", "preparing": "files"}) as told:
+        with quiet_libraries(), stages({"listing": "archives", "preparing": "files"}, "listing") as told:
             report = prepare(
                 source,
                 out,

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 from ..audio.ahead import in_order
 from ..audio.decode import folder_reason
 from ..errors import AudioError, ConfigError
-from ..files import arrow_file, atomic, check_no_file, write_text
+from ..files import arrow_file, atomic, check_no_file, storable, write_text
 from .source import Entry, Source
 from .writer import Failure, read_errors, shard_path
 
@@ -134,7 +134,7 @@ def extend(
     unusable: list[Failure] = []
 
     def passed_over(folder: Path, error: OSError) -> None:
-        unusable.append((_escaped(os.path.relpath(folder, source.path)), folder_reason(error)))
+        unusable.append((storable(os.path.relpath(folder, source.path)), folder_reason(error)))
 
     names = source.names(passed_over)
     new = []
@@ -142,7 +142,7 @@ def extend(
         try:
             stored = os.fsencode(name).decode("utf-8")
         except UnicodeDecodeError:
-            unusable.append((_escaped(name), "the name is not UTF-8: rename the file"))
+            unusable.append((storable(name), "the name is not UTF-8: rename the file"))
             continue
         if stored not in listed:
             new.append(stored)
@@ -151,7 +151,7 @@ def extend(
             raise AudioError(f"{source.path}: no audio files in this list")
         mend = f", but in {source.packed[0].name}: {_UNPACK}" if source.packed else ""
         raise AudioError(f"{source.path}: no audio files in this folder or below{mend}")
-    archives = (_escaped(os.path.relpath(path, source.path)) for path in source.packed)
+    archives = (storable(os.path.relpath(path, source.path)) for path in source.packed)
     unusable += [(name, f"an archive of audio: {_UNPACK}") for name in archives]
     jobs = ((1, partial(source.entry, name)) for name in new)
     entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))
@@ -214,10 +214,6 @@ def retried(
     listed = [e.path for i, shard in enumerate(manifest.shards) for e in shard if homes[e.path] == i]
     failed = [source.entry(name) for name in listed if name in names]
     return Manifest(manifest.shards + _cut(failed, files_per_shard, shard_seconds), manifest.unusable)
-
-
-def _escaped(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ..audio.archives import ARCHIVES, holds_audio
+from ..audio.archives import ARCHIVES, holds_audio, is_archive
 from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
 from ..audio.decode import AudioFile, find_audio, read_blocks, resampled
 from ..errors import AudioError, ConfigError, CorpusError
@@ -55,8 +55,8 @@ class Files:
                 f"{self.path}: neither a folder nor a regular file; a list of paths must be one: save it as a file"
             )
         found = find_audio(self.path, passed_over, ARCHIVES)
-        self.packed = [path for path in found if path.suffix.lower() in ARCHIVES and holds_audio(path)]
-        return [os.path.relpath(path, self.path) for path in found if path.suffix.lower() not in ARCHIVES]
+        self.packed = [path for path in found if is_archive(path) and holds_audio(path)]
+        return [os.path.relpath(path, self.path) for path in found if not is_archive(path)]
 
     def place(self, name: str) -> Path:
         return self.root / local(name)
@@ -162,16 +162,10 @@ class Clips:
                 samples = self._corpus.gather([clip], [start], min(n, frames - start))[0]
                 yield samples.astype(np.float32) / np.float32(FULL_SCALE)
 
-        produced = 0
         try:
-            for block in resampled(stored(), own, sample_rate):
-                produced += len(block)
-                if len(block):
-                    yield block
+            yield from resampled(stored(), own, sample_rate, self.place(name))
         except CorpusError as error:
             raise AudioError(f"{self.place(name)}: {error}") from None
-        if produced == 0:
-            raise AudioError(f"{self.place(name)}: empty: {frames} samples at {own} Hz are none at {sample_rate} Hz")
 
 
 Source: TypeAlias = "Files | Clips"

@@ -90,7 +90,7 @@ def test_the_bar_of_listing_ends_where_that_of_embedding_begins(monkeypatch):
         yield lambda done, total, note="": told.append((done, total, unit))
         told.append(f"{title} ends")
 
-    monkeypatch.setattr(embed, "progress", bar)
+    monkeypatch.setattr(_progress, "progress", bar)
     with embed._bars() as (listing, tell):
         listing(3, 9, "")
         tell(Progress(1.0, 2.0))
