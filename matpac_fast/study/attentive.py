@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import CELLS, FoldProbes
+from .linear import CELLS, FoldProbes, losses
 
 
 class AttentiveFold(FoldProbes):
@@ -57,14 +56,7 @@ class AttentiveFold(FoldProbes):
         rows = slice(first, int(self.first[block.stop - 1] + self.sizes[block.stop - 1]))
         n = block.stop - block.start
         logits = self._pool(self.learn[rows], self.share[rows], self.place[rows] - block.start, n, weight, bias)
-        goal = self.goal[block]
-        if self.multi:
-            wanted = goal.nan_to_num()[:, None].expand_as(logits)
-            each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-            each = torch.where(goal.isnan()[:, None], 0.0, each).sum(2)
-        else:
-            each = logits.logsumexp(2) - logits.gather(2, goal[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
-        return (each * part[block]).sum(0)
+        return (losses(logits, self.goal[block]) * part[block]).sum(0)
 
     def _parts(self, mask: Tensor, n: int) -> Tensor:
         """(C, S) of which clips -> (C, n) their shares in the mean over them."""

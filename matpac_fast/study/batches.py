@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import CELLS, FoldProbes
+from .linear import CELLS, FoldProbes, losses
 
 
 class BatchedFold(FoldProbes):
@@ -92,13 +91,8 @@ class BatchedFold(FoldProbes):
         """The rows' losses, each times its share, over `total`."""
         loss = weight.new_zeros(())
         for some in rows.split(max(1, CELLS // self.columns)):
-            logits, goal = torch.addmm(bias, self.learn[some], weight), self.goal[some]
-            if self.multi:
-                each = F.binary_cross_entropy_with_logits(logits, goal.nan_to_num(), reduction="none")
-                each = torch.where(goal.isnan(), 0.0, each).sum(1)
-            else:
-                each = F.cross_entropy(logits, goal, reduction="none")
-            loss = loss + (each * self.share[some]).sum()
+            logits = torch.addmm(bias, self.learn[some], weight)
+            loss = loss + (losses(logits[:, None], self.goal[some])[:, 0] * self.share[some]).sum()
         return loss / total
 
     def _given(self, weight: Tensor, bias: Tensor) -> Tensor:

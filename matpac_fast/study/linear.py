@@ -150,6 +150,15 @@ def _sum(blocks: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, blocks)
 
 
+def losses(logits: Tensor, goal: Tensor) -> Tensor:
+    """(R, G) of G probes' logits (R, G, K) for goals (R,) int64, or (R, K) of 0, 1 and, where nobody knows, NaN."""
+    if goal.ndim == 1:
+        return logits.logsumexp(2) - logits.gather(2, goal[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+    wanted = goal.nan_to_num()[:, None].expand_as(logits)
+    each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return torch.where(goal.isnan()[:, None], 0.0, each).sum(2)
+
+
 class FoldProbes:
     """All probes of one fold. G = learning rates x decays x seeds, in this order."""
 
@@ -358,14 +367,7 @@ class FoldProbes:
         for block in self._blocks(len(self.learn), len(bias)):
             used = (held[block] > 0).any(1)
             logits = self._logits(self.learn[block][used], weight, bias)
-            goal = self.goal[block][used]
-            if self.multi:
-                wanted = goal.nan_to_num()[:, None].expand_as(logits)
-                each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-                each = torch.where(goal.isnan()[:, None], 0.0, each).sum(2)
-            else:
-                each = logits.logsumexp(2) - logits.gather(2, goal[:, None, None].expand(-1, len(bias), 1))[..., 0]
-            loss += (each * held[block][used]).sum(0)
+            loss += (losses(logits, self.goal[block][used]) * held[block][used]).sum(0)
         return loss
 
     def _probabilities(
