@@ -22,8 +22,6 @@ _C = pytest.importorskip("matpac_fast._C")
 
 SAMPLES = 160_000
 CONFIG = LogMelConfig()
-ISAS = ["portable", "avx2", "avx512"]
-ISAS = ISAS[: ISAS.index(_C.cpu_isa()) + 1]
 
 
 def noise(batch: int) -> Tensor:
@@ -50,7 +48,7 @@ def run(benchmark: Any, call: Callable[[], Any], clips: int) -> None:
     benchmark.pedantic(call, rounds=max(20, 600 // clips), warmup_rounds=3)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("content", ["noise", "int16", "float64", "tone", "32 clips"])
 def test_cpp(benchmark: Any, isa: str, content: str) -> None:
     wave = tone() if content == "tone" else noise(32 if content == "32 clips" else 1)
@@ -59,7 +57,10 @@ def test_cpp(benchmark: Any, isa: str, content: str) -> None:
     elif content == "float64":
         wave = wave.double()
     best = _C.cpu_isa()
-    _C.set_cpu_isa(isa)
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
     try:
         with use_backend("cpp"):
             run(benchmark, lambda: ops.log_mel(wave), wave.shape[0])

@@ -108,7 +108,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_versions", [] { return std::make_pair(matpac::cuda_driver_version(), matpac::cuda_runtime_version()); },
       "(driver, runtime) as 1000 * major + 10 * minor, 0 where there is none");
-  m.def("cpu_isa", &matpac::cpu_isa, "The instruction set of the CPU kernels: portable, avx2 or avx512.");
+  m.def("cpu_isa", &matpac::cpu_isa, "The instruction set of the CPU kernels: portable, avx2, avx512 or avx512_bf16.");
   m.def("cpu_is_amd", &matpac::cpu_is_amd, "Whether AMD made this CPU.");
   m.def("set_cpu_isa", &matpac::set_cpu_isa, py::arg("name"), "Use a lower instruction set; for tests and benchmarks.");
 

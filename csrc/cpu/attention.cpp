@@ -1,13 +1,14 @@
 // Softmax attention on the CPU, a head of a sample at a time. Its keys and values are packed once, for products whose
 // tiles stay in registers; queries go by in blocks whose scores stay in a cache. What is stored as S is computed as T:
-// bfloat16 is widened where it is packed, and rounded once, in the result.
+// bfloat16 is widened where it is packed, and rounded once, in the result. Where the instruction set multiplies
+// bfloat16 it stays as it is, and probabilities and their gradients are rounded to it before they are multiplied.
 #include <cmath>
 #include <memory>
 
 #include "../common.h"
-#include "bfloat16.h"
 #include "isa.h"
 #include "pack.h"
+#include "product.h"
 #include "threads.h"
 
 MATPAC_DECLARE(void attention_forward(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch))
@@ -23,109 +24,9 @@ constexpr int64_t kBlock = 48;  // queries whose scores exist at a time
 namespace matpac::MATPAC_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRows = 12;  // of a tile; two vectors wide, it takes three quarters of the registers
-#else
-constexpr int kRows = 6;
-#endif
-template <typename T>
-constexpr int kColumns = 2 * kLanes<T>;  // of a tile
-
-constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// c (kRows, kColumns), `c_row` apart, = or += a b over `depth`. a[r * a_row + k * a_step] is one factor; b has
-// kColumns next to each other for each k.
-template <typename T, bool kAdd>
-MATPAC_INLINE void tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t depth, T* c, int64_t c_row) {
-  constexpr int lanes = kLanes<T>;
-  Vector<T> sum[kRows][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = kAdd ? load(c + r * c_row) : Vector<T>{};
-    sum[r][1] = kAdd ? load(c + r * c_row + lanes) : Vector<T>{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vector<T> low = load(b + k * kColumns<T>), high = load(b + k * kColumns<T> + lanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const Vector<T> x = broadcast(a[r * a_row + k * a_step]);
-      sum[r][0] = fma(x, low, sum[r][0]);
-      sum[r][1] = fma(x, high, sum[r][1]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    store(c + r * c_row, sum[r][0]);
-    store(c + r * c_row + lanes, sum[r][1]);
-  }
-}
-
-// A factor that is read where it lies; its rows are read up to the next multiple of kRows.
-template <typename T>
-struct Left {
-  const T* at;
-  int64_t row, step;
-};
-// A factor in panels of kColumns: panel p has column p * kColumns + j of row k at [p][k][j]. Zeros fill the last one.
-template <typename T>
-struct Panels {
-  const T* at;
-  int64_t depth, stride;  // rows that count, and rows that a panel has room for
-};
-
-// c (rows, columns) = or += a b. Rows and columns are written up to whole tiles.
-template <bool kAdd, typename T>
-void product(Left<T> a, Panels<T> b, int64_t rows, int64_t columns, T* c, int64_t c_row) {
-  for (int64_t j = 0; j < columns; j += kColumns<T>) {
-    for (int64_t i = 0; i < rows; i += kRows) {
-      tile<T, kAdd>(a.at + i * a.row, a.row, a.step, b.at + j * b.stride, b.depth, c + i * c_row + j, c_row);
-    }
-  }
-}
-
-// Panels of x (rows, width), whose rows are `row` apart.
-template <typename S, typename T>
-void pack(const S* x, int64_t row, int64_t rows, int64_t width, int64_t stride, T* out) {
-  for (int64_t j = 0; j < width; j += kColumns<T>) {
-    const int64_t count = width - j < kColumns<T> ? width - j : int64_t(kColumns<T>);
-    for (int64_t k = 0; k < rows; ++k) {
-      const S* from = x + k * row + j;
-      T* to = out + j * stride + k * kColumns<T>;
-      if (count == kColumns<T>) {
-        store(to, load_wide(from));
-        store(to + kLanes<T>, load_wide(from + kLanes<T>));
-        continue;
-      }
-      for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-      for (int64_t i = count; i < kColumns<T>; ++i) to[i] = T(0);
-    }
-  }
-}
-
-// Panels of x's transpose (width, rows).
-template <typename S, typename T>
-void pack_turned(const S* x, int64_t row, int64_t rows, int64_t width, T* out) {
-  for (int64_t first = 0; first < up(rows, kColumns<T>); first += 4) {
-    T* to = out + first / kColumns<T> * kColumns<T> * width + first % kColumns<T>;
-    const int64_t count = rows - first < 4 ? rows - first : 4;
-    for (int64_t k = count == 4 ? turn_four(x + first * row, row, width, to, kColumns<T>) : 0; k < width; ++k) {
-      for (int64_t i = 0; i < 4; ++i) to[k * kColumns<T> + i] = i < count ? widen(x[(first + i) * row + k]) : T(0);
-    }
-  }
-}
-
-// x (rows, width), rows next to each other, and zeros up to whole tiles.
-template <typename S, typename T>
-void copy(const S* x, int64_t row, int64_t rows, int64_t width, T* out) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < width; ++k) out[i * width + k] = widen(x[i * row + k]);
-  }
-  for (int64_t i = rows * width; i < up(rows, kRows) * width; ++i) out[i] = T(0);
-}
-
 constexpr double kLog2e = 1.44269504088896340736;
 
-// Where everything of a head lies in the scratch memory, in elements.
+// Where everything of a head lies in the scratch memory, in elements of T; a factor's F is no larger.
 template <typename T>
 struct Room {
   int64_t tokens, width;
@@ -140,7 +41,7 @@ struct Room {
   int64_t keys = values + columns * width, grads = keys + tokens * wide, query_panels = grads + block * width;
   int64_t grad_panels = query_panels + block * wide, slopes = grad_panels + block * wide;
   int64_t key_grads = slopes + block * columns + kRows, value_grads = key_grads + all * wide;
-  int64_t backward = value_grads + all * wide;
+  int64_t slopes_along = value_grads + all * wide, backward = slopes_along + block * columns / 2;
 
   explicit Room(const AttentionArgs& a) : tokens(a.tokens), width(a.width) {}
 };
@@ -162,35 +63,68 @@ struct Head {
   }
 };
 
+template <typename S, typename T = Computed<S>>
+MATPAC_INLINE Pack<T> load_pack(const S* from) {
+  Pack<T> out;
+  for (int i = 0; i < Pack<T>::parts; ++i) out.part[i] = load_wide(from + i * kLanes<T>);
+  return out;
+}
+
 // The sum of x * y.
-template <typename T>
-MATPAC_INLINE double dot(const T* x, const T* y, int64_t n) {
+template <typename S, typename T = Computed<S>>
+MATPAC_INLINE double dot(const S* x, const S* y, int64_t n) {
   using P = Pack<T>;
   P sum = P::fill(T(0));
   const int64_t whole = n / P::lanes * P::lanes;
-  for (int64_t i = 0; i < whole; i += P::lanes) sum = sum + P::load(x + i) * P::load(y + i);
-  if (const int rest = int(n - whole)) sum = sum + P::load(x + whole, rest, T(0)) * P::load(y + whole, rest, T(0));
+  for (int64_t i = 0; i < whole; i += P::lanes) sum = sum + load_pack(x + i) * load_pack(y + i);
+  if (whole < n) {
+    T rest[2][P::lanes] = {};
+    for (int64_t i = whole; i < n; ++i) rest[0][i - whole] = widen(x[i]), rest[1][i - whole] = widen(y[i]);
+    sum = sum + P::load(rest[0]) * P::load(rest[1]);
+  }
   return sum.sum();
 }
+
+// Scores as factors: of a row, which follow each other along the sum, and of the rows that follow each other there.
+template <typename T>
+MATPAC_INLINE void store_along(const Pack<T>& x, T* row, int64_t j) {
+  x.store(row + j);
+}
+template <typename T>
+MATPAC_INLINE void store_across(const Pack<T> (&x)[1], T* row, int64_t j) {
+  x[0].store(row + j);
+}
+#if defined(__AVX512BF16__)
+MATPAC_INLINE void store_along(const Pack<float>& x, Pair* row, int64_t j) {
+  const __m256i halves = (__m256i)_mm512_cvtneps_pbh(x.part[0]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + j / 2), halves);
+}
+MATPAC_INLINE void store_across(const Pack<float> (&x)[2], Pair* row, int64_t j) {
+  const __m256i first = (__m256i)_mm512_cvtneps_pbh(x[0].part[0]), second = (__m256i)_mm512_cvtneps_pbh(x[1].part[0]);
+  _mm512_storeu_si512(row + j, pairs(first, second));
+}
+#endif
 
 // Of the blocks of queries of all heads those from `begin` to `end`.
 template <typename S, typename T = Computed<S>>
 void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) {
   using P = Pack<T>;
+  using F = Factor<S>;
   const Room<T> at(args);
-  const int64_t n = args.tokens, width = args.width;
+  const auto factors = [scratch](int64_t where) { return reinterpret_cast<F*>(scratch + where); };
+  const int64_t n = args.tokens, width = args.width, deep = steps<F>(width);
   const P factor = P::fill(T(kLog2e / std::sqrt(double(width))));
-  T *queries = scratch + at.queries, *scores = scratch + at.scores, *weighed = scratch + at.out;
+  T *scores = scratch + at.scores, *weighed = scratch + at.out;
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t item = i / blocks, first = i % blocks * kBlock, rows = n - first < kBlock ? n - first : kBlock;
     const Head<S> head(args, item);
     if (i == begin || first == 0) {
-      pack_turned(head.key, head.row, n, width, scratch + at.keys_turned);
-      pack(head.value, head.row, n, width, n, scratch + at.values);
+      pack_turned(head.key, head.row, n, width, factors(at.keys_turned));
+      pack(head.value, head.row, n, width, factors(at.values));
     }
-    copy(head.query + first * head.row, head.row, rows, width, queries);
-    product<false>(Left<T>{queries, width, 1}, Panels<T>{scratch + at.keys_turned, width, width}, rows, n, scores,
+    copy(head.query + first * head.row, head.row, rows, width, factors(at.queries));
+    product<false>(Left<F>{factors(at.queries), deep, 1}, Panels<F>{factors(at.keys_turned), deep}, rows, n, scores,
                    at.columns);
     T total[kBlock];
     for (int64_t q = 0; q < rows; ++q) {
@@ -202,7 +136,7 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) 
       P sum = P::fill(T(0));
       for (int64_t j = 0; j < at.columns; j += P::lanes) {
         const P p = exp2((P::load(row + j) - P::fill(largest)) * factor);
-        p.store(row + j);
+        store_along(p, reinterpret_cast<F*>(row), j);  // over scores that have been read
         sum = sum + p;
       }
       total[q] = T(1 / sum.sum());
@@ -211,7 +145,8 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) 
         stats[0] = largest, stats[1] = total[q];
       }
     }
-    product<false>(Left<T>{scores, at.columns, 1}, Panels<T>{scratch + at.values, n, n}, rows, width, weighed, at.wide);
+    product<false>(Left<F>{factors(at.scores), at.columns, 1}, Panels<F>{factors(at.values), steps<F>(n)}, rows, width,
+                   weighed, at.wide);
     S* out = static_cast<S*>(args.out) + head.out_at + first * head.out_row;
     for (int64_t q = 0; q < rows; ++q) {
       for (int64_t k = 0; k < width; ++k) narrow(total[q] * weighed[q * at.wide + k], out[q * head.out_row + k]);
@@ -226,50 +161,68 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) 
 template <typename S, typename T = Computed<S>>
 void backward(const AttentionArgs& args, int64_t begin, int64_t end, T* scratch) {
   using P = Pack<T>;
+  using F = Factor<S>;
+  constexpr int side = kSteps<F>;  // rows that are side by side where the sum is over queries
   const Room<T> at(args);
-  const int64_t n = args.tokens, width = args.width, channels = args.heads * width;
+  const auto factors = [scratch](int64_t where) { return reinterpret_cast<F*>(scratch + where); };
+  const int64_t n = args.tokens, width = args.width, channels = args.heads * width, deep = steps<F>(width);
   const double root = std::sqrt(double(width));
   const P factor = P::fill(T(kLog2e / root));
-  T *queries = scratch + at.queries, *scores = scratch + at.scores, *slopes = scratch + at.slopes;
-  T *grads = scratch + at.grads, *query_grads = scratch + at.out;
-  T* const results = query_grads;  // which are read before those are written
+  T *scores = scratch + at.scores, *slopes = scratch + at.slopes, *query_grads = scratch + at.out;
   T *key_grads = scratch + at.key_grads, *value_grads = scratch + at.value_grads;
+  // Rows of slopes, for the sum over keys: those of T are where they are.
+  F* const along = side == 1 ? factors(at.slopes) : factors(at.slopes_along);
+  const int64_t along_row = at.columns / side;
   for (int64_t item = begin; item < end; ++item) {
     const Head<S> head(args, item);
-    pack_turned(head.key, head.row, n, width, scratch + at.keys_turned);
-    pack_turned(head.value, head.row, n, width, scratch + at.values);
-    pack(head.key, head.row, n, width, n, scratch + at.keys);
+    pack_turned(head.key, head.row, n, width, factors(at.keys_turned));
+    pack_turned(head.value, head.row, n, width, factors(at.values));
+    pack(head.key, head.row, n, width, factors(at.keys));
     for (int64_t i = 0; i < at.all * at.wide; ++i) key_grads[i] = value_grads[i] = T(0);
     S* out = static_cast<S*>(args.out) + head.qkv_at;
     for (int64_t first = 0; first < n; first += kBlock) {
       const int64_t rows = n - first < kBlock ? n - first : kBlock;
+      const S* query = head.query + first * head.row;
       const S* grad = static_cast<const S*>(args.grad) + head.out_at + first * head.out_row;
       const S* result = static_cast<const S*>(args.result) + head.out_at + first * head.out_row;
-      copy(head.query + first * head.row, head.row, rows, width, queries);
-      copy(grad, head.out_row, rows, width, grads);
-      copy(result, head.out_row, rows, width, results);
-      pack(queries, width, rows, width, rows, scratch + at.query_panels);
-      pack(grads, width, rows, width, rows, scratch + at.grad_panels);
-      product<false>(Left<T>{queries, width, 1}, Panels<T>{scratch + at.keys_turned, width, width}, rows, n, scores,
+      copy(query, head.row, rows, width, factors(at.queries));
+      copy(grad, head.out_row, rows, width, factors(at.grads));
+      pack(query, head.row, rows, width, factors(at.query_panels));
+      pack(grad, head.out_row, rows, width, factors(at.grad_panels));
+      product<false>(Left<F>{factors(at.queries), deep, 1}, Panels<F>{factors(at.keys_turned), deep}, rows, n, scores,
                      at.columns);
-      product<false>(Left<T>{grads, width, 1}, Panels<T>{scratch + at.values, width, width}, rows, n, slopes,
+      product<false>(Left<F>{factors(at.grads), deep, 1}, Panels<F>{factors(at.values), deep}, rows, n, slopes,
                      at.columns);
-      for (int64_t i = 0; i < rows; ++i) {
-        const double along = dot(grads + i * width, results + i * width, width);
-        const T* stats = static_cast<const T*>(args.stats) + 2 * (head.stats_at + first + i);
-        const P largest = P::fill(stats[0]), share = P::fill(stats[1]), mean = P::fill(T(along));
+      for (int64_t i = 0; i < rows; i += side) {
         T *row = scores + i * at.columns, *slope = slopes + i * at.columns;
+        P largest[side], share[side], mean[side];
+        for (int s = 0; s < side; ++s) {
+          for (int64_t j = n; j < at.columns; ++j) row[s * at.columns + j] = -INFINITY;
+          if (i + s >= rows) continue;
+          const T* stats = static_cast<const T*>(args.stats) + 2 * (head.stats_at + first + i + s);
+          const int64_t from = (i + s) * head.out_row;
+          largest[s] = P::fill(stats[0]), share[s] = P::fill(stats[1]);
+          mean[s] = P::fill(T(dot(grad + from, result + from, width)));
+        }
         for (int64_t j = 0; j < at.columns; j += P::lanes) {
-          const P p = exp2((P::load(row + j) - largest) * factor) * share;
-          p.store(row + j);
-          (p * (P::load(slope + j) - mean)).store(slope + j);
+          P p[side], ds[side];
+          for (int s = 0; s < side; ++s) {
+            p[s] = ds[s] = P::fill(T(0));
+            if (i + s >= rows) continue;
+            const int64_t to = s * at.columns + j;
+            p[s] = exp2((P::load(row + to) - largest[s]) * factor) * share[s];
+            ds[s] = p[s] * (P::load(slope + to) - mean[s]);
+            if (side > 1) store_along(ds[s], along + (i + s) * along_row, j);
+          }
+          store_across(p, reinterpret_cast<F*>(row), j);
+          store_across(ds, reinterpret_cast<F*>(slope), j);
         }
       }
-      product<true>(Left<T>{scores, 1, at.columns}, Panels<T>{scratch + at.grad_panels, rows, rows}, n, width,
-                    value_grads, at.wide);
-      product<true>(Left<T>{slopes, 1, at.columns}, Panels<T>{scratch + at.query_panels, rows, rows}, n, width,
-                    key_grads, at.wide);
-      product<false>(Left<T>{slopes, at.columns, 1}, Panels<T>{scratch + at.keys, n, n}, rows, width, query_grads,
+      product<true>(Left<F>{factors(at.scores), 1, side * at.columns},
+                    Panels<F>{factors(at.grad_panels), steps<F>(rows)}, n, width, value_grads, at.wide);
+      product<true>(Left<F>{factors(at.slopes), 1, side * at.columns},
+                    Panels<F>{factors(at.query_panels), steps<F>(rows)}, n, width, key_grads, at.wide);
+      product<false>(Left<F>{along, along_row, 1}, Panels<F>{factors(at.keys), steps<F>(n)}, rows, width, query_grads,
                      at.wide);
       for (int64_t i = 0; i < rows; ++i) {
         S* to = out + (first + i) * head.row;
@@ -313,12 +266,12 @@ int64_t attention_scratch(const AttentionArgs& args, bool backward) {
 namespace matpac {
 
 void attention_cpu(const AttentionArgs& args, bool backward, int threads) {
-  const auto kernel = backward ? MATPAC_DISPATCH(attention_backward) : MATPAC_DISPATCH(attention_forward);
+  const auto kernel = backward ? MATPAC_DISPATCH_BF16(attention_backward) : MATPAC_DISPATCH_BF16(attention_forward);
   // Of these, some 100 us at least to a thread.
   const int64_t items = args.batch * args.heads * (backward ? 1 : (args.tokens + kBlock - 1) / kBlock);
   const int64_t work = args.tokens * args.width * (backward ? 10 * args.tokens : 4 * kBlock);
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, items / (2000000 / (work + 1) + 1)));
-  const int64_t bytes = (MATPAC_DISPATCH(attention_scratch)(args, backward) + 63) / 64 * 64;
+  const int64_t bytes = (MATPAC_DISPATCH_BF16(attention_scratch)(args, backward) + 63) / 64 * 64;
   const std::unique_ptr<char[]> scratch(new char[parts * bytes + 64]);
   char* const base = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64);
   parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end) {

@@ -10,7 +10,7 @@
 namespace matpac {
 namespace {
 
-const char* const kNames[] = {"portable", "avx2", "avx512"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 Isa best() {
 #if defined(MATPAC_X86)
@@ -18,6 +18,9 @@ Isa best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#if defined(MATPAC_AVX512_BF16)
+    if (__builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+#endif
     return Isa::avx512;
   }
   if (avx2) return Isa::avx2;

@@ -125,9 +125,9 @@ def attention(qkv: Tensor) -> Tensor:
 
     Queries, keys and values are read where the qkv layer wrote them, and the gradient is written packed like them. On a
     CPU, in all but float16 and from ten million multiply-adds on, a quarter of them in bfloat16, C++ whose scores stay
-    in a cache, in float32 for bfloat16; on a GPU, in 16 bits and for up to 256 tokens with heads of 32 or 64 channels,
-    a Triton kernel that keeps all keys and values of a head on the chip. Everything else is
-    `torch.nn.functional.scaled_dot_product_attention`.
+    in a cache, in float32; bfloat16 is multiplied as such where the CPU can (AVX-512 BF16), else widened. On a GPU, in
+    16 bits and for up to 256 tokens with heads of 32 or 64 channels, a Triton kernel that keeps all keys and values of
+    a head on the chip. Everything else is `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         qkv: (B, N, 3, H, d): queries, keys and values; float32, float64, bfloat16 or float16.
