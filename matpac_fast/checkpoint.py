@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import distcp
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, first_line
 from .files import atomic
 
 # Official name -> ours, by prefix, longest first. The official code calls the predictor "decoder".
@@ -298,9 +298,7 @@ def unpickle(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # there is no end to what damaged bytes raise
-        raise CheckpointError(
-            f"{path}: damaged torch checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from None
+        raise CheckpointError(f"{path}: damaged torch checkpoint: {first_line(error)}") from None
 
 
 _loading = threading.Lock()

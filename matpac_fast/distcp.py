@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .files import sync_folder, write_text
 
 _ABOUT = "matpac_fast.json"
@@ -106,7 +106,7 @@ def shapes(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return {name: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for name, e in entries.items()}
     except (AttributeError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{folder}: damaged: {first_line(error)}") from None
 
 
 def fill(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
@@ -131,7 +131,7 @@ def fill(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
     except Exception as error:  # there is no end to what damaged files raise
-        raise CheckpointError(f"{folder}: damaged: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise CheckpointError(f"{folder}: damaged: {first_line(error)}") from None
 
 
 def load(folder: str | os.PathLike[str], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -145,7 +145,7 @@ def load(folder: str | os.PathLike[str], prefix: str = "") -> tuple[dict[str, Te
     try:
         wanted = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named.items()}
     except RuntimeError as error:  # a size beyond all memory
-        raise CheckpointError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{folder}: damaged: {first_line(error)}") from None
     fill(wanted, folder)
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))

@@ -23,3 +23,8 @@ class CorpusError(MatpacFastError, RuntimeError):
 
 class CheckpointError(MatpacFastError, RuntimeError):
     """A checkpoint that is missing, damaged, unsafe or does not fit."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import AudioError
+from ..errors import AudioError, first_line
 from ..files import arrow_file
 from .decode import AUDIO_SUFFIXES, NO_DECODER
 
@@ -66,9 +66,9 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
     except AudioError as error:
         return found, str(error)
     except _damage() as error:
-        return found, f"damaged: {_line(error)}"
+        return found, f"damaged: {first_line(error)}"
     except OSError as error:
-        return found, f"cannot be read: {error.strerror or _line(error)}"
+        return found, f"cannot be read: {error.strerror or first_line(error)}"
     return found, None
 
 
@@ -88,7 +88,7 @@ def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioE
             yield data
             done += 1
     except (*_damage(), OSError) as error:  # what comes after cannot be reached either
-        reason = f"in an archive that cannot be read on: {_line(error)}"
+        reason = f"in an archive that cannot be read on: {first_line(error)}"
     for _ in wanted[done:]:
         yield AudioError(reason)
 
@@ -165,7 +165,7 @@ def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | Audio
             try:
                 data = file.read(info)
             except (*_damage(), OSError) as error:  # OSError: what bz2 says of damage
-                yield AudioError(f"cannot be read from its archive: {_line(error)}")
+                yield AudioError(f"cannot be read from its archive: {first_line(error)}")
             else:
                 yield data
 
@@ -208,7 +208,7 @@ def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | A
             except (*_damage(), OSError) as error:  # the other groups do not depend on it
                 while waiting and waiting[-1].place < end:
                     waiting.pop()
-                    yield AudioError(f"in a part of its archive that cannot be read: {_line(error)}")
+                    yield AudioError(f"in a part of its archive that cannot be read: {first_line(error)}")
 
 
 def _audio_column(file: Any) -> str | None:
@@ -235,10 +235,6 @@ def _damage() -> tuple[type[Exception], ...]:
     of_values = ValueError, LookupError, ArithmeticError, RuntimeError  # UnicodeDecodeError, NotImplementedError, ...
     of_formats = tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError
     return *of_formats, *of_values, pa.ArrowException
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 _LISTERS: dict[str, Callable[[Path], Iterator[Member]]] = {

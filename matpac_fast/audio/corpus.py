@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import CorpusError
+from ..errors import CorpusError, first_line
 from ..files import arrow_file
 
 INDEX = "index.parquet"
@@ -269,7 +269,7 @@ def _unreadable(path: Path, error: OSError) -> Exception:
 
 def damaged(path: Path, error: Exception) -> CorpusError:
     """Of a Parquet file; not to be prepared again in the same folder, whose shards nothing would describe."""
-    said = str(error).splitlines()[0]
+    said = first_line(error)
     return CorpusError(f"{path}: cannot be read ({said}): copy it again, or prepare the corpus in a new folder")
 
 

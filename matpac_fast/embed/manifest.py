@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from ..audio.ahead import in_order
 from ..audio.decode import folder_reason
-from ..errors import AudioError, ConfigError
+from ..errors import AudioError, ConfigError, first_line
 from ..files import arrow_file, atomic, check_no_file, storable, write_text
 from .source import Entry, Source
 from .writer import Failure, read_errors, shard_path
@@ -94,7 +94,7 @@ def read_manifest(out: Path) -> Manifest | None:
         columns = [table[name].to_pylist() for name in _COLUMNS]
     except (pa.ArrowException, OSError, KeyError) as error:
         # Without it nobody knows what the shards' numbers stand for, so a new one could not be made to fit them.
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         raise ConfigError(f"{path}: damaged ({said}): copy it again, or give a new folder to --out") from None
     for name, seconds, size, shard, reason in zip(*columns, strict=True):
         if shard is None:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..files import arrow_file, atomic
 
 FORMATS = ("parquet", "npz", "npy")
@@ -197,7 +197,7 @@ def read_errors(path: Path) -> list[Failure]:
     except (pa.ArrowException, zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own has no number
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         raise ConfigError(f"{path}: damaged ({said}): remove it and run the same again, which makes it anew") from None
 
 

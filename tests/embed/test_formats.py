@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from matpac_fast.embed.extract import embed_collection
-from matpac_fast.embed.writer import FORMATS, shard_path
+from matpac_fast.embed.writer import FORMATS, read_errors, shard_path
 from matpac_fast.errors import ConfigError
 from tests.embed import crew
 
@@ -104,6 +104,15 @@ def test_a_shard_that_was_cut_short_is_named_with_what_to_do(source, tmp_path, k
     shard.unlink()
     embed_collection(source, out, crew.Tiny(), 0.1, format=kind)
     assert crew.result(out) == before
+
+
+def test_damage_of_which_its_reader_says_nothing_is_named_too(tmp_path, monkeypatch):
+    def load(*_: object, **options: object) -> None:
+        raise EOFError  # without words, as zipfile where an archive says more bytes than there are
+
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(ConfigError, match=r"shard-00000.npz: damaged \(EOFError\): remove it"):
+        read_errors(shard_path(tmp_path, 0, "npz"))
 
 
 def test_the_types_in_the_files_are_the_ones_asked_for(source, tmp_path):
