@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .audio.decode import resampler
 from .embedding import Embeddings, Network, Windowing, extract
 from .errors import AudioError, ConfigError
 
@@ -26,7 +26,8 @@ class Stream:
     def __init__(self, encoder: Network, sample_rate: int, windowing: Windowing, batch_size: int):
         self._encoder, self._windowing, self._batch_size = encoder, windowing, batch_size
         self._size, self._hop = self._window()
-        self._resampler = _resampler(sample_rate, encoder.sample_rate)
+        rates = sample_rate, encoder.sample_rate
+        self._resampler = resampler(*rates) if rates[0] != rates[1] else None
         self._finished = False
         self._buffer = np.empty(0, np.float32)  # at the encoder's rate
         self._begin = 0  # the buffer's first sample in the stream
@@ -164,16 +165,3 @@ class WholeStream(Stream):
         assert self._sum is not None
         end = torch.tensor([self._received / rate], dtype=torch.float64, device="cpu")
         return Embeddings(self._sum / self._columns, torch.zeros_like(end), end)
-
-
-def _resampler(from_rate: int, to_rate: int) -> Any:
-    """soxr's streaming resampler, whose blocks joined together are what `audio.decode.resample` gives, to the bit."""
-    if from_rate == to_rate:
-        return None
-    from .audio.decode import QUALITY
-
-    try:
-        import soxr
-    except ImportError as error:
-        raise AudioError(f"changing the sample rate needs soxr ({error}): pip install soxr") from error
-    return soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality=QUALITY)

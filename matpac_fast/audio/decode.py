@@ -257,11 +257,16 @@ def resampled(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int, path: 
         raise AudioError(f"{path}: empty: {taken} samples at {from_rate} Hz are none at {to_rate} Hz")
 
 
+def resampler(from_rate: int, to_rate: int) -> Any:
+    """soxr's ResampleStream, whose blocks joined together are what `resample` gives, to the bit."""
+    return _soxr().ResampleStream(from_rate, to_rate, 1, dtype="float32", quality=QUALITY)
+
+
 def _at_rate(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
     if from_rate == to_rate:
         yield from blocks
         return
-    stream = _soxr().ResampleStream(from_rate, to_rate, 1, dtype="float32", quality=QUALITY)
+    stream = resampler(from_rate, to_rate)
     for block in blocks:
         yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)
