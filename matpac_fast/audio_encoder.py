@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .audio.decode import MAX_PEAK, RATES
+from .audio.decode import MAX_PEAK, RATES, AudioFile, resample
 from .backend import autocast_dtype
 from .embedding import Embeddings, Windowing, extract
 from .errors import AudioError, ConfigError
@@ -302,8 +302,6 @@ class AudioEncoder(nn.Module):
         if sample_rate is None:
             raise ConfigError(f"{what} needs a sample_rate, in Hz")
         if _check_rate(sample_rate, "embed") != self.sample_rate:
-            from .audio.decode import resample
-
             rows = wave.reshape(-1, wave.shape[-1]).cpu().numpy()
             rows = np.stack([resample(row, sample_rate, self.sample_rate) for row in rows])
             if rows.shape[1] == 0:
@@ -313,8 +311,6 @@ class AudioEncoder(nn.Module):
 
     def _read(self, path: str | os.PathLike[str], sample_rate: int | None = None) -> Tensor:
         """The audio of a file, at the encoder's rate; `sample_rate` is what the caller thinks that the file has."""
-        from .audio.decode import AudioFile
-
         with AudioFile(path) as file:
             if sample_rate is not None and _check_rate(sample_rate, "embed") != file.sample_rate:
                 raise ConfigError(
