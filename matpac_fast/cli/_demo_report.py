@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shlex
 import sys
 from datetime import timedelta
@@ -197,6 +196,5 @@ def made_by(train: TrainConfig, run: Path, device: torch.device) -> dict[str, st
         "steps": f"{train.steps}; --steps {train.steps} on a machine like this finds the same numbers",
         "training time": str(timedelta(seconds=round(state["seconds"]))),
         "device": f"{machine}, {precision}",
-        **{name: text for name, text in versions().items() if name != "platform"},
-        "platform": platform.platform(),
+        **versions(),
     }

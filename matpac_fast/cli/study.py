@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -350,7 +349,6 @@ def _made(config: StudyConfig) -> dict[str, str]:
         "probe": probe_words(config.probe, config.aggregate == "attend"),
         **versions(),
         **decoder_versions(),
-        "platform": platform.platform(),
     }
 
 
