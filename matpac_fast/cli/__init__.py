@@ -12,17 +12,17 @@ import sys
 
 from ..errors import MatpacFastError
 
-# name -> (module, one line of help)
+# name, which is its module's -> one line of help
 COMMANDS = {
-    "demo": ("demo", "pre-train, embed and probe on the embedded audio, offline, in a few minutes"),
-    "prepare": ("prepare", "turn a folder of audio into a corpus for pre-training"),
-    "pretrain": ("pretrain", "pre-train an encoder on a corpus"),
-    "embed": ("embed", "embed a folder of audio at a temporal support"),
-    "probe": ("probe", "score an encoder on a task at one temporal support"),
-    "study": ("study", "accuracy, memory and time against the temporal support"),
-    "export": ("export", "write an encoder as one ONNX or torch.export file"),
-    "bench": ("bench", "what the fused kernels gain on this machine, and where a training step's time goes"),
-    "doctor": ("doctor", "what runs here, what is missing for what, and the command that mends it"),
+    "demo": "pre-train, embed and probe on the embedded audio, offline, in a few minutes",
+    "prepare": "turn a folder of audio into a corpus for pre-training",
+    "pretrain": "pre-train an encoder on a corpus",
+    "embed": "embed a folder of audio at a temporal support",
+    "probe": "score an encoder on a task at one temporal support",
+    "study": "accuracy, memory and time against the temporal support",
+    "export": "write an encoder as one ONNX or torch.export file",
+    "bench": "what the fused kernels gain on this machine, and where a training step's time goes",
+    "doctor": "what runs here, what is missing for what, and the command that mends it",
 }
 
 # Exit codes: 0 done, 2 the command could not do its work, 130 interrupted (Ctrl-C), 141 nobody reads what it prints;
@@ -36,7 +36,7 @@ _NO_THREAD = "can't start new thread"  # Python's words
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     return f"usage: matpac-fast COMMAND ...\n\n{rows}\n\nmatpac-fast COMMAND --help shows its options and an example."
 
 
@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
         print(f"matpac-fast: no command {argv[0]!r}\n\n{_usage()}", file=sys.stderr)
         return FAILED
     try:
-        module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
+        module = importlib.import_module(f".{argv[0]}", __package__)
         import tyro
 
         from ._options import described, description, paths
