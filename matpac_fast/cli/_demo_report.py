@@ -1,4 +1,4 @@
-"""The demo's report: report.html for people, results.json for programs, and the table on the screen."""
+"""The demo's report: report.html for people, results.json for programs, and the cells of the table on the screen."""
 
 from __future__ import annotations
 
@@ -45,25 +45,6 @@ def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         for row in rows
     ]
     return header, body
-
-
-def show(rows: list[Row]) -> None:
-    """Print the table: drawn on a terminal, plain columns elsewhere."""
-    header, body = table_cells(rows)
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        drawn = Table()
-        for name in header:
-            drawn.add_column(name, justify="right")
-        for line in body:
-            drawn.add_row(*line)
-        Console().print(drawn)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    for line in [header, *body]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def write_results(path: Path, rows: list[Row], made: dict[str, str]) -> None:

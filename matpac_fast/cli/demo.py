@@ -28,6 +28,7 @@ from ..train.state import RunFolder, read_config
 from . import _demo_report as report
 from ._demo_study import CLIP_SECONDS, PACKAGED, TRAINED, UNTRAINED, compare, verdicts
 from ._progress import progress
+from ._table import show
 from .pretrain import _frames, _Signals, _Watcher
 
 
@@ -102,7 +103,7 @@ def main(
     }
     with progress("embedding and probing", "parts") as update:
         rows = compare(encoders, notes, load_samples("test"), temporal_supports, update)
-    report.show(rows)
+    show(*report.table_cells(rows), justify="right")
     print("\n" + "\n".join(verdicts(rows)))
     made = report.made_by(train, run, target)
     report.write_results(out / "results.json", rows, made)

@@ -30,6 +30,7 @@ from ..train.logs import versions
 from ..train.loop import pick_device
 from ._probe import check_resamples, numbers, probe_config, probe_words
 from ._progress import stages
+from ._table import show
 
 UNITS = {"hashing": "files", "measuring cost": "points", "embedding": "clips", "probing": "probes", "scoring": "probes"}
 _NAMED = 5  # files that one line names
@@ -238,24 +239,6 @@ def cost_cells(costs: list[Cost]) -> tuple[list[str], list[list[str]]]:
         ]
         for cost in costs
     ]
-
-
-def show(header: list[str], body: list[list[str]]) -> None:
-    """Print a table: drawn on a terminal, plain columns elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        drawn = Table()
-        for name in header:
-            drawn.add_column(name)
-        for line in body:
-            drawn.add_row(*line)
-        Console().print(drawn)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    for line in [header, *body]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _sentences(tables: Tables, margin: float) -> list[str]:
