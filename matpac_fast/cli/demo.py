@@ -29,7 +29,7 @@ from . import _demo_report as report
 from ._demo_study import CLIP_SECONDS, PACKAGED, TRAINED, UNTRAINED, compare, verdicts
 from ._progress import progress
 from ._table import show
-from .pretrain import _frames, _Signals, _Watcher
+from .pretrain import _frames, _Signals
 
 
 def main(
@@ -87,7 +87,7 @@ def main(
         train = dataclasses.replace(train, steps=steps, log_every=max(1, steps // 50))
         model = fit_to_run(preset, train)
 
-    with progress("pre-training", "steps") as update, _Signals(_Said(train)) as signals:
+    with progress("pre-training", "steps") as update, _Signals(_say) as signals:
         reporter = _Steps(update, train.steps)
         result = pretrain(corpus, run, model, train, target, reporter=reporter, stop=signals.caught)
     if not result.finished:
@@ -158,12 +158,10 @@ class _Clock(Reporter):
         return len(self.ticks) >= 4 and self.ticks[-1] - self.ticks[0] >= self._budget
 
 
-class _Said(_Watcher):
-    """Says what a signal does by `print`, which a progress bar makes room for."""
-
-    def say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal that was closed
-            print(text, flush=True)
+def _say(text: str) -> None:
+    """What a signal does; by `print`, which a progress bar makes room for."""
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(text, flush=True)
 
 
 class _Steps(Reporter):

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -199,7 +200,7 @@ def main(
             print(estimate(clips, model, train, target, world, 0 if stored is None else steps_done(out)))
         return 0
     complete = stored is not None and first and _is_complete(out, train.steps)
-    with _Watcher(train, quiet=not first) as watcher, _Signals(watcher) as signals:
+    with _Watcher(train, quiet=not first) as watcher, _Signals(watcher.say) as signals:
         reporter = _reporters(out, watcher, tensorboard) if first else None
         probe = (
             _probe(probe_data, probe_clips, target, model.sample_rate, watcher)
@@ -267,10 +268,10 @@ class _Signals:
     A second one within a second is not a second wish: torchrun passes on the Ctrl-C that the terminal has sent already.
     """
 
-    def __init__(self, watcher: _Watcher):
+    def __init__(self, say: Callable[[str], None]):
         self.number: int | None = None
         self._caught, self._said = 0.0, False
-        self._watcher = watcher
+        self._say = say
 
     def __enter__(self) -> _Signals:
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -287,7 +288,7 @@ class _Signals:
         """Asked after each step. It is said here, for a handler that prints may do so in the midst of another print."""
         if self.number is not None and not self._said:
             self._said = True
-            self._watcher.say("saving after this step; once more to leave without")
+            self._say("saving after this step; once more to leave without")
         return self.number is not None
 
     def _catch(self, number: int, _: FrameType | None) -> None:

@@ -297,7 +297,7 @@ def test_training_goes_on_when_nobody_reads_its_output_any_more(corpus, tmp_path
 
 def test_what_nohup_ignores_stays_ignored(capsys):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with pretrain_command._Signals(pretrain_command._Watcher(TrainConfig(steps=1), quiet=True)):
+    with pretrain_command._Signals(print):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     signal.signal(signal.SIGHUP, before)
 
@@ -336,8 +336,7 @@ def test_a_process_that_does_not_see_the_run_leaves_the_options_to_rank_0(corpus
 
 
 def test_the_ctrl_c_that_torchrun_passes_on_is_no_second_one(capsys):
-    watcher = pretrain_command._Watcher(TrainConfig(steps=1), quiet=True)
-    with pretrain_command._Signals(watcher) as signals:
+    with pretrain_command._Signals(lambda text: None) as signals:
         signals._catch(signal.SIGINT, None)
         signals._catch(signal.SIGINT, None)
         assert signals.caught()
@@ -363,7 +362,7 @@ def test_a_signal_in_the_midst_of_a_print_is_said_after_it(monkeypatch):
     output = Output()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(output), "utf-8"))
     watcher = pretrain_command._Watcher(TrainConfig(steps=1))
-    with pretrain_command._Signals(watcher) as signals:
+    with pretrain_command._Signals(watcher.say) as signals:
         watcher.say("step 1")
         assert signals.number == signal.SIGTERM
         assert signals.caught()
