@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..config import MatpacConfig
-from ..errors import ConfigError
 from ..files import atomic
 from ..reference import LogMelConfig
 from ..spans import PARTS, recorded, timed
@@ -25,9 +24,6 @@ _STEPS = 5
 
 def take_apart(config: MatpacConfig, batch: int, device: torch.device, folder: Path) -> list[str]:
     """Write the trace into `folder`, and return the lines of the table."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--profile {folder} is a file; expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     step = training_step(config, batch, device)
     for _ in range(2):
         step()
