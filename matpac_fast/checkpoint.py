@@ -379,6 +379,17 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     raise CheckpointError(f"{path}: a folder without a checkpoint; expected a run of `matpac-fast pretrain`")
 
 
+def step_name(step: int) -> str:
+    """What the checkpoint of a step is called, in the folder checkpoints/ of its run."""
+    return f"step-{step:08d}"
+
+
+def checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
+    """A run's checkpoints by their steps, the oldest first; folders of other names are somebody's copies."""
+    found = {int(p.name[5:]): p for p in Path(run).glob("checkpoints/step-*") if p.name[5:].isdecimal()}
+    return dict(sorted(found.items()))
+
+
 def read_latest(run: Path) -> str:
     """The name of a run's newest checkpoint, "" where there is none.
 
@@ -394,4 +405,4 @@ def read_latest(run: Path) -> str:
         name = ""
     except OSError as error:
         raise CheckpointError(f"{run / 'latest'}: cannot be read: {error.strerror}") from None
-    return name or max((p.name for p in run.glob("checkpoints/step-*") if p.name[5:].isdigit()), default="")
+    return name or next((path.name for path in reversed(checkpoints(run).values())), "")

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from .checkpoint import checkpoints, step_name
 from .errors import CheckpointError
 
 _ENDING = re.compile(r"(.+)@(student|teacher|[0-9]{1,15}|layer[1-9][0-9]{0,3})", re.DOTALL)
@@ -36,11 +37,10 @@ class Choice(NamedTuple):
         """
         if self.step is None or not os.path.exists(self.path):
             return self.path
-        folder = Path(self.path, "checkpoints", f"step-{self.step:08d}")
+        folder = Path(self.path, "checkpoints", step_name(self.step))
         if folder.is_dir():
             return os.fspath(folder)
-        others = folder.parent.glob("step-*")
-        if not (steps := sorted(int(p.name[5:]) for p in others if p.name[5:].isdecimal())):
+        if not (steps := list(checkpoints(self.path))):
             raise CheckpointError(
                 f"{self.path}: holds no checkpoints, so none of step {self.step}; expected a run of "
                 f"`matpac-fast pretrain`, or a name without @{self.step}"

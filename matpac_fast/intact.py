@@ -38,7 +38,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        name = f"step-{state['step']:08d}"
+        name = checkpoint.step_name(state["step"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
@@ -63,8 +63,8 @@ def intact_named(source: str | os.PathLike[str], way: str) -> Iterator[None]:
         latest = run / "checkpoints" / checkpoint.read_latest(run)
         if latest == run / "checkpoints" or _is_whole(latest):
             raise
-        for folder in sorted(run.glob("checkpoints/step-*"), reverse=True):
-            if folder != latest and folder.name[5:].isdigit() and _is_whole(folder):
+        for folder in reversed(checkpoint.checkpoints(run).values()):
+            if folder != latest and _is_whole(folder):
                 quoted = {name: shlex.quote(str(path)) for name, path in (("folder", folder), ("run", run))}
                 told = way.format(name=folder.name, **quoted)
                 raise CheckpointError(f"{error}. {folder.name} is intact: {told}") from None

@@ -157,7 +157,7 @@ class RunFolder:
         from safetensors import SafetensorError
 
         self._check_still_there()
-        name = f"step-{snapshot.state['step']:08d}"
+        name = checkpoint.step_name(snapshot.state["step"])
         done = self._checkpoints / name
         part = self._checkpoints / (name + _PART)
         first = snapshot.group is None or dist.get_rank(snapshot.group) == 0
@@ -252,12 +252,12 @@ class RunFolder:
     def _prune(self, keep_last: int, keep_every: int | None) -> None:
         """Remove the checkpoints that are neither among the newest nor of a multiple of `keep_every`."""
         latest = self.latest()
-        whole = sorted(p for p in self._checkpoints.glob("step-*") if p.name[5:].isdigit())  # not somebody's copies
-        older = [p for p in whole if p != latest]
+        whole = checkpoint.checkpoints(self.path)
+        older = [p for p in whole.values() if p != latest]
         kept = {latest, *older[max(0, len(older) - keep_last + 1) :]}
         if keep_every:
-            kept |= {p for p in whole if int(p.name.removeprefix("step-")) % keep_every == 0}
-        for folder in whole:
+            kept |= {p for step, p in whole.items() if step % keep_every == 0}
+        for folder in whole.values():
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
