@@ -156,7 +156,7 @@ def _has_code_for(archs: str, major: int, minor: int) -> bool:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'matpac_fast[triton]'"
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not INTERPRETED:
         missing = _gpu_missing()
         if missing is not None:
             return missing
@@ -293,7 +293,7 @@ def _forced_launcher(
     # "cuda" means the fastest native CUDA path; an op whose only CUDA path is Triton takes it.
     launcher = "triton" if forced == "cuda" and table == ("triton",) else forced
     # Triton's interpreter computes on CPU tensors: that is how its kernels are tested without a GPU.
-    interpreted = launcher == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = launcher == "triton" and device.type == "cpu" and INTERPRETED
     if launcher not in table and not interpreted:
         raise BackendError(
             f"{op}: backend {forced!r} is forced and has no path for a tensor on {device.type}; "

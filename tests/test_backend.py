@@ -38,7 +38,7 @@ class Machine:
         from matpac_fast import _C
 
         self.patch, self.native = patch, _C
-        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setattr(backend, "INTERPRETED", False)
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -251,7 +251,7 @@ def test_a_backend_lost_after_it_was_forced(machine):
 
 
 def test_interpreter_serves_the_cpu_only_when_forced(machine):
-    machine.patch.setenv("TRITON_INTERPRET", "1")
+    machine.patch.setattr(backend, "INTERPRETED", True)
     machine.patch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.choose("mask_shuffle", CPU) == "cpp"
     with use_backend("triton"):

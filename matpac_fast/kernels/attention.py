@@ -10,17 +10,17 @@ what it has loaded: q, k and v of a head are read from memory once, and the back
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backend
 from ._aot import CAPABILITIES, Launch, capability_of, is_data_centre
 
 # Triton's interpreter would multiply the bits of bfloat16 as integers; float32 holds its products exactly.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(backend.INTERPRETED)
 BLOCK = tl.constexpr(64)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from .. import backend, reference
 from ..reference import LogMelConfig
 from ._aot import CAPABILITIES, Launch, capability_of
 
@@ -73,7 +72,7 @@ def _hopper(capability: int) -> bool:
 
 # Triton's interpreter truncates to bfloat16 where GPUs round, and would multiply its bits as integers; there float32
 # holds the terms and their products, exactly.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(backend.INTERPRETED)
 
 
 @triton.jit

@@ -9,7 +9,6 @@ another. A CLS row has an empty patch, so that no second kernel has to write it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -17,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backend
 from ._aot import CAPABILITIES, Launch, by_options, capability_of, is_data_centre
 
 # Near float32 on tensor cores, by three products of TF32; only float32 operands heed it.
 PRECISION = tl.constexpr("tf32x3")
 # Triton's interpreter would multiply the bits of bfloat16 as integers; float32 holds its products exactly.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(backend.INTERPRETED)
 
 
 @triton.jit

@@ -7,7 +7,6 @@ teacher's probabilities and the difference of the two softmaxes compute their ti
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import backend
 from ._aot import Launch, by_options, capability_of, is_data_centre
 
 # Near float32 on tensor cores, by three products of TF32; only float32 operands heed it.
 PRECISION = "tf32x3"
 # Triton's interpreter would multiply the bits of bfloat16 as integers; float32 holds its products exactly.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(backend.INTERPRETED)
 # Rows whose probabilities one program of the column kernel adds up.
 SPLIT_ROWS = 2048
 
