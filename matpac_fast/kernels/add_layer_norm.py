@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import CAPABILITIES, Launch
+from ._limits import MAX_WIDTH
 
-MAX_DIM = 2048
 # Elements to a load or store, of 16 bits or 32: if they differed, tiles would change hands in shared memory.
 VEC = tl.constexpr(4)
 
@@ -136,7 +136,7 @@ _SMALLER = {"PROGRAMS": 12 * 132, "ROWS": 4, "num_warps": 1, "num_stages": 1}
 
 def _options(table: dict[int, dict[str, Any]], d: int) -> tuple[int, dict[str, Any]]:
     """Programs of the backward pass, and the rest."""
-    assert 0 < d <= MAX_DIM
+    assert 0 < d <= MAX_WIDTH
     block = max(32, triton.next_power_of_2(d))
     options = {**table.get(d, table.get(block, _SMALLER)), "D": d, "BLOCK_D": block}
     return options.pop("PROGRAMS", 0), options

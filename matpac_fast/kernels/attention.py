@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import backend
 from ._aot import CAPABILITIES, Launch, capability_of, is_data_centre
+from ._limits import HEAD_WIDTHS
 
 # Triton's interpreter would multiply the bits of bfloat16 as integers; float32 holds its products exactly.
 INTERPRETED = tl.constexpr(backend.INTERPRETED)
@@ -220,7 +221,7 @@ _BWD = {
         "KEYS": 64 if blocks == 1 or (d == 32 and blocks < 4) else 32,
         "num_warps": 8 if d * blocks > 128 else 4,
     }
-    for d in (32, 64)
+    for d in HEAD_WIDTHS
     for blocks in (1, 2, 3, 4)
 }
 

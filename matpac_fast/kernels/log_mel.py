@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..reference import LogMelConfig
 from ._aot import CAPABILITIES, Launch, capability_of
+from ._limits import MAX_MELS
 
 # The DFTs' 101 sums and bins are padded to these.
 SUMS = tl.constexpr(112)
@@ -213,9 +214,6 @@ def log_mel_fwd_kernel(
     out += clip * n_mels * frames
     _store(out, wide, tl.arange(0, WIDE), t, n_mels, frames, log_offset, mean, inverse_std)
     _store(out, narrow, WIDE + tl.arange(0, NARROW), t, n_mels, frames, log_offset, mean, inverse_std)
-
-
-MAX_MELS = 128  # what the sums of a program have room for
 
 
 def _two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:

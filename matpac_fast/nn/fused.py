@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backend import dtype_of_products, fuses
-from ..ops.add_layer_norm import MAX_WIDTH
+from ..kernels._limits import MAX_WIDTH
 from .linear import is_plain
 from .vit import Attention, Block, Mlp
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..backend import device_guard, fuses
+from ..kernels._limits import MAX_WIDTH
 from ._check import check_shape, check_tensor
 from ._once import once_differentiable
 
 _OP = "add_layer_norm"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MAX_WIDTH = 2048  # of what a program of the kernel holds
 
 
 def _impl(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import device_guard, dtype_of_products, fuses, takes_cpp
+from ..kernels._limits import HEAD_WIDTHS, MAX_TOKENS
 from ._check import check_tensor, shape_of
 from ._once import once_differentiable
 
@@ -18,8 +19,6 @@ _NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3}  # as cs
 # Multiply-adds of a product, below which C++ gains less than the dispatcher takes for one more op, some 60 us; a
 # quarter of them in bfloat16, where torch's own takes twice as long.
 _LEAST = 10_000_000
-# What the Triton kernels take: see kernels/attention.py, which imports Triton.
-MAX_TOKENS, HEAD_WIDTHS = 256, (32, 64)
 
 
 def is_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_width: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..backend import choose, device_guard
 from ..errors import BackendError
+from ..kernels._limits import MAX_MELS
 from ..reference import LogMelConfig
 from ._check import check_tensor, shape_of
 from ._once import once_differentiable
@@ -51,8 +52,8 @@ def _obstacle(launcher: str, wave: Tensor, config: LogMelConfig) -> str | None:
         return "it has no float64"
     if launcher == "cuda" and config.hop > _CUDA_HOP:
         return f"it has hops of at most {_CUDA_HOP} samples, not {config.hop}"
-    if launcher == "triton" and config.n_mels > 128:
-        return f"it has at most 128 mels, not {config.n_mels}"
+    if launcher == "triton" and config.n_mels > MAX_MELS:
+        return f"it has at most {MAX_MELS} mels, not {config.n_mels}"
     return None
 
 
