@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# What an op of real numbers takes.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def shape_of(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

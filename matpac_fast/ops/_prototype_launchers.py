@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backend import device_guard
+from ._native import DTYPE, address
 
 # Whether torch multiplies 16-bit matrices into a float32 result on a GPU: from torch 2.8 on.
 _MM_TAKES_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
-_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3, torch.float16: 5}
 # Logits come in chunks of rows of this many bytes: on the CPU a share of the cache, since they are read again at once;
 # on a GPU enough to fill it with one matrix product. But never fewer rows than make a product worth its while.
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**26}
@@ -132,21 +132,18 @@ class Native(Sides):
     ) -> Any:
         from .. import _C
 
-        def address(tensor: Tensor | None) -> int:
-            return 0 if tensor is None else tensor.data_ptr()
-
         return _C.PrototypeLossArgs(
             address(student),
             address(teacher),
             address(self.center),
-            _NATIVE_DTYPE[self.work],
+            DTYPE[self.work],
             student.shape[0],
             student.shape[1],
             address(self.scales),
             address(loss),
             address(stats),
             address(delta),
-            _NATIVE_DTYPE[self.work if delta is None else delta.dtype],
+            DTYPE[self.work if delta is None else delta.dtype],
             address(column_sum),
         )
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from .. import reference
 from ..backend import device_guard, fuses
 from ..kernels._limits import MAX_WIDTH
-from ._check import check_shape, check_tensor
+from ._check import FLOATS, check_shape, check_tensor
 from ._once import once_differentiable
 
 _OP = "add_layer_norm"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _impl(
@@ -139,17 +138,17 @@ def add_layer_norm(
         TypeError: no tensor, or a dtype that is not listed.
         ValueError: shapes or devices that do not fit.
     """
-    check_tensor(_OP, "x", x, dtypes=_DTYPES)
+    check_tensor(_OP, "x", x, dtypes=FLOATS)
     if delta is not None:
-        check_tensor(_OP, "delta", delta, dtypes=_DTYPES, like=x)
+        check_tensor(_OP, "delta", delta, dtypes=FLOATS, like=x)
         check_shape(_OP, "delta", delta, tuple(x.shape), "that of x")
     if bias is not None:
-        check_tensor(_OP, "bias", bias, 1, _DTYPES, like=x)
+        check_tensor(_OP, "bias", bias, 1, FLOATS, like=x)
         check_shape(_OP, "bias", bias, tuple(x.shape[-1:]), "one value a column of x")
         if delta is None:
             raise ValueError(f"{_OP}: there is a bias and no delta; expected both or neither")
     for name, weight in (("weight", norm.weight), ("bias", norm.bias)):
-        check_tensor(_OP, f"the norm's {name}", weight, 1, _DTYPES, like=x)
+        check_tensor(_OP, f"the norm's {name}", weight, 1, FLOATS, like=x)
         check_shape(_OP, f"the norm's {name}", weight, tuple(x.shape[-1:]), "one value a column of x")
     width = x.shape[-1]
     if width > MAX_WIDTH or not fuses(_OP, x.device, x.dtype):

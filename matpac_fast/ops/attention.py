@@ -10,12 +10,12 @@ from torch import Tensor
 from .. import reference
 from ..backend import device_guard, dtype_of_products, fuses, takes_cpp
 from ..kernels._limits import HEAD_WIDTHS, MAX_TOKENS
-from ._check import check_tensor, shape_of
+from ._check import FLOATS, check_tensor, shape_of
+from ._native import DTYPE, address
 from ._once import once_differentiable
 
 _OP = "attention"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 3}  # as csrc/ops.h numbers them
+_NATIVE = (torch.float32, torch.float64, torch.bfloat16)  # what the C++ takes
 # Multiply-adds of a product, below which C++ gains less than the dispatcher takes for one more op, some 60 us; a
 # quarter of them in bfloat16, where torch's own takes twice as long.
 _LEAST = 10_000_000
@@ -30,14 +30,14 @@ def is_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_width: 
 def has_kernel(device: torch.device, dtype: torch.dtype, b: int, n: int, h: int, d: int) -> bool:
     """Whether `attention` of (B, N, 3, H, d) is one kernel, Triton's or C++, and not torch's own."""
     worthwhile = b * n * n * h * d >= (_LEAST // 4 if dtype == torch.bfloat16 else _LEAST)
-    native = dtype in _NATIVE_DTYPE and takes_cpp(_OP, device, worthwhile)
+    native = dtype in _NATIVE and takes_cpp(_OP, device, worthwhile)
     return native or is_fused(device, dtype, n, d)
 
 
 def _is_native(qkv: Tensor) -> bool:
     """Whether it is C++ whose kernel computes it."""
     _, n, _, _, d = qkv.shape
-    cpu = qkv.device.type == "cpu" and qkv.dtype in _NATIVE_DTYPE
+    cpu = qkv.device.type == "cpu" and qkv.dtype in _NATIVE
     return cpu and not is_fused(qkv.device, qkv.dtype, n, d)  # under Triton's interpreter
 
 
@@ -48,8 +48,8 @@ def _launch_cpp(
     from .. import _C
 
     b, n, _, h, d = qkv.shape
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (out, stats, result, grad)]
-    args = _C.AttentionArgs(qkv.data_ptr(), _NATIVE_DTYPE[qkv.dtype], b, n, h, d, *addresses)
+    addresses = map(address, (out, stats, result, grad))
+    args = _C.AttentionArgs(qkv.data_ptr(), DTYPE[qkv.dtype], b, n, h, d, *addresses)
     _C.attention_cpu(args, grad is not None, torch.get_num_threads())
 
 
@@ -141,7 +141,7 @@ def attention(qkv: Tensor) -> Tensor:
     The gradient is once differentiable where a kernel runs, and has the same bits every time; on a CPU so have the
     results, for any number of threads.
     """
-    check_tensor(_OP, "qkv", qkv, 5, _DTYPES)
+    check_tensor(_OP, "qkv", qkv, 5, FLOATS)
     if qkv.shape[2] != 3:
         raise ValueError(f"{_OP}: qkv is {shape_of(qkv)}; expected (B, N, 3, H, d)")
     b, n, _, h, d = qkv.shape

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import device_guard, fuses
-from ._check import check_shape, check_tensor
+from ._check import FLOATS, check_shape, check_tensor
 from ._once import once_differentiable
 
 _OP = "bias_gelu"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _impl(h: Tensor, bias: Tensor) -> Tensor:
@@ -81,8 +80,8 @@ def bias_gelu(h: Tensor, bias: Tensor) -> Tensor:
 
     The gradient is once differentiable where the kernel runs, and has the same bits every time.
     """
-    check_tensor(_OP, "h", h, dtypes=_DTYPES)
-    check_tensor(_OP, "bias", bias, 1, _DTYPES, like=h)
+    check_tensor(_OP, "h", h, dtypes=FLOATS)
+    check_tensor(_OP, "bias", bias, 1, FLOATS, like=h)
     check_shape(_OP, "bias", bias, tuple(h.shape[-1:]), "one value a column of h")
     if h.dtype.itemsize != 2 or not fuses(_OP, h.device, h.dtype):
         return reference.bias_gelu(h, bias)

@@ -15,10 +15,10 @@ from ..errors import BackendError
 from ..kernels._limits import MAX_MELS
 from ..reference import LogMelConfig
 from ._check import check_tensor, shape_of
+from ._native import DTYPE
 from ._once import once_differentiable
 
 _WAVE_DTYPES = (torch.float32, torch.float64, torch.int16)
-_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1, torch.int16: 2, torch.bfloat16: 3}
 # A block of the CUDA kernel keeps 32 frames of samples; with longer hops than this they would not fit into the 99 KiB
 # of shared memory of sm_86, 89 and 120 (csrc/log_mel_block.h counts them).
 _CUDA_HOP = 347
@@ -112,13 +112,13 @@ def _args(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, .
     window, bands, weights, inverse_sums = plan
     return _C.LogMelArgs(
         wave.data_ptr(),
-        _NATIVE_DTYPE[wave.dtype],
+        DTYPE[wave.dtype],
         wave.shape[0],
         wave.stride(0),
         config.hop,
         out.shape[2],
         out.data_ptr(),
-        _NATIVE_DTYPE[out.dtype],
+        DTYPE[out.dtype],
         window.data_ptr(),
         bands.data_ptr(),
         weights.data_ptr(),

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import autocast_dtype, choose, device_guard
-from ._check import check_int, check_shape, check_tensor, shape_of
+from ._check import FLOATS, check_int, check_shape, check_tensor, shape_of
+from ._native import address
 from ._once import once_differentiable
 
 _OP = "masked_patch_embed"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # On the CPU the batch goes by in chunks of this many rows, whose patches (4 MB in float32) are still in a cache when
 # the matrix product reads them.
@@ -25,8 +25,8 @@ def _check(
     spec: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor, ids_shuffle: Tensor, n_visible: int
 ) -> torch.dtype:
     """Raise on what cannot be; else the dtype of the product's operands."""
-    check_tensor(_OP, "spec", spec, ndim=3, dtypes=_DTYPES)
-    check_tensor(_OP, "weight", weight, ndim=4, dtypes=_DTYPES, like=spec)
+    check_tensor(_OP, "spec", spec, ndim=3, dtypes=FLOATS)
+    check_tensor(_OP, "weight", weight, ndim=4, dtypes=FLOATS, like=spec)
     for name, tensor in (("bias", bias), ("pos", pos), ("cls", cls)):
         check_tensor(_OP, name, tensor, dtypes=(weight.dtype,), like=spec)
     check_tensor(_OP, "ids_shuffle", ids_shuffle, ndim=2, dtypes=(torch.int64,), like=spec)
@@ -88,9 +88,9 @@ def _gather_cpp(
         ids.stride(0),
         ids.shape[1],
         patches.data_ptr(),
-        0 if table is None else table.data_ptr(),
+        address(table),
         0 if table is None else table.shape[1],
-        0 if tokens is None else tokens.data_ptr(),
+        address(tokens),
     )
     if not _C.patch_gather_cpu(args, torch.get_num_threads()):
         n = (spec.shape[1] // patch) * (spec.shape[2] // patch)

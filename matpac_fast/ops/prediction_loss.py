@@ -10,18 +10,17 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..backend import device_guard, fuses, takes_cpp, without_autocast
-from ._check import check_shape, check_tensor
+from ._check import FLOATS, check_shape, check_tensor
+from ._native import DTYPE, address
 from ._once import once_differentiable
 
 _OP = "prediction_loss"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _EPS = 1e-12  # of torch's normalize
-_NATIVE_DTYPE = {torch.float32: 0, torch.float64: 1}
 
 
 def _check(prediction: Tensor, target: Tensor, temperature: float | Tensor | None) -> None:
-    check_tensor(_OP, "prediction", prediction, 2 if temperature is None else 3, _DTYPES)
-    check_tensor(_OP, "target", target, 2, _DTYPES, like=prediction)
+    check_tensor(_OP, "prediction", prediction, 2 if temperature is None else 3, FLOATS)
+    check_tensor(_OP, "target", target, 2, FLOATS, like=prediction)
     expected = (prediction.shape[0], prediction.shape[-1])
     check_shape(_OP, "target", target, expected, "(N, D) of the prediction")
     if prediction.ndim == 3 and prediction.shape[1] < 1:
@@ -96,13 +95,10 @@ def _launch_cpp(
     """Fill loss and stats, or from stats and grad `out`; all of one dtype and contiguous."""
     from .. import _C
 
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
     args = _C.PredictionLossArgs(
         address(prediction),
         address(target),
-        _NATIVE_DTYPE[target.dtype],
+        DTYPE[target.dtype],
         prediction.shape[0],
         _heads(prediction),
         prediction.shape[-1],

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import choose, without_autocast
-from ._check import check_shape, check_tensor
+from ._check import FLOATS, check_shape, check_tensor
 from ._once import once_differentiable
 from ._prototype_launchers import LAUNCHERS, delta_dtype, mm, work_dtype
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MEANS = ("probabilities", "logits")
 
 # softmax(student) - softmax(teacher), called delta below, is the gradient but for a factor a row. Up to this many bytes
@@ -32,11 +31,11 @@ def _check(
     mean_of: str,
 ) -> None:
     op = "prototype_loss"
-    check_tensor(op, "student", student, 2, _DTYPES)
-    check_tensor(op, "student_weight", student_weight, 2, _DTYPES, like=student)
-    check_tensor(op, "teacher", teacher, 2, _DTYPES, like=student)
-    check_tensor(op, "teacher_weight", teacher_weight, 2, _DTYPES, like=student)
-    check_tensor(op, "center", center, 1, _DTYPES, like=student)
+    check_tensor(op, "student", student, 2, FLOATS)
+    check_tensor(op, "student_weight", student_weight, 2, FLOATS, like=student)
+    check_tensor(op, "teacher", teacher, 2, FLOATS, like=student)
+    check_tensor(op, "teacher_weight", teacher_weight, 2, FLOATS, like=student)
+    check_tensor(op, "center", center, 1, FLOATS, like=student)
     n, d = student.shape
     k = student_weight.shape[0]
     if k < 1 or d < 1:
