@@ -306,12 +306,6 @@ def prediction_loss(
     return least, best
 
 
-# Odd constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), written as the signed 64-bit integers torch has.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
-
-
 def attention(qkv: Tensor) -> Tensor:
     """Self-attention from packed queries, keys and values (B, N, 3, H, d) -> (B, N, H, d), by torch's own kernels."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
@@ -331,6 +325,12 @@ def add_layer_norm(
         x = (x + delta + (0 if bias is None else bias)).to(x.dtype)
     weight = norm.weight.to(torch.promote_types(x.dtype, torch.float32))
     return x, F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, norm.bias.to(weight.dtype), norm.eps).to(dtype)
+
+
+# Odd constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), written as the signed 64-bit integers torch has.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
