@@ -258,6 +258,11 @@ def masked_patch_embed(
     return visible, masked.detach()
 
 
+def work_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a loss and of its arithmetic: float64 if any input is, else float32."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
 def prototype_loss(
     student: Tensor,
     student_weight: Tensor,
@@ -275,9 +280,7 @@ def prototype_loss(
     Only the student's side has gradients. 16-bit inputs are multiplied in float32: their logits would be too coarse for
     these temperatures.
     """
-    work = functools.reduce(
-        torch.promote_types, (t.dtype for t in (student, student_weight, teacher, teacher_weight)), torch.float32
-    )
+    work = work_dtype(student, student_weight, teacher, teacher_weight)
     logits = student.to(work) @ student_weight.to(work).T  # (N, K)
     with torch.no_grad():
         teacher_logits = teacher.to(work) @ teacher_weight.to(work).T  # (N, K)
@@ -299,7 +302,11 @@ def prediction_loss(
     prediction = F.normalize(prediction, dim=-1)
     if temperature is None:
         return 2 - 2 * (prediction * target).sum(-1), None
-    loss = 2 - 2 * (prediction * target[:, None]).sum(-1)  # (N, H)
+    return over_heads(2 - 2 * (prediction * target[:, None]).sum(-1), temperature)
+
+
+def over_heads(loss: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The heads' losses (N, H) -> their soft or hard minimum (N,), and the best head (N,)."""
     least, best = loss.min(dim=-1)
     if isinstance(temperature, Tensor) or temperature > 0:
         return (torch.softmax(-loss / temperature, dim=-1).detach() * loss).sum(-1), best

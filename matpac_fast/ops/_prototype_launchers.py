@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import device_guard
+from ..reference import work_dtype
 from ._native import DTYPE, address
 
 # Whether torch multiplies 16-bit matrices into a float32 result on a GPU: from torch 2.8 on.
@@ -21,11 +21,6 @@ _MIN_ROWS = 64
 # Blocks of the CUDA kernel; each sums the probabilities of its rows, and the shape alone must decide of which.
 _BLOCKS = 512
 _BLOCKS_BYTES = 2**26
-
-
-def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of logits, softmax, loss and mean: float64 if any input is, else float32."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
 def mm(a: Tensor, b: Tensor, work: torch.dtype, out: Tensor | None = None) -> Tensor:

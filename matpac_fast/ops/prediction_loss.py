@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backend, reference
 from ..backend import device_guard, fuses, takes_cpp, without_autocast
+from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor
 from ._native import DTYPE, address
 from ._once import once_differentiable
@@ -31,11 +32,6 @@ def _check(prediction: Tensor, target: Tensor, temperature: float | Tensor | Non
         raise ValueError(f"{_OP}: temperature is {temperature}; expected a number from 0, or None without heads")
 
 
-def _work(prediction: Tensor, target: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic and of the loss."""
-    return torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-
-
 def _heads(prediction: Tensor) -> int:
     return prediction.shape[1] if prediction.ndim == 3 else 1
 
@@ -49,7 +45,7 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        work = _work(prediction, target)
+        work = work_dtype(prediction, target)
         with without_autocast(prediction.device):
             unit = F.normalize(target.to(work), dim=-1)
             if prediction.ndim == 3:
@@ -113,7 +109,7 @@ def _launch_cpp(
 
 def _impl(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if _is_native(prediction):
-        work = _work(prediction, target)
+        work = work_dtype(prediction, target)
         loss, stats = _fake(prediction, target)
         _launch_cpp(prediction.to(work).contiguous(), target.to(work).contiguous(), stats, loss=loss)
         return loss, stats
@@ -126,7 +122,7 @@ def _impl(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _backward_impl(grad: Tensor, prediction: Tensor, target: Tensor, stats: Tensor) -> Tensor:
     if _is_native(prediction):
-        work = _work(prediction, target)
+        work = work_dtype(prediction, target)
         given, target, grad = (t.to(work).contiguous() for t in (prediction, target, grad))
         out = torch.empty_like(given)
         _launch_cpp(given, target, stats.contiguous(), grad=grad, out=out)
@@ -139,7 +135,7 @@ def _backward_impl(grad: Tensor, prediction: Tensor, target: Tensor, stats: Tens
 
 
 def _fake(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    loss = prediction.new_empty(prediction.shape[:-1], dtype=_work(prediction, target))
+    loss = prediction.new_empty(prediction.shape[:-1], dtype=work_dtype(prediction, target))
     return loss, loss.new_empty((loss.numel(), 3))
 
 
@@ -214,9 +210,4 @@ def prediction_loss(
         loss, _ = torch.ops.matpac_fast.prediction_distance(prediction, target)
     else:
         loss = _Distance.apply(prediction, target)
-    if temperature is None:
-        return loss, None
-    least, best = loss.min(dim=-1)
-    if isinstance(temperature, Tensor) or temperature > 0:
-        return (torch.softmax(-loss / temperature, dim=-1).detach() * loss).sum(-1), best
-    return least, best
+    return (loss, None) if temperature is None else reference.over_heads(loss, temperature)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import choose, without_autocast
+from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor
 from ._once import once_differentiable
-from ._prototype_launchers import LAUNCHERS, delta_dtype, mm, work_dtype
+from ._prototype_launchers import LAUNCHERS, delta_dtype, mm
 
 _MEANS = ("probabilities", "logits")
 
