@@ -21,7 +21,7 @@ from .errors import ConfigError
 class LogMelConfig:
     """The log-mel of MATPAC: 25 ms windows every 10 ms, 80 Slaney mels of 50-8000 Hz, natural log, normalised.
 
-    The defaults are MATPAC's; the fields reach the front ends of other encoders too (`PASST_LOG_MEL`, `BEATS_LOG_MEL`).
+    The defaults are MATPAC's; the fields reach the front ends of other encoders too, such as PaSST's and BEATs'.
 
     Args:
         sample_rate: in Hz.
@@ -152,39 +152,6 @@ WINDOWS = {
     "povey": lambda n: torch.hann_window(n, periodic=False, **_ON_CPU) ** 0.85,
 }
 FRAMINGS = ("valid", "center", "kaldi")
-
-# PaSST (2110.05069, hear21passt): 32 kHz, without the augmentation of its filters' range.
-PASST_LOG_MEL = LogMelConfig(
-    sample_rate=32_000,
-    n_fft=1024,
-    win_length=800,
-    hop=320,
-    n_mels=128,
-    f_min=0.0,
-    f_max=15_000.0,
-    log_offset=1e-5,
-    mean=-4.5,
-    std=5.0,
-    bank="kaldi",
-    window="hann_symmetric",
-    framing="center",
-    preemphasis=0.97,
-)
-# BEATs (2212.09058): Kaldi's filter bank on 16-bit amplitudes.
-BEATS_LOG_MEL = LogMelConfig(
-    n_fft=512,
-    n_mels=128,
-    f_min=20.0,
-    log_offset=0.0,
-    mean=15.41663,
-    std=2 * 6.55582,
-    bank="kaldi",
-    window="povey",
-    framing="kaldi",
-    preemphasis=0.97,
-    gain=2.0**15,
-    log_floor=1.1920928955078125e-07,
-)
 
 
 def mel_bank(config: LogMelConfig) -> Tensor:

@@ -12,8 +12,6 @@ import torch
 
 from matpac_fast.errors import ConfigError
 from matpac_fast.reference import (
-    BEATS_LOG_MEL,
-    PASST_LOG_MEL,
     LogMelConfig,
     hz_to_mel,
     log_mel,
@@ -21,6 +19,8 @@ from matpac_fast.reference import (
     mel_to_hz,
     mel_window,
 )
+from matpac_fast.zoo.beats import BEATS_LOG_MEL
+from matpac_fast.zoo.passt import PASST_LOG_MEL
 
 
 @pytest.mark.parametrize("entry", ["noise", "chirp", "silence", "quiet", "loud", "one_frame", "odd"])

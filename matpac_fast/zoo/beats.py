@@ -23,9 +23,24 @@ from .. import checkpoint, ops
 from ..errors import AudioError, CheckpointError
 from ..nn.initial import in_float32, seeded
 from ..nn.linear import linear, linear_gelu
-from ..reference import BEATS_LOG_MEL
+from ..reference import LogMelConfig
 from .network import Network, fill, padded, recognised
 
+# Kaldi's filter bank on 16-bit amplitudes.
+BEATS_LOG_MEL = LogMelConfig(
+    n_fft=512,
+    n_mels=128,
+    f_min=20.0,
+    log_offset=0.0,
+    mean=15.41663,
+    std=2 * 6.55582,
+    bank="kaldi",
+    window="povey",
+    framing="kaldi",
+    preemphasis=0.97,
+    gain=2.0**15,
+    log_floor=1.1920928955078125e-07,
+)
 _PATCH = 16
 _HOP = _PATCH * BEATS_LOG_MEL.hop
 _ROWS = BEATS_LOG_MEL.n_mels // _PATCH

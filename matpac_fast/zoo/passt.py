@@ -18,9 +18,26 @@ from .. import checkpoint, ops
 from ..errors import CheckpointError
 from ..nn.initial import in_float32, seeded
 from ..nn.vit import Block
-from ..reference import PASST_LOG_MEL
+from ..reference import LogMelConfig
 from .network import Network, fill, recognised
 
+# hear21passt's, without the augmentation of its filters' range.
+PASST_LOG_MEL = LogMelConfig(
+    sample_rate=32_000,
+    n_fft=1024,
+    win_length=800,
+    hop=320,
+    n_mels=128,
+    f_min=0.0,
+    f_max=15_000.0,
+    log_offset=1e-5,
+    mean=-4.5,
+    std=5.0,
+    bank="kaldi",
+    window="hann_symmetric",
+    framing="center",
+    preemphasis=0.97,
+)
 _PATCH = 16
 # Rows of overlapping patches on 128 mels -> the stride.
 _STRIDES = {(PASST_LOG_MEL.n_mels - _PATCH) // stride + 1: stride for stride in (10, 12, 14, 16, 20)}

@@ -14,7 +14,9 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from matpac_fast import ops, reference, use_backend
 from matpac_fast.errors import BackendError
-from matpac_fast.reference import BEATS_LOG_MEL, PASST_LOG_MEL, LogMelConfig
+from matpac_fast.reference import LogMelConfig
+from matpac_fast.zoo.beats import BEATS_LOG_MEL
+from matpac_fast.zoo.passt import PASST_LOG_MEL
 
 _C = pytest.importorskip("matpac_fast._C")
 # ops.log_mel is the function; this is the module it lives in.
