@@ -20,7 +20,7 @@ from ..model import Matpac
 from ..reference import LogMelConfig
 from ..spans import span
 from ..train.config import TrainConfig, resolve_precision
-from ..train.loop import pick_device
+from ..train.distributed import pick_device
 from ..train.memory import freed_memory_kept
 from ..train.step import make_optimizer, train_step
 

@@ -22,8 +22,9 @@ from ..files import check_no_file
 from ..model import Matpac
 from ..samples import load_samples
 from ..train.config import TrainConfig, fit_to_run
+from ..train.distributed import pick_device
 from ..train.logs import Reporter, read_log
-from ..train.loop import pick_device, pretrain
+from ..train.loop import pretrain
 from ..train.state import RunFolder, read_config
 from . import _demo_report as report
 from ._demo_study import CLIP_SECONDS, PACKAGED, TRAINED, UNTRAINED, compare, verdicts

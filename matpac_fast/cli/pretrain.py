@@ -125,7 +125,8 @@ def main(
     """
     from ..audio.corpus import Corpus
     from ..train.begin import check_run
-    from ..train.loop import pick_device, pretrain
+    from ..train.distributed import pick_device
+    from ..train.loop import pretrain
     from ..train.state import read_config, steps_done
     from ..train.weights import weights_sizes
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..study.cache import Aggregate
 from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
-from ..train.loop import pick_device
+from ..train.distributed import pick_device
 from ..weights import DEFAULT
 from ._probe import check_resamples, probe_config
 from ._progress import stages

@@ -26,8 +26,8 @@ from ..study.results import Cell, Tables, tabulate, write_table
 from ..study.study_page import as_json, write_report
 from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_study
 from ..tasks import DatasetError
+from ..train.distributed import pick_device
 from ..train.logs import versions
-from ..train.loop import pick_device
 from ._probe import check_resamples, numbers, probe_config, probe_words
 from ._progress import stages
 from ._table import show

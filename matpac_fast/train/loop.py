@@ -22,7 +22,7 @@ from ..spans import span
 from .begin import begin, make_sampler, name_transform
 from .compiled import blocks, compile_blocks
 from .config import TrainConfig
-from .distributed import Ranks, Votes, distribute, join, pick_device, whole
+from .distributed import Ranks, Votes, distribute, join, whole
 from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .graph import GraphedStep
@@ -35,8 +35,6 @@ from .state import RunFolder, Saver, Snapshot, read_config
 from .step import Step, make_optimizer, train_step
 from .transform import Transform
 from .watch import BadSteps, TrainingError, collapse
-
-__all__ = ["Probe", "Result", "pick_device", "pretrain"]
 
 # Judges the encoders while they are trained: (their weights, whole and by name, the model) -> numbers for the log.
 Probe = Callable[[Mapping[str, Tensor], MatpacConfig], Record]

@@ -218,6 +218,6 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, model_
     # More ranks on a machine than it has GPUs.
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert str(training.pick_device("cuda:1")) == "cuda:1"
+    assert str(distributed.pick_device("cuda:1")) == "cuda:1"
     with pytest.raises(ConfigError, match="device is 'cuda:3'; torch finds 2 CUDA devices here"):
-        training.pick_device("cuda")
+        distributed.pick_device("cuda")
