@@ -21,8 +21,8 @@ from _official_block import Block
 from torch import Tensor, nn
 
 from matpac_fast import checkpoint
-from matpac_fast.encoder import Encoder
 from matpac_fast.reference import LogMelConfig, mel_bank
+from matpac_fast.vit_encoder import Encoder
 
 
 class MelSpectrogram(nn.Module):

@@ -29,7 +29,7 @@ import _options
 import _timing
 
 from matpac_fast import __version__, load_encoder
-from matpac_fast.encoder import Encoder
+from matpac_fast.vit_encoder import Encoder
 
 SECOND = 16_000
 BASES = ("official, timm 0.4.12", "official, fused attention", "ours, one by one")

@@ -36,7 +36,7 @@ from _plots import temporal_support as plot
 from matpac_fast import __version__, ops, use_backend
 from matpac_fast.backend import BACKENDS, unavailable
 from matpac_fast.config import PRESETS, MatpacConfig
-from matpac_fast.encoder import Encoder, load_encoder
+from matpac_fast.encoder import load_encoder
 from matpac_fast.files import write_text
 from matpac_fast.model import Matpac
 from matpac_fast.oom import is_out_of_memory
@@ -45,6 +45,7 @@ from matpac_fast.study.cost import macs_of
 from matpac_fast.train.config import TrainConfig, resolve_precision
 from matpac_fast.train.flops import step_flops
 from matpac_fast.train.step import make_optimizer, train_step
+from matpac_fast.vit_encoder import Encoder
 
 KINDS = ("embed", "train")
 SECONDS = (0.16, 0.32, 0.64, 1.28, 2.56, 6.08, 10.08, 20.0, 30.08)

@@ -4,9 +4,11 @@ from . import ops
 from .audio_encoder import AudioEncoder
 from .backend import use_backend
 from .config import MatpacConfig
-from .encoder import Embeddings, Encoder, list_encoders, load_encoder, register_encoder
+from .embedding import Embeddings
+from .encoder import list_encoders, load_encoder, register_encoder
 from .model import Matpac, MatpacOutput
 from .official import get_matpac
+from .vit_encoder import Encoder
 from .zoo import registry as _registry  # noqa: F401 - makes its encoders known
 
 __version__ = "0.1.0"

@@ -18,25 +18,13 @@ from .audio_encoder import AudioEncoder
 from .choice import ENDINGS, Choice, parse
 from .config import PRESETS, MatpacConfig
 from .download import resolve
-from .embedding import Embeddings
 from .errors import CheckpointError, ConfigError
 from .intact import intact_named
 from .model import Matpac
 from .nn.initial import in_float32
 from .reference import LogMelConfig
-from .vit_encoder import SIZES, Encoder, encoder_of, sizes_of
+from .vit_encoder import SIZES, encoder_of, sizes_of
 from .weights import DEFAULT, PACKAGED
-
-__all__ = [
-    "DEFAULT",
-    "Embeddings",
-    "Encoder",
-    "encoder_of",
-    "list_encoders",
-    "load_encoder",
-    "register_encoder",
-    "sizes_of",
-]
 
 _UNTRAINED = "untrained-"
 _ALIASES = {"random-init": "untrained-tiny"}

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from . import reference
-from .encoder import Encoder
 from .errors import ConfigError
 from .files import atomic
 from .nn.vit import Attention, Block
+from .vit_encoder import Encoder
 
 _TOLERANCE = 1e-4  # of the embeddings' deviation; rounding makes some 1e-6
 

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .audio_encoder import AudioEncoder
-from .encoder import DEFAULT, Encoder, load_encoder
+from .encoder import load_encoder
 from .errors import AudioError, ConfigError
+from .vit_encoder import Encoder
+from .weights import DEFAULT
 
 # HEAR asks for a timestamp at least every 50 ms. A frame embedding sees 160 ms, so the audio goes through the network
 # four times, 40 ms further along each time.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from . import checkpoint
 from .choice import parse
 from .download import resolve
-from .encoder import KINDS, Encoder, load_encoder
+from .encoder import KINDS, load_encoder
 from .errors import CheckpointError, ConfigError
+from .vit_encoder import Encoder
 from .weights import PACKAGED
 
 # Classes of the released probes whose clips have several labels (OpenMIC, FSD50K, the MTG-Jamendo sets), and of those

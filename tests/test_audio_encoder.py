@@ -12,8 +12,8 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 from matpac_fast import AudioEncoder, load_encoder, use_backend
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, ConfigError
+from matpac_fast.vit_encoder import Encoder
 
 SECOND = 16_000
 

@@ -23,8 +23,8 @@ from _official_block import Block
 from _timing import Case, summary
 from torch import nn
 
-from matpac_fast.encoder import Encoder
 from matpac_fast.nn import vit
+from matpac_fast.vit_encoder import Encoder
 
 
 def test_bytes_and_flops_against_counts_by_hand():

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from matpac_fast import AudioEncoder, embedding
 from matpac_fast.audio.decode import resample
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, ConfigError
+from matpac_fast.vit_encoder import Encoder
 
 SECOND = 16_000
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from matpac_fast import checkpoint, get_matpac, list_encoders, load_encoder
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, CheckpointError, ConfigError
 from matpac_fast.model import Matpac, MatpacConfig
+from matpac_fast.vit_encoder import Encoder
 
 TINY = dict(n_frames=64, width=32, depth=2, num_heads=2, predictor_width=24, predictor_depth=1, predictor_heads=2)
 TINY |= dict(head_hidden=40, head_bottleneck=16, prototypes=24)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from matpac_fast import cli, export, load_encoder
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import ConfigError
+from matpac_fast.vit_encoder import Encoder
 
 SECOND = 16_000
 SHAPES = [(1, 400), (2, 559), (1, 3_000), (3, 10_399), (1, 10_640), (2, 10_641), (1, 33_333)]

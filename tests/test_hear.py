@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from matpac_fast import hear
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, CheckpointError, ConfigError
+from matpac_fast.vit_encoder import Encoder
 from matpac_fast.zoo.crepe import Crepe
 
 SECOND = 16_000

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from matpac_fast import Matpac, MatpacConfig, get_matpac, load_encoder
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import ConfigError
 from matpac_fast.export import Exportable
 from matpac_fast.train.weights import load_weights, weights_sizes
+from matpac_fast.vit_encoder import Encoder
 
 DEEP = dict(n_frames=32, width=16, depth=3, num_heads=2, predictor_width=12, predictor_depth=1, predictor_heads=2)
 DEEP |= dict(head_hidden=16, head_bottleneck=8, prototypes=12)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matpac_fast import AudioEncoder, checkpoint, get_matpac, list_encoders, load_encoder, reference
-from matpac_fast.encoder import Encoder, encoder_of
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.export import Exportable
+from matpac_fast.vit_encoder import Encoder, encoder_of
 from matpac_fast.zoo import cnn14
 
 SECOND = 16_000

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from matpac_fast.embedding import Embeddings
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, ConfigError
+from matpac_fast.vit_encoder import Encoder
 
 SECOND = 16_000
 

@@ -29,8 +29,9 @@ def main(
     """
     if onnx is None and torch is None:
         raise ConfigError("nothing to export: give --onnx FILE, --torch FILE or both")
-    from ..encoder import Encoder, load_encoder
+    from ..encoder import load_encoder
     from ..export import export_onnx, export_torch, takes
+    from ..vit_encoder import Encoder
 
     loaded = load_encoder(encoder, "cpu", num_heads)
     if not isinstance(loaded, Encoder):

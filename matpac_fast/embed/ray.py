@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..encoder import DEFAULT, load_encoder
+from ..encoder import load_encoder
 from ..errors import ConfigError
+from ..weights import DEFAULT
 from .extract import WORKER, Report
 from .extract import embed_collection as embed_here
 from .lease import Leases

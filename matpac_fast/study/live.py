@@ -17,9 +17,9 @@ from ..audio.corpus import to_int16
 from ..audio.decode import find_audio, read_blocks
 from ..audio_encoder import AudioEncoder
 from ..config import MatpacConfig
-from ..encoder import encoder_of, sizes_of
 from ..errors import AudioError, ConfigError
 from ..nn.statistics import effective_rank
+from ..vit_encoder import encoder_of, sizes_of
 from ..zoo.statistics import LogMelStatistics
 from .probe import linear_probe
 

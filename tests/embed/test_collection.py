@@ -15,8 +15,8 @@ import soundfile
 from matpac_fast import cli
 from matpac_fast.embed import extract, writer
 from matpac_fast.embed.extract import embed_collection
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, ConfigError
+from matpac_fast.vit_encoder import Encoder
 
 RATE = 16_000
 SMALL = dict(n_frames=64, width=32, depth=2, num_heads=2)

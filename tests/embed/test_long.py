@@ -16,7 +16,7 @@ import torch
 from matpac_fast.audio.decode import read_audio
 from matpac_fast.embed import shard, writer
 from matpac_fast.embed.extract import embed_collection
-from matpac_fast.encoder import Encoder
+from matpac_fast.vit_encoder import Encoder
 from tests.embed import crew
 
 RATE = 16_000

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 import torch
 
-from matpac_fast.encoder import Encoder
 from matpac_fast.study.cost import Cost
+from matpac_fast.vit_encoder import Encoder
 from tests.tasks import miniature
 
 SMALL = dict(n_frames=64, width=16, depth=1, num_heads=2)

@@ -14,7 +14,7 @@ from stops import after
 
 from matpac_fast import checkpoint, ops
 from matpac_fast.config import FRONT_END, MatpacConfig
-from matpac_fast.encoder import Encoder, load_encoder, sizes_of
+from matpac_fast.encoder import load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.export import Exportable
 from matpac_fast.model import Matpac
@@ -26,6 +26,7 @@ from matpac_fast.train.logs import read_log
 from matpac_fast.train.loop import pretrain
 from matpac_fast.train.sampler import Sampler
 from matpac_fast.train.weights import weights_sizes
+from matpac_fast.vit_encoder import Encoder, sizes_of
 
 OTHER = dict(sample_rate=32_000, n_fft=1024, win_length=800, hop=320, n_mels=64, f_min=20, f_max=16_000.0, bank="htk")
 OTHER |= dict(mean=-5.0, std=3.0)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from matpac_fast import checkpoint, load_encoder, ops, reference
-from matpac_fast.encoder import Encoder
 from matpac_fast.errors import AudioError, CheckpointError, ConfigError
+from matpac_fast.vit_encoder import Encoder
 from matpac_fast.zoo import beats, passt
 from tests.zoo import official
 
