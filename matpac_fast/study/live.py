@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._cores import n_cores
 from ..audio.corpus import to_int16
 from ..audio.decode import find_audio, read_blocks
 from ..audio_encoder import AudioEncoder
@@ -70,7 +71,7 @@ class LiveProbe:
         self._waves: list[np.ndarray] = []
         self.labels: list[str] = []
         targets, halves = [], []
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, n_cores())) as pool:
             for label, paths in sorted(chosen.items()):
                 read = list(pool.map(lambda path: _read(path, seconds, sample_rate), paths))
                 self.left_out += [str(found) for found in read if isinstance(found, AudioError)]
