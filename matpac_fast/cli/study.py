@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shlex
@@ -23,7 +24,7 @@ from ..study.cache import Aggregate
 from ..study.cost import Cost, device_name
 from ..study.plots import write_plots
 from ..study.results import Cell, Tables, tabulate, write_table
-from ..study.study_page import as_json, write_report
+from ..study.study_page import write_report
 from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_study
 from ..tasks import DatasetError
 from ..train.distributed import pick_device
@@ -157,7 +158,8 @@ def main(
     plots, failed = write_plots(out, tables.results, found)
     lines += failed
     write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made)
-    write_text(out / "settings.json", as_json(made, dataclasses.asdict(config)))
+    settings = {"settings": dataclasses.asdict(config), "made": made}
+    write_text(out / "settings.json", json.dumps(settings, indent=2) + "\n")
     show(*(choice_cells(tables) if tables.choices else cost_cells(found)))
     print("\n" + "\n".join([*lines, f"open {out / 'report.html'}"]))
     return 0

@@ -1,4 +1,4 @@
-"""Pieces of an HTML report that is one file: charts as inline SVG, images as PNG data, no script and no library.
+"""Pieces of an HTML report that is one file: charts as inline SVG, images as PNG data, and no library.
 
 Every piece is a string of HTML; `page` puts them together. Colours follow the reader's light or dark setting.
 """
@@ -246,8 +246,9 @@ def tiles(numbers: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def page(title: str, lead: str, sections: Sequence[Section], top: str = "") -> str:
-    """A whole HTML document. `title` and `lead` are plain text, `top` a piece that stands under the lead."""
+def page(title: str, lead: str, sections: Sequence[Section], top: str = "", style: str = "", script: str = "") -> str:
+    """A whole HTML document. `title` and `lead` are plain text, `top` a piece that stands under the lead; `style` and
+    `script` are added to what all pages have."""
     body = []
     for section in sections:
         pieces = "".join(f"<figure>{piece}</figure>" for piece in section.pieces)
@@ -257,9 +258,9 @@ def page(title: str, lead: str, sections: Sequence[Section], top: str = "") -> s
         )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{style}</style></head>'
         f'<body><header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{top}</header>'
-        f"{''.join(body)}</body></html>\n"
+        f"{''.join(body)}{script and f'<script>{script}</script>'}</body></html>\n"
     )
 
 

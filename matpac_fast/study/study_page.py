@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -142,10 +141,8 @@ def write_report(
         sections.append(Section("Every number", _NO_MACS, [sortable("costs", _COSTS, rows), _list(sentences)]))
     sections.append(Section("How this was made", "", [facts(list(made.items()))]))
     lead = "How many seconds of audio must an embedding see, and what does each second cost?"
-    text = page("Temporal support: what it gains and what it costs", lead, sections)
-    head, tail = text.split("</style>", 1)
-    body, end = tail.rsplit("</body>", 1)
-    write_text(path, f"{head}{_STYLE}</style>{body}<script>{_SCRIPT}</script></body>{end}")
+    title = "Temporal support: what it gains and what it costs"
+    write_text(path, page(title, lead, sections, style=_STYLE, script=_SCRIPT))
 
 
 _COMPARED = {
@@ -212,8 +209,3 @@ def _list(sentences: Sequence[str]) -> str:
 def _image(folder: Path, name: str, caption: str) -> str:
     data = base64.b64encode((folder / name).read_bytes()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption>'
-
-
-def as_json(made: dict[str, str], settings: dict[str, Any]) -> str:
-    """settings.json: what was asked for, and what made it."""
-    return json.dumps({"settings": settings, "made": made}, indent=2) + "\n"
