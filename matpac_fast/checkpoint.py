@@ -140,18 +140,21 @@ def _grid(pos: Tensor, patch_size: int) -> tuple[int, int]:
     return freq, tokens // freq
 
 
-def heads_by_rule(width: int, given: int | None, per_head: int = 64) -> int:
-    """Attention heads: as given, else `per_head` channels each, the official rule."""
+_PER_HEAD = 64  # channels
+
+
+def heads_by_rule(width: int, given: int | None) -> int:
+    """Attention heads: as given, else of 64 channels each, the official rule."""
     if given is not None:
         if not isinstance(given, int) or given < 1 or width % given:
             raise ConfigError(f"num_heads is {given!r}; expected a whole number that divides the width, {width}")
         return given
-    if width % per_head:
+    if width % _PER_HEAD:
         raise CheckpointError(
-            f"a width of {width} does not divide into heads of {per_head} channels, the official rule: "
+            f"a width of {width} does not divide into heads of {_PER_HEAD} channels, the official rule: "
             "give the number of heads"
         )
-    return width // per_head
+    return width // _PER_HEAD
 
 
 def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -56,22 +56,18 @@ class ShardEmbedder:
         encoder, options, batch_size: as `AudioEncoder.embed_many` takes them.
         dtype: of the rows.
         work: where to count.
-        tick: called after each file with its entry, and the reason where it failed.
-        within: called in a long file, with its entry and how many of its seconds are embedded.
+
+    Attributes:
+        tick: to be set: called after each file with its entry, and the reason where it failed.
+        within: to be set: called in a long file, with its entry and how many of its seconds are embedded.
     """
 
-    def __init__(
-        self,
-        encoder: AudioEncoder,
-        options: dict[str, Any],
-        batch_size: int,
-        dtype: str,
-        work: Work,
-        tick: Callable[[Entry, str | None], None] = lambda entry, reason: None,
-        within: Callable[[Entry, float], None] = lambda entry, seconds: None,
-    ):
+    tick: Callable[[Entry, str | None], None]
+    within: Callable[[Entry, float], None]
+
+    def __init__(self, encoder: AudioEncoder, options: dict[str, Any], batch_size: int, dtype: str, work: Work):
         self._encoder, self._options, self._batch_size, self._dtype = encoder, options, batch_size, dtype
-        self.work, self.tick, self.within = work, tick, within
+        self.work = work
         # Options that cannot be are named here, before anything is made.
         silence = np.zeros(400, np.float32)
         found = encoder.embed(silence, encoder.sample_rate, batch_size=batch_size, **options)

@@ -30,7 +30,7 @@ def _pyplot() -> Any:
 
 
 def write_plots(
-    out: Path, results: Sequence[dict[str, Any]], costs: Sequence[Cost], batch: int | None = None
+    out: Path, results: Sequence[dict[str, Any]], costs: Sequence[Cost]
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Draw what there is into `out`; return (file name, caption) of each plot, in the order of reading, and a sentence
     on each that could not be drawn, which costs the study's numbers nothing."""
@@ -61,7 +61,7 @@ def write_plots(
             caption = f"{task}: {rows[0]['metric']} against what it costs; points that none beats in both are joined"
             draw(_pareto, f"pareto-{task}.png", caption, rows)
     if costs:
-        largest = max(cost.batch for cost in costs) if batch is None else batch
+        largest = max(cost.batch for cost in costs)
         caption = f"Cost against temporal support, {_windows(largest)} at a time"
         draw(_cost, "cost.png", caption, [cost for cost in costs if cost.batch == largest])
         smallest = min(cost.batch for cost in costs)
