@@ -94,15 +94,13 @@ class Leases:
         return True
 
     @contextlib.contextmanager
-    def waited_for(self, name: str, tell: Callable[[], None] = lambda: None) -> Iterator[bool]:
-        """Hold the lease of `name`, waiting for it as long as it takes, and telling so; yields whether it had to."""
-        waited = False
+    def waited_for(self, name: str, tell: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold the lease of `name`, waiting for it as long as it takes, and telling so."""
         while not self.claim(name):
-            waited = True
             tell()
             time.sleep(min(0.2, self.seconds / 20))
         try:
-            yield waited
+            yield
         finally:
             self.release(name)
 

@@ -84,8 +84,8 @@ class Rows:
     def close(self) -> None:
         self._values.close()
 
-    def write(self, out: Path, shard: int, kind: str, settings: Mapping[str, Any]) -> int:
-        """Write the shard, all of it or none, and return its number of rows."""
+    def write(self, out: Path, shard: int, kind: str, settings: Mapping[str, Any]) -> None:
+        """Write the shard, all of it or none."""
         path = shard_path(out, shard, kind)
         if kind == "npy":
             with atomic(out / f"shard-{shard:05d}.npy") as beside, open(beside, "wb") as file:
@@ -95,7 +95,6 @@ class Rows:
                 self._write_npz(beside, settings)
             else:
                 self._write_parquet(beside, settings, embeddings=kind == "parquet")
-        return len(self)
 
     @property
     def _row_bytes(self) -> int:

@@ -66,7 +66,7 @@ class Passt(Network):
         super().__init__()
         self.settings = {"kind": "passt", "num_heads": num_heads}
         self.stride = _STRIDES[rows]
-        self.embedding_dim, self.n_layers, self.max_columns = width, depth, max_columns
+        self.embedding_dim, self.n_layers = width, depth
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, width))
         self.new_pos_embed = nn.Parameter(torch.zeros(1, 2, width))
