@@ -91,10 +91,6 @@ class Corpus:
         """The source file of each clip, relative to the folder it was prepared from; read when first asked for."""
         return self._column("path")
 
-    def name(self, clip: int) -> str:
-        """The source file of one clip."""
-        return self.paths[clip]
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over rate, places and source files' hashes of the clips: what training sees, whatever its names."""

@@ -309,7 +309,7 @@ class _Run:
 
     def check_bad(self) -> None:
         for plan in self.bad.read():  # the same ones on every rank
-            mine = [self.corpus.name(int(clip)) for clip in plan.clips]
+            mine = [self.corpus.paths[int(clip)] for clip in plan.clips]
             clips = [name for names in self.ranks.gather(mine) for name in names]
             text = "loss or gradient not finite"
             self.tell({"event": "skipped", "step": plan.step + 1, "text": text, "clips": clips})

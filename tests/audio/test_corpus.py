@@ -62,8 +62,8 @@ def test_it_holds_the_clips(corpus, waves):
 def test_names_are_the_source_files(folder):
     corpus = Corpus(folder)
     assert corpus.paths == [f"{i}.wav" for i in range(len(LENGTHS))]
-    assert corpus.name(2) == "2.wav"
-    assert Corpus.from_arrays([np.zeros(4, np.int16)], paths=["a"]).name(0) == "a"
+    assert corpus.paths[2] == "2.wav"
+    assert Corpus.from_arrays([np.zeros(4, np.int16)], paths=["a"]).paths == ["a"]
 
 
 def test_gather_cuts_crops_out_of_any_shard(corpus, waves):
@@ -144,8 +144,8 @@ def test_an_open_corpus_keeps_its_names_while_it_is_prepared_again(folder, tmp_p
     assert (grown.paths, grown.fingerprint) == (names, fingerprint)
     soundfile.write(tmp_path / "source" / "0.wav", waves[1], RATE)
     prepare(tmp_path / "source", folder, shard_seconds=1.0)
-    assert [opened.name(i) for i in range(1, len(names))] == names[1:]
-    assert opened.name(0) not in Corpus(folder).paths
+    assert opened.paths[1:] == names[1:]
+    assert opened.paths[0] not in Corpus(folder).paths
     assert opened.fingerprint not in (fingerprint, Corpus(folder).fingerprint)
 
 

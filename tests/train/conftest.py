@@ -19,12 +19,10 @@ class MemoryCorpus:
         rng = np.random.default_rng(seed)
         self.clips = [rng.integers(-8000, 8000, n).astype(np.int16) for n in lengths]
         self.frames = np.array(lengths, np.int64)
+        self.paths = [f"clip-{clip}.wav" for clip in range(len(self.clips))]
         self.fingerprint = f"noise-{seed}-{len(self.clips)}"
         self.reads = []
         self.gone = set()  # clips in a shard that cannot be read
-
-    def name(self, clip):
-        return f"clip-{clip}.wav"
 
     def gather(self, indices, starts, n, out=None):
         out = np.empty((len(indices), n), np.int16) if out is None else out
