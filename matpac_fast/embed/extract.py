@@ -153,8 +153,6 @@ def embed_collection(
         raise ConfigError(f"lease_seconds is {lease_seconds}; expected more than 0")
     if max_errors is not None and max_errors < 0:
         raise ConfigError(f"max_errors is {max_errors}; expected 0 or more")
-    if hop is not None and temporal_support is None:
-        raise ConfigError(f"hop is {hop} s and there is no temporal_support; hop needs temporal_support: give both")
     options = dict(temporal_support=temporal_support, hop=hop, pool=pool, layers=layers, remainder=remainder)
     report = Report(out=out)
     embedder = ShardEmbedder(encoder, options, batch_size, dtype, report)

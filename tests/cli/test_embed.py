@@ -163,7 +163,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys):
         word for word in command(source, tmp_path / "out", "--hop", "1") if word not in ("--temporal-support", "0.1")
     ]
     assert cli.main(whole) == cli.FAILED
-    assert "hop needs temporal_support" in capsys.readouterr().err
+    assert "hop is 1.0 s without a temporal_support; give both, or neither" in capsys.readouterr().err
     assert cli.main(command(tmp_path / "nowhere", tmp_path / "out")) == cli.FAILED
     assert "no such folder" in capsys.readouterr().err
     assert cli.main(command(source / "0.wav", tmp_path / "out")) == cli.FAILED

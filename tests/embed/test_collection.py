@@ -142,7 +142,7 @@ def test_nothing_is_written_for_what_cannot_be(collection, encoder, tmp_path):
         ({"files_per_shard": 0}, "files_per_shard is 0"),
         ({"workers": 0}, "workers is 0"),
         ({"max_errors": -1}, "max_errors is -1; expected 0 or more"),
-        ({"hop": 1.0}, "hop needs temporal_support"),
+        ({"hop": 1.0}, "hop is 1.0 s without a temporal_support"),
     ):
         with pytest.raises(ConfigError, match=message):
             embed_collection(collection, tmp_path / "out", encoder, **options)
