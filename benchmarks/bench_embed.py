@@ -29,6 +29,7 @@ import _options
 import _timing
 
 from matpac_fast import __version__, load_encoder
+from matpac_fast.train.config import resolve_precision
 from matpac_fast.vit_encoder import Encoder
 
 SECOND = 16_000
@@ -57,7 +58,9 @@ def main() -> None:
 def time_rows(options: argparse.Namespace, device: torch.device) -> list[dict]:
     encoder = load_encoder(options.encoder, device)
     assert isinstance(encoder, Encoder)
-    low = load_encoder(options.encoder, device, dtype="bfloat16") if has_bfloat16(device) else None
+    low = (
+        load_encoder(options.encoder, device, dtype="bfloat16") if resolve_precision("auto", device) == "bf16" else None
+    )
     official = {}
     if checkout := os.environ.get("MATPAC_OFFICIAL"):
         for name, attention in zip(BASES[:2], ("plain", "fused"), strict=True):
@@ -106,13 +109,6 @@ def compare(variants: dict[str, Callable], clips: int, options: argparse.Namespa
         print(f"{name:<36}{row['ms']:>9.1f}" + "".join(f"{row[f'over {base}']:>31.2f}x" for base in bases))
         rows.append(row)
     return rows
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are native; elsewhere they are emulated and slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def synchronize(device: torch.device) -> None:
