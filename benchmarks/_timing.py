@@ -240,18 +240,18 @@ def peak_extra_mib(call: Call) -> float | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else the call may reuse pages that malloc had kept
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = _status_kib("VmRSS")
+        before = status_mib("VmRSS")
         call()
-        return max(0, _status_kib("VmHWM") - before) / 2**10
+        return max(0.0, status_mib("VmHWM") - before)
     except (OSError, AttributeError):
         return None
 
 
-def _status_kib(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def status_mib(name: str, file: str = "/proc/self/status") -> float:
+    for line in Path(file).read_text().splitlines():
         if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {name}")
+            return int(line.split()[1]) / 2**10
+    raise OSError(f"{file} has no {name}")
 
 
 def run(benchmark: Any, cases: list[Case], seconds: float) -> None:

@@ -137,7 +137,7 @@ def measure(kind: str, seconds: float, backends: list[str], options: argparse.Na
     """The rows of each backend, all with one model: to build one takes longer than to time it on a GPU."""
     device, mels = options.device, LogMelConfig()
     frames = round(seconds * mels.sample_rate / mels.hop)
-    idle = resident_mib() if device.type == "cpu" else 0.0
+    idle = _timing.status_mib("VmRSS") if device.type == "cpu" else 0.0
     if device.type == "cuda":  # the model of the point before
         gc.collect()
         torch.cuda.empty_cache()
@@ -224,7 +224,7 @@ def largest_guess(peaks: list[tuple[int, float]], device: torch.device) -> float
     if device.type == "cuda":
         room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**20
     else:
-        room = free_mib() / 2
+        room = _timing.status_mib("MemAvailable", "/proc/meminfo") / 2
     growth = (last - first) / (most - least) if most > least else last / most
     return max(0.0, least + (room - first) / max(growth, 0.01))
 
@@ -256,22 +256,7 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     call()
-    return status_mib("VmHWM")
-
-
-def resident_mib() -> float:
-    return status_mib("VmRSS")
-
-
-def free_mib() -> float:
-    return status_mib("MemAvailable", "/proc/meminfo")
-
-
-def status_mib(name: str, file: str = "/proc/self/status") -> float:
-    for line in Path(file).read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 2**10
-    raise OSError(f"{file} has no {name}")
+    return _timing.status_mib("VmHWM")
 
 
 if __name__ == "__main__":
