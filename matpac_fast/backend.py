@@ -309,7 +309,7 @@ def _forced_launcher(
 @functools.cache
 def _warn_slow(op: str, reasons: str) -> None:
     warnings.warn(
-        f"matpac_fast.ops.{op} runs on the PyTorch reference on this GPU ({reasons or 'it has no GPU kernel yet'})",
+        f"matpac_fast.ops.{op} runs on the PyTorch reference on this GPU ({reasons})",
         stacklevel=3,
     )
 
