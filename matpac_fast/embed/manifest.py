@@ -228,17 +228,17 @@ def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = Fa
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: damaged: {error}") from None
-    if not isinstance(stored, dict) or not stored.keys() >= {"encoder", "source"}:
+    if not isinstance(stored, dict) or not stored.keys() >= {"encoder", "encoder_name", "source", "decoder"}:
         raise ConfigError(f"{path}: of something else than embeddings; give a new folder to --out")
     without = ["decoder", "source"]
-    if stored.get("encoder") == settings["encoder"]:  # which is the id: its file may have been renamed since
+    if stored["encoder"] == settings["encoder"]:  # which is the id: its file may have been renamed since
         without.append("encoder_name")
     different = _differences(stored, settings, without)
-    if "encoder_name" not in without and stored.get("encoder_name") == settings["encoder_name"]:
+    if "encoder_name" not in without and stored["encoder_name"] == settings["encoder_name"]:
         different.append(f"both are {settings['encoder_name']!r}: its weights, its options or --precision changed")
     if different:
         raise ConfigError(f"{out} holds other embeddings: {'; '.join(different)}; give a new folder to --out")
-    decoders = _differences(stored.get("decoder") or {}, settings["decoder"])
+    decoders = _differences(stored["decoder"], settings["decoder"])
     if decoders and not any_decoder:
         packages = [f"{name}=={stored['decoder'][name]}" for name in ("soundfile", "soxr") if name in stored["decoder"]]
         raise ConfigError(

@@ -196,7 +196,7 @@ def test_a_folder_of_other_things_is_refused_and_nothing_is_written(source, tmp_
     assert os.listdir(tmp_path) == ["source"]
     other = tmp_path / "other"
     other.mkdir()
-    for text in ('{"made": {}, "encoders": ["a"]}', "[1]"):
+    for text in ('{"made": {}, "encoders": ["a"]}', '{"encoder": "a", "encoder_name": "a", "source": "b"}', "[1]"):
         (other / "settings.json").write_text(text)
         with pytest.raises(ConfigError, match=r"settings.json: of something else than embeddings; give a new folder"):
             embed_collection(source, other, crew.Tiny())
