@@ -17,13 +17,13 @@
 // the tasks of warps (CUDA).
 #pragma once
 
+#include "common.h"
+
 #ifdef __CUDACC__
-#define MATPAC_FFT __host__ __device__ __forceinline__
 #define MATPAC_UNROLL _Pragma("unroll")
 #define MATPAC_NO_UNROLL _Pragma("unroll 1")
 #else
 #define MATPAC_NO_UNROLL
-#define MATPAC_FFT inline __attribute__((always_inline))
 #ifdef __clang__
 #define MATPAC_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -40,23 +40,23 @@ constexpr int kColumns = 13;  // DFTs of 16 points; the first is of real numbers
 constexpr int kRowPoints = 25;
 
 // Sample a of row b.
-constexpr MATPAC_FFT int sample_of(int b, int a) { return (16 * a + 25 * b) % kSize; }
+constexpr MATPAC_HD int sample_of(int b, int a) { return (16 * a + 25 * b) % kSize; }
 
 // A row's outputs, column by column: 0, 5, 10, 1, 6, 11, 16, 21, 2, 7, 12, 17, 22 (16, 21, 17 and 22 stand for their
 // conjugates 9, 4, 8 and 3).
-constexpr MATPAC_FFT int residue_of(int column) {
+constexpr MATPAC_HD int residue_of(int column) {
   return column < 3 ? 5 * column : column < 8 ? 5 * column - 14 : 5 * column - 38;
 }
 
 // The bin whose power a column's 16-point DFT has at j, by the Chinese remainder theorem.
-constexpr MATPAC_FFT int bin_of(int column, int j) {
+constexpr MATPAC_HD int bin_of(int column, int j) {
   const int k = (176 * residue_of(column) + 225 * j) % kSize;
   return k > kSize / 2 ? kSize - k : k;
 }
 
 // A constant in every lane.
 template <typename N>
-MATPAC_FFT typename N::Value constant(double value) {
+MATPAC_HD typename N::Value constant(double value) {
   return N::set(typename N::Scalar(value));
 }
 
@@ -69,7 +69,7 @@ constexpr double kSine5 = 0.58778525229247312917;   // sin(4 pi / 5)
 // Of real numbers: y0 and re1, re2; i1 and i2 are the imaginary parts of outputs 1 and 2 divided by -kSine5. Outputs 3
 // and 4 are conjugates.
 template <typename N, typename V = typename N::Value>
-MATPAC_FFT void dft5_real(V x0, V x1, V x2, V x3, V x4, V& y0, V& re1, V& i1, V& re2, V& i2) {
+MATPAC_HD void dft5_real(V x0, V x1, V x2, V x3, V x4, V& y0, V& re1, V& i1, V& re2, V& i2) {
   const V p14 = x1 + x4, p23 = x2 + x3, m14 = x1 - x4, m23 = x2 - x3;
   const V sum = p14 + p23, difference = p14 - p23;
   y0 = x0 + sum;
@@ -82,7 +82,7 @@ MATPAC_FFT void dft5_real(V x0, V x1, V x2, V x3, V x4, V& y0, V& re1, V& i1, V&
 
 // Of complex numbers, in place.
 template <typename N, typename V = typename N::Value>
-MATPAC_FFT void dft5(V (&re)[5], V (&im)[5]) {
+MATPAC_HD void dft5(V (&re)[5], V (&im)[5]) {
   const V s = constant<N>(kSine5);
   V r0, r1, ri1, r2, ri2, i0, i1, ii1, i2, ii2;
   dft5_real<N>(re[0], re[1], re[2], re[3], re[4], r0, r1, ri1, r2, ri2);
@@ -96,7 +96,7 @@ MATPAC_FFT void dft5(V (&re)[5], V (&im)[5]) {
 
 // Multiplies (re, -kSine5 i) by exp(-2 pi i m / 25) for the angle whose cosine and sine these are.
 template <typename N, typename V = typename N::Value>
-MATPAC_FFT void rotate(V& re, V& i, double cosine, double sine) {
+MATPAC_HD void rotate(V& re, V& i, double cosine, double sine) {
   const V r = re, x = i;
   re = N::fnma(constant<N>(kSine5 * sine), x, constant<N>(cosine) * r);
   i = N::fma(constant<N>(-sine), r, constant<N>(-kSine5 * cosine) * x);
@@ -105,7 +105,7 @@ MATPAC_FFT void rotate(V& re, V& i, double cosine, double sine) {
 // A row: 25-point DFT of the real x(a), a = 5 a1 + a2, as 5 x 5. Calls y(i, value) for i = 0 ... 24, where 0 is
 // column 0 and (2c - 1, 2c) are the real and imaginary part of column c.
 template <typename N, typename Load, typename Store>
-MATPAC_FFT void row(const Load& x, const Store& y) {
+MATPAC_HD void row(const Load& x, const Store& y) {
   using V = typename N::Value;
   // cos and sin of 2 pi m / 25
   constexpr double c1 = 0.96858316112863110795, s1 = 0.24868988716485478824;
@@ -147,7 +147,7 @@ constexpr double kCos16 = 0.92387953251128675613, kTan16 = 0.4142135623730950488
 // Outputs 0 ... 3 of a 4-point DFT whose inputs 0 and 2 came as their sum p and difference m, and whose inputs 1 and 3
 // as (sum p13, difference m13) / scale.
 template <typename N, typename V = typename N::Value, typename Store>
-MATPAC_FFT void finish4(V rp02, V ip02, V rm02, V im02, V rp13, V ip13, V rm13, V im13, V scale, const Store& power) {
+MATPAC_HD void finish4(V rp02, V ip02, V rm02, V im02, V rp13, V ip13, V rm13, V im13, V scale, const Store& power) {
   const auto emit = [&power](int k, V re, V im) { power(k, N::fma(im, im, re * re)); };
   emit(0, N::fma(scale, rp13, rp02), N::fma(scale, ip13, ip02));
   emit(1, N::fma(scale, im13, rm02), N::fnma(scale, rm13, im02));
@@ -158,7 +158,7 @@ MATPAC_FFT void finish4(V rp02, V ip02, V rm02, V im02, V rp13, V ip13, V rm13, 
 // A complex column, b = 4 b1 + b2, as 4 x 4: the squared magnitudes of the 16-point DFT of (re(b), im(b)). Calls
 // power(j, value) for each j.
 template <typename N, typename Re, typename Im, typename Store>
-MATPAC_FFT void column(const Re& load_re, const Im& load_im, const Store& power) {
+MATPAC_HD void column(const Re& load_re, const Im& load_im, const Store& power) {
   using V = typename N::Value;
   const V t = constant<N>(kTan16), c = constant<N>(kCos16), r = constant<N>(kRoot2);
   V re[4][4], im[4][4];  // [j][b2]: output j over b1
@@ -210,7 +210,7 @@ MATPAC_FFT void column(const Re& load_re, const Im& load_im, const Store& power)
 
 // The real column: power(j, value) for j = 0 ... 8; the others are the same again.
 template <typename N, typename Load, typename Store>
-MATPAC_FFT void column_real(const Load& x, const Store& power) {
+MATPAC_HD void column_real(const Load& x, const Store& power) {
   using V = typename N::Value;
   const V t = constant<N>(kTan16), c = constant<N>(kCos16), r = constant<N>(kRoot2);
   V zero[4], two[4], re[4], im[4];  // outputs 0, 2 (real) and 1 of the DFTs over b1, by b2

@@ -31,12 +31,12 @@ constexpr int kFetchRows = 3, kFetchTurns = 5;  // a piece of the samples: a hop
 struct Lane {
   using Scalar = float;
   using Value = float;
-  static MATPAC_FFT float set(float x) { return x; }
-  static MATPAC_FFT float fma(float a, float b, float c) { return fmaf(a, b, c); }
-  static MATPAC_FFT float fnma(float a, float b, float c) { return fmaf(-a, b, c); }
-  static MATPAC_FFT float fms(float a, float b, float c) { return fmaf(a, b, -c); }
+  static MATPAC_HD float set(float x) { return x; }
+  static MATPAC_HD float fma(float a, float b, float c) { return fmaf(a, b, c); }
+  static MATPAC_HD float fnma(float a, float b, float c) { return fmaf(-a, b, c); }
+  static MATPAC_HD float fms(float a, float b, float c) { return fmaf(a, b, -c); }
   // x = m 2^e with m in [sqrt(1/2), sqrt(2)), for a normal number
-  static MATPAC_FFT void split(float x, float& e, float& m) {
+  static MATPAC_HD void split(float x, float& e, float& m) {
     int32_t bits;
     memcpy(&bits, &x, sizeof(bits));
     const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
@@ -45,7 +45,7 @@ struct Lane {
     e = float(exponent);
   }
   // Of a number in [sqrt(1/2), sqrt(2)). __log2f would also prepare for subnormal ones: three instructions for one.
-  static MATPAC_FFT float log2(float x) {
+  static MATPAC_HD float log2(float x) {
 #ifdef __CUDA_ARCH__
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -60,7 +60,7 @@ struct Lane {
 struct BFloat16 {
   uint16_t bits;
   BFloat16() = default;
-  explicit MATPAC_FFT BFloat16(float x) {
+  explicit MATPAC_HD BFloat16(float x) {
     uint32_t u;
     memcpy(&u, &x, sizeof(u));
     bits = x != x ? uint16_t(0x7fc0) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -93,7 +93,7 @@ struct Plan {
     log_offset = float(a.log_offset), mean = float(a.mean), inverse_std = float(1 / a.std);
   }
   // The first tile of a block; it takes all before the next block's.
-  MATPAC_FFT uint32_t first_tile(uint32_t block, uint32_t blocks) const {
+  MATPAC_HD uint32_t first_tile(uint32_t block, uint32_t blocks) const {
     return uint32_t(uint64_t(tiles) * block / blocks);
   }
   int sample_rows() const { return kFrames + (kSize - 1) / hop; }
@@ -125,7 +125,7 @@ struct Shared {
   float* spectrum;  // [b][i][frame]
   float* samples;   // sample q * hop + r of frame f at (f + q) * pitch + r; then the powers [bin][frame]
 
-  explicit MATPAC_FFT Shared(void* memory) {
+  explicit MATPAC_HD Shared(void* memory) {
     taps = static_cast<Taps*>(memory);
     places = reinterpret_cast<Places*>(taps + kRows * kTaps);
     spectrum = reinterpret_cast<float*>(places + kColumns * 4);
@@ -142,22 +142,22 @@ inline int Plan::shared_bytes() const {
 struct Tile {
   uint32_t clip, in_clip;
 
-  MATPAC_FFT Tile(const Plan& plan, uint32_t index) {
+  MATPAC_HD Tile(const Plan& plan, uint32_t index) {
     clip = index / plan.tiles_per_clip;
     in_clip = index - clip * plan.tiles_per_clip;
   }
-  MATPAC_FFT Tile next(const Plan& plan) const {
+  MATPAC_HD Tile next(const Plan& plan) const {
     Tile next = *this;
     if (++next.in_clip == plan.tiles_per_clip) next.in_clip = 0, ++next.clip;
     return next;
   }
-  MATPAC_FFT int64_t first() const { return int64_t(in_clip) * kFrames; }  // frame
-  MATPAC_FFT int frames(const Plan& plan) const {
+  MATPAC_HD int64_t first() const { return int64_t(in_clip) * kFrames; }  // frame
+  MATPAC_HD int frames(const Plan& plan) const {
     return in_clip + 1 == plan.tiles_per_clip ? plan.last_frames : kFrames;
   }
 };
 
-MATPAC_FFT void fill_tables(const Plan& plan, const Shared& shared, int thread) {
+MATPAC_HD void fill_tables(const Plan& plan, const Shared& shared, int thread) {
   const double scale = plan.args.wave_dtype == DType::int16 ? 1.0 / 32768 : 1.0;
   for (int i = thread; i < kSize; i += kThreads) {
     const int b = i / kRowPoints, a = i - b * kRowPoints, n = sample_of(b, a), q = n / plan.hop;
@@ -179,7 +179,7 @@ struct Samples {
 };
 
 template <typename Fn>
-MATPAC_FFT void each_sample(const Plan& plan, const Tile& tile, int thread, int piece, const Fn& each) {
+MATPAC_HD void each_sample(const Plan& plan, const Tile& tile, int thread, int piece, const Fn& each) {
   const int first_row = piece / plan.column_pieces * kFetchRows * kWarps + thread / kFrames;
   const int column = piece % plan.column_pieces * kFetchTurns * kFrames + thread % kFrames;
   const int span = (tile.frames(plan) - 1) * plan.hop + kSize;
@@ -197,21 +197,21 @@ MATPAC_FFT void each_sample(const Plan& plan, const Tile& tile, int thread, int 
 }
 
 template <typename In>
-MATPAC_FFT void fetch(const Plan& plan, const Tile& tile, int thread, int piece, Samples<In>& samples) {
+MATPAC_HD void fetch(const Plan& plan, const Tile& tile, int thread, int piece, Samples<In>& samples) {
   const In* wave = static_cast<const In*>(plan.args.wave) + tile.clip * plan.args.stride + tile.first() * plan.args.hop;
   each_sample(plan, tile, thread, piece, [&](int i, int j, int sample, int) { samples.at[i][j] = wave[sample]; });
 }
 
 template <typename In>
-MATPAC_FFT void put(const Plan& plan, const Shared& shared, const Tile& tile, int thread, int piece,
-                    const Samples<In>& samples) {
+MATPAC_HD void put(const Plan& plan, const Shared& shared, const Tile& tile, int thread, int piece,
+                   const Samples<In>& samples) {
   each_sample(plan, tile, thread, piece,
               [&](int i, int j, int, int place) { shared.samples[place] = float(samples.at[i][j]); });
 }
 
 // All of a tile's samples, the first piece of which has been fetched.
 template <typename In>
-MATPAC_FFT void put_all(const Plan& plan, const Shared& shared, const Tile& tile, int thread, Samples<In>& samples) {
+MATPAC_HD void put_all(const Plan& plan, const Shared& shared, const Tile& tile, int thread, Samples<In>& samples) {
   put(plan, shared, tile, thread, 0, samples);
   MATPAC_NO_UNROLL
   for (int piece = 1; piece < plan.pieces; ++piece) {
@@ -223,7 +223,7 @@ MATPAC_FFT void put_all(const Plan& plan, const Shared& shared, const Tile& tile
 // A warp has a row, or a column, or none.
 static_assert(kWarps == kRows && kWarps >= kColumns);
 
-MATPAC_FFT void rows(const Plan& plan, const Shared& shared, int thread) {
+MATPAC_HD void rows(const Plan& plan, const Shared& shared, int thread) {
   const int lane = thread % kFrames, b = thread / kFrames;
   const char* samples = reinterpret_cast<const char*>(shared.samples + lane * plan.pitch);
   const Taps* taps = shared.taps + b * kTaps;
@@ -237,7 +237,7 @@ MATPAC_FFT void rows(const Plan& plan, const Shared& shared, int thread) {
       [=](int i, float value) { out[i * kFrames] = value; });
 }
 
-MATPAC_FFT void columns(const Shared& shared, int thread) {
+MATPAC_HD void columns(const Shared& shared, int thread) {
   const int lane = thread % kFrames, c = thread / kFrames;
   if (c >= kColumns) return;
   const float* spectrum = shared.spectrum + lane;
@@ -264,7 +264,7 @@ struct alignas(16) Four {
 
 // kWide values a store.
 template <int kWide, typename Out>
-MATPAC_FFT void store(Out* to, const float* from, int left) {
+MATPAC_HD void store(Out* to, const float* from, int left) {
   struct alignas(sizeof(Out) * kWide) Wide {
     Out at[kWide];
   };
@@ -279,7 +279,7 @@ MATPAC_FFT void store(Out* to, const float* from, int left) {
 }
 
 template <typename Out>
-MATPAC_FFT void mels(const Plan& plan, const Shared& shared, const Tile& tile, int thread) {
+MATPAC_HD void mels(const Plan& plan, const Shared& shared, const Tile& tile, int thread) {
   const LogMelArgs& args = plan.args;
   const int lane = thread % kFrames, frame = lane % (kFrames / kFour) * kFour, left = tile.frames(plan) - frame;
   if (left <= 0) return;

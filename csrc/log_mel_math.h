@@ -31,7 +31,7 @@ struct LogNormaliser {
 
   // x must be a normal number.
   template <typename N, typename V = typename N::Value>
-  MATPAC_FFT V of(V x) const {
+  MATPAC_HD V of(V x) const {
     V e, m;
     N::split(x, e, m);
     const V f = m - N::set(1.0f);
@@ -43,7 +43,7 @@ struct LogNormaliser {
 
   // The same where the machine has the logarithm of m: N::log2 is off by 2^-22 at most.
   template <typename N, typename V = typename N::Value>
-  MATPAC_FFT V by_log2(V x) const {
+  MATPAC_HD V by_log2(V x) const {
     V e, m;
     N::split(x, e, m);
     return sum<N>(e, N::fma(N::log2(m), N::set(slope), rest<N>(e)));
@@ -51,11 +51,11 @@ struct LogNormaliser {
 
  private:
   template <typename N, typename V>
-  MATPAC_FFT V rest(V e) const {
+  MATPAC_HD V rest(V e) const {
     return N::fma(e, N::set(slope_rest), N::set(bias_rest));
   }
   template <typename N, typename V>
-  MATPAC_FFT V sum(V e, V small) const {
+  MATPAC_HD V sum(V e, V small) const {
     return N::fma(e, N::set(slope), N::set(bias)) + small;
   }
 };
