@@ -1,7 +1,8 @@
 // One source, several instruction sets, one binary. CMake compiles the files that compute, its CPU_SOURCES, once per
 // instruction set, with MATPAC_ISA naming the namespace: portable, avx2, avx512. A file's kernels live in namespace
 // matpac::MATPAC_ISA; its entry point, behind MATPAC_PORTABLE, exists once and calls the kernel that `MATPAC_DISPATCH`
-// picks. Files that multiply bfloat16 are compiled a fourth time, for avx512_bf16, and pick with `MATPAC_DISPATCH_BF16`.
+// picks. Files that multiply bfloat16 are compiled a fourth time, for avx512_bf16, and pick with
+// `MATPAC_DISPATCH_BF16`.
 //
 // Kernels must be plain loops over raw pointers: a standard template instantiated in the AVX pass could be the copy
 // that the linker keeps for all.
