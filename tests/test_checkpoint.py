@@ -249,3 +249,9 @@ def test_a_name_that_safetensors_does_not_read_is_said_as_such(tmp_path):
         checkpoint.load(path)
     os.rename(path, tmp_path / "\xe9.safetensors")
     assert checkpoint.load(tmp_path / "\xe9.safetensors")[0]["w"].tolist() == [0]
+
+
+def test_without_latest_a_copy_that_somebody_made_is_not_the_newest(tmp_path):
+    for name in ("step-00000004", "step-00000008", "step-00000008-best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint.read_latest(tmp_path) == "step-00000008"

@@ -247,10 +247,11 @@ def test_other_errors_are_not_taken_for_memory():
         None_(torch.OutOfMemoryError("CUDA out of memory")).embed(noise(SECOND), SECOND, 0.2)
 
 
-def test_many_windows_of_a_long_clip_do_not_keep_it_alive(encoder):
-    piece = next(encoder.pieces(torch.zeros(60 * SECOND), np.array([[0, 8_000]])))
+def test_a_piece_of_a_long_clip_that_waits_does_not_keep_it_alive(encoder):
+    piece = next(encoder.pieces(torch.zeros(60 * SECOND), np.array([[0, 60 * SECOND]])))
+    assert piece.untyped_storage().nbytes() > 50 * piece.nbytes
     batches = embedding._Batches(encoder, embedding.Windowing(), 4)
-    clip = embedding._Clip(encoder, 8_000, embedding.Windowing())
+    clip = embedding._Clip(encoder, 60 * SECOND, embedding.Windowing())
     batches.add(piece, clip, 0)
     ((kept, _, _),) = next(iter(batches._waiting.values()))
     assert kept.untyped_storage().nbytes() < 2 * kept.nbytes

@@ -26,6 +26,20 @@ def test_a_file_gets_the_permissions_of_any_new_one(tmp_path, umask):
     assert modes == dict.fromkeys(("any", "text", "replaced"), 0o666 & ~umask)
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_place_after(tmp_path, monkeypatch):
+    """A power cut leaves the old file or the new one, never an empty one."""
+    did, fsync, replace = [], os.fsync, os.replace
+
+    def noted(handle):
+        did.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *paths: did.append("replace") or replace(*paths))
+    write_text(tmp_path / "a", "text")
+    assert did == ["file", "replace", "folder"]
+
+
 def test_an_error_leaves_what_was_there_and_nothing_beside_it(tmp_path):
     write_text(tmp_path / "a", "old")
 

@@ -22,7 +22,7 @@ from matpac_fast import AudioEncoder, checkpoint, get_matpac, list_encoders, loa
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.export import Exportable
 from matpac_fast.vit_encoder import Encoder, encoder_of
-from matpac_fast.zoo import cnn14
+from matpac_fast.zoo import beats, cnn14
 
 SECOND = 16_000
 
@@ -241,10 +241,11 @@ def test_loading_and_saving_depend_on_no_default_and_draw_no_random_numbers(tmp_
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-@pytest.mark.parametrize("name", ["matpac-nano", "untrained-nano", "cnn14"])
+@pytest.mark.parametrize("name", ["matpac-nano", "untrained-nano", "cnn14", "beats"])
 def test_loading_and_other_threads_leave_each_other_alone(monkeypatch, name):
     """Random numbers drawn meanwhile are not in the weights and do not come twice; the default dtype stays as it is."""
     monkeypatch.setattr(cnn14, "Cnn14", functools.partial(cnn14.Cnn14, (8,) * 6))
+    monkeypatch.setattr(beats, "Beats", functools.partial(beats.Beats, 8, 48, 8, 1))
     want, drawn, reset = load_encoder(name, "cpu").id, [], torch.nn.Conv2d.reset_parameters
 
     def beside(layer):

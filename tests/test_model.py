@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -213,6 +214,24 @@ def test_a_step_never_waits_for_the_device(mcl_heads):
         model.update_teachers(3)
 
 
+def test_the_teachers_statistics_are_those_of_its_centred_logits():
+    """As the loss has them: a centre that takes all prototypes but one away leaves a perplexity of 1."""
+    model = Matpac(MatpacConfig(**TINY))
+    model.center[1:] = 100.0
+    got = model(torch.randn(2, 80, 64), statistics=True).statistics
+    assert got is not None
+    assert got["prototypes_used"] == 1
+    torch.testing.assert_close(got["teacher_perplexity"], torch.tensor(1.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mcl_heads", [0, 3])
+def test_all_that_is_trained_gets_a_gradient(mcl_heads):
+    """What gets none has no moments: a checkpoint without them fits no optimiser, and DDP waits for it in vain."""
+    model = Matpac(MatpacConfig(mcl_heads=mcl_heads, **TINY))
+    model(torch.randn(2, 80, 64), step=1).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad != (p.grad is not None)] == []
+
+
 def test_autocast_reaches_neither_the_statistics_nor_the_patches():
     config = MatpacConfig.preset("tiny", n_frames=64, depth=1, predictor_depth=1)
     model = Matpac(config).train()
@@ -278,17 +297,31 @@ def test_a_model_that_is_made_seeds_no_gpu(monkeypatch):
     assert seeded == []
 
 
+@pytest.mark.parametrize("kind", ["function", "method"])
 @pytest.mark.parametrize("linear", ["qkv", "proj"])
-def test_a_forward_pass_that_its_user_has_put_in_place_is_called(linear):
+def test_a_forward_pass_that_its_user_has_put_in_place_is_called(linear, kind):
     """As checkpointing, off-loading and many an adapter do it: on the instance, without a class of their own."""
     model, calls = Matpac(MatpacConfig(**TINY)), []
     block = model.predictor.blocks[-1]  # whose queries are taken apart from its keys
     layer = getattr(block.attn, linear)
     honest = layer.forward
     layer.forward = lambda x: calls.append(linear) or honest(x)
+    if kind == "method":
+        layer.forward = types.MethodType(lambda self, x: calls.append(linear) or honest(x), layer)
     model(torch.randn(2, 80, 64))
     assert calls == [linear]
     assert not is_plain(layer, torch.nn.Linear)
+
+
+def test_linear_layers_start_as_official():
+    """Xavier-uniform, and the teacher's head normal; biases at zero."""
+    model = Matpac(MatpacConfig(**TINY))
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            assert not layer.bias.any(), name
+            bound = (6 / sum(layer.weight.shape)) ** 0.5
+            spread = 0.02 if name.startswith("teacher_head") else bound / 3**0.5
+            assert layer.weight.std().item() == pytest.approx(spread, rel=0.15), name
 
 
 def test_teachers_start_as_official_or_as_copies():

@@ -282,6 +282,18 @@ def test_an_archive_that_is_replaced_while_it_is_read_leaves_reasons(files, tmp_
     assert [type(each) for each in found] == 3 * [AudioError]
 
 
+def test_a_member_of_another_name_in_the_same_place_is_not_taken_for_it(tmp_path):
+    archive = tmp_path / "x.zip"
+    for name in ("a.wav", "b.wav"):
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr(name, name)
+        if name == "a.wav":
+            wanted, _ = archives.members(archive)
+    (found,) = archives.contents(archive, wanted)
+    assert isinstance(found, AudioError)
+    assert "changed meanwhile" in str(found)
+
+
 def test_the_list_of_a_tar_file_keeps_nothing_of_what_is_no_audio(tmp_path):
     with open(tmp_path / "x.tar", "wb") as file:
         for i in range(5000):

@@ -11,9 +11,9 @@ from matpac_fast.errors import AudioError
 av = pytest.importorskip("av")
 
 
-def write(path, seconds=2.0, rate=44_100, codec="aac", video=False):
+def write(path, seconds=2.0, rate=44_100, codec="aac", video=False, **options):
     tone = np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate).astype(np.float32) / 2
-    with av.open(str(path), "w") as file:
+    with av.open(str(path), "w", options=options) as file:
         if video:
             picture = file.add_stream("mpeg4", rate=10)
             picture.width = picture.height = 32
@@ -78,4 +78,13 @@ def test_an_end_that_is_missing_is_seen(tmp_path):
     data[(begin + end) // 2 : end - 4] = bytes(end - 4 - (begin + end) // 2)
     path.write_bytes(data)
     with pytest.raises(AudioError, match=r"a.m4a: (truncated|damaged)"):
+        read_audio(path)
+
+
+def test_what_ends_early_and_decodes_well_is_seen_by_its_length(tmp_path):
+    """As a download that was broken off, of a file whose index comes first."""
+    path = write(tmp_path / "a.mp4", seconds=20.0, codec="ac3", movflags="faststart")
+    assert len(read_audio(path)) == pytest.approx(20 * 16_000, abs=1_500)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AudioError, match=r"a.mp4: truncated: 10\.\d s of 20\.\d s are missing"):
         read_audio(path)

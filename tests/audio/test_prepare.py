@@ -53,6 +53,15 @@ def test_every_good_file_is_a_clip_and_every_other_has_a_reason(audio, tmp_path)
     assert told == [(i, 14) for i in range(1, 15)]
 
 
+def test_what_is_silent_is_measured_from_the_mid_line(tmp_path):
+    tone = np.sin(np.arange(RATE) / 10)
+    (tmp_path / "audio").mkdir()
+    for name, db in (("below", -70.5), ("above", -69.5)):
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", 0.25 + 10 ** (db / 20) * tone, RATE, subtype="FLOAT")
+    prepare(tmp_path / "audio", tmp_path / "corpus")
+    assert Corpus(tmp_path / "corpus").paths == ["above.wav"]
+
+
 def test_channels_that_cancel_are_not_called_silent(tmp_path):
     (tmp_path / "audio").mkdir()
     tone = np.sin(np.arange(RATE) / 9).astype(np.float32) / 2

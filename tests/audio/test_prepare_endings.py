@@ -21,7 +21,7 @@ from matpac_fast.errors import CorpusError
 from tests.audio.mixed import GOOD, RATE, rows, snapshot
 
 
-@pytest.mark.parametrize("harm", ["all", "one", "cut"])
+@pytest.mark.parametrize("harm", ["all", "one", "cut", "a sample"])
 def test_what_went_with_a_shard_is_made_again_in_a_new_one(source, tmp_path, harm):
     out, shards = tmp_path / "corpus", tmp_path / "corpus" / "shards"
     prepare(source, out, shard_seconds=2.0)  # a, c; d, e, z
@@ -29,9 +29,11 @@ def test_what_went_with_a_shard_is_made_again_in_a_new_one(source, tmp_path, har
         shutil.rmtree(shards)
     elif harm == "one":
         (shards / "00000.i16").unlink()
+    elif harm == "a sample":
+        os.truncate(shards / "00000.i16", (shards / "00000.i16").stat().st_size - 2)
     else:
         os.truncate(shards / "00000.i16", 2 * RATE + 100)  # a is whole
-    again = {"all": list(GOOD), "one": list(GOOD[:2]), "cut": [GOOD[1]]}[harm]
+    again = {"all": list(GOOD), "one": list(GOOD[:2]), "cut": [GOOD[1]], "a sample": [GOOD[1]]}[harm]
     report = prepare(source, out, shard_seconds=2.0)
     assert (report.clips, report.added, report.replaced, report.remade, report.lost) == (5, 0, 0, len(again), 0)
     index = rows(out / "index.parquet")

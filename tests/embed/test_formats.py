@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from matpac_fast.embed.extract import embed_collection
-from matpac_fast.embed.writer import FORMATS, read_errors, shard_path
+from matpac_fast.embed.writer import FORMATS, Rows, read_errors, shard_path
 from matpac_fast.errors import ConfigError
 from tests.embed import crew
 
@@ -155,3 +155,30 @@ def test_what_is_not_offered_is_refused(source, tmp_path):
     embed_collection(source, tmp_path / "out", crew.Tiny())
     with pytest.raises(ConfigError, match="format is 'parquet' there and 'npz' here; give a new folder to --out"):
         embed_collection(source, tmp_path / "out", crew.Tiny(), format="npz")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_nothing_is_written_of_a_file_that_failed(tmp_path, kind):
+    written = []
+    for failing in (False, True):
+        rows = Rows(tmp_path, (2,))
+        rows.add(np.zeros(1), np.ones(1), np.ones((1, 2)))
+        rows.keep("good.wav")
+        if failing:
+            rows.add(np.zeros(9), np.ones(9), np.full((9, 2), 5.0))
+        rows.drop("bad.wav", "damaged")
+        rows.write(tmp_path / str(failing), 0, kind, {"temporal_support": None, "encoder": "e"})
+        rows.close()
+        written.append(crew.result(tmp_path / str(failing)))
+    assert written[0] == written[1]
+
+
+def test_after_a_file_that_is_not_finite_others_are_kept(tmp_path):
+    rows = Rows(tmp_path, (1,))
+    reasons = []
+    for value in (np.inf, 1.0):
+        rows.add(np.zeros(1), np.ones(1), np.full((1, 1), value))
+        reasons.append(rows.keep(f"{value}.wav"))
+    assert reasons == ["its embeddings are not finite in float32", None]
+    assert len(rows) == 1
+    rows.close()

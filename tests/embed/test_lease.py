@@ -57,6 +57,23 @@ def test_a_lease_has_one_owner_and_can_be_given_back(leases, tmp_path):
     assert leases.claim("b")  # closing gives all back
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_process_that_has_ended_and_that_nobody_waited_for_is_gone():
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    assert lease._process(process.pid)["began"] is None
+    process.wait()
+
+
+def test_what_is_told_may_become_shorter(leases, tmp_path):
+    with Leases(tmp_path) as other:
+        other.claim("a")
+        for status in ({"files": 10**30}, {"files": 1}):
+            other.status = status
+            other.renew()
+            assert leases.others("a") == [status]
+
+
 def test_of_many_that_want_it_at_once_one_gets_it(tmp_path):
     everybody = [Leases(tmp_path) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -65,6 +66,12 @@ def test_killed_at_random_again_and_again_the_result_is_that_of_an_undisturbed_r
     assert crew.result(tmp_path) == undisturbed
 
 
+def test_what_the_dead_left_half_written_goes(collection, tmp_path):
+    (tmp_path / ".shard-00000.parquet.0123abcd.tmp").touch()
+    embed_collection(collection, tmp_path, crew.Tiny(), 0.1, files_per_shard=64)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_workers_share_the_work_and_none_is_done_twice(collection, undisturbed, tmp_path):
     workers = [crew.start(collection, tmp_path, seconds=0.03, files_per_shard=2) for _ in range(3)]
     seen: dict[str, set[int]] = {}
@@ -75,6 +82,21 @@ def test_workers_share_the_work_and_none_is_done_twice(collection, undisturbed, 
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert all(len(files) == 1 for files in seen.values())
     assert crew.result(tmp_path) == undisturbed
+
+
+def test_a_shard_that_is_finished_between_look_and_claim_is_not_done_again(collection, tmp_path, monkeypatch):
+    options = dict(files_per_shard=64)  # of 68 files
+    embed_collection(collection, tmp_path / "others", crew.Tiny(), 0.1, **options)
+    claim = Leases.claim
+
+    def late(self, name, *args, **kwargs):
+        if name.startswith("shard-"):
+            shutil.copy(tmp_path / "others" / f"{name}.parquet", tmp_path / "mine")
+        return claim(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(Leases, "claim", late)
+    assert embed_collection(collection, tmp_path / "mine", crew.Tiny(), 0.1, **options).files == 0
+    assert crew.result(tmp_path / "mine") == crew.result(tmp_path / "others")
 
 
 def test_a_worker_that_is_not_heard_of_is_replaced(collection, undisturbed, tmp_path):

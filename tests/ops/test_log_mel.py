@@ -383,3 +383,10 @@ def test_no_clips(config, dtype):
     with use_backend("auto"):
         (grad,) = torch.autograd.grad(ops.log_mel(wave, config).sum(), wave)
     assert grad.shape == wave.shape
+
+
+def test_a_floor_is_one_where_no_kernel_has_it():
+    config = LogMelConfig(log_offset=0.0, log_floor=1e-2)
+    wave = torch.zeros(1, 1600)
+    with use_backend("auto"):
+        torch.testing.assert_close(ops.log_mel(wave, config), reference.log_mel(wave, config), rtol=0, atol=0)

@@ -133,3 +133,21 @@ def test_the_order_of_rows_and_the_test_clips_change_nothing():
     other = run(Rows(values, rows.clip, rows.seconds), targets, ATTENTIVE)
     assert torch.equal(other.weights[0], before.weights[0])
     assert torch.equal(other.valid_score, before.valid_score)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e4])
+def test_rows_count_by_their_seconds_however_large_the_query(size):
+    """With a query of zero as in the mean embedding; with a large one no exponential overflows."""
+    rows, targets = hidden(30)
+    rows = Rows(rows.values, rows.clip, np.random.default_rng(1).uniform(0.1, 1.0, len(rows.clip)))
+    groups = np.arange(30).astype(str)
+    made = AttentiveFold(rows, targets, groups, fold(30), CLASSES, ATTENTIVE, torch.device("cpu"), torch.float64)
+    weight = torch.randn(made.learn.shape[1], 1, CLASSES + 1, dtype=torch.float64)
+    weight[..., -1] *= size
+    n = len(made.first)
+    found = made._pool(made.learn, made.share, made.place, n, weight, torch.zeros(1, CLASSES + 1, dtype=torch.float64))
+    assert found.isfinite().all()
+    if size == 0:
+        mean = torch.zeros(n, made.learn.shape[1], dtype=torch.float64)
+        mean.index_add_(0, made.place, made.learn * made.share[:, None])
+        torch.testing.assert_close(found[:, 0], mean @ weight[:, 0, :-1])

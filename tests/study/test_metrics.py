@@ -71,6 +71,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 180 <= covered <= 199  # 95 % of 200, give or take three standard deviations
 
 
+def test_an_interval_is_of_the_resamples_that_are_numbers():
+    assert interval(torch.tensor([9.0, 1.0, torch.nan, 1.0, 1.0])) == (1.0, 1.0)
+    assert interval(torch.arange(-1.0, 1001.0)) == (25.0, 975.0)  # of 0 to 1000, the middle 95 %
+
+
 def test_of_many_rare_classes_the_score_lies_in_its_interval():
     random, found = np.random.default_rng(0), []
     for trial in range(40):
@@ -121,6 +126,13 @@ def test_subsets_score_their_clips_alone():
     within = [torch.arange(10) < 5, torch.zeros(10, dtype=torch.bool)]  # the second fold has none of them
     plain, folds = draws.score("accuracy", [right[None], right[None]], [target, target], within)
     assert plain[0] == folds[0] == 1.0
+
+
+def test_a_fold_without_a_positive_clip_leaves_the_score_to_the_others():
+    scores = torch.tensor([[0.1], [0.9], [0.5]], dtype=torch.float64)[None]
+    targets = [torch.tensor([[1.0], [0.0], [0.0]]), torch.zeros(3, 1)]
+    plain, folds = Draws.of([np.arange(3), np.arange(3)], 1, resamples=5).score("mAP", [scores, scores], targets)
+    assert plain[0] == folds[0] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mAP"])

@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from matpac_fast.errors import ConfigError
+from matpac_fast.study import probe
 from matpac_fast.study.probe import bootstrap_interval, fit_logistic, linear_probe
 
 
@@ -132,3 +133,8 @@ def test_what_cannot_be_fitted_is_refused(change, message: str) -> None:
     arguments = {"train": train, "train_labels": labels, "test": train.clone(), "test_labels": labels.clone()}
     with pytest.raises(ConfigError, match=message):
         linear_probe(**change(arguments))
+
+
+def test_held_out_parts_have_as_much_of_each_class():
+    labels = torch.arange(30) % 3
+    assert (labels * 5 + probe._folds(labels, 5, seed=0)).bincount().tolist() == [2] * 15

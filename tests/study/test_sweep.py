@@ -163,6 +163,16 @@ def test_validation_clips_choose_and_test_clips_tell(clips):
     assert choice["cheapest_temporal_support"] == 0.25  # all take as long a second; then the smaller
 
 
+def test_costs_are_those_of_the_largest_batch_and_the_latency_that_of_the_smallest(clips):
+    cell = made_cell(clips, 0.5, 0.9, 9, 20.0)
+    (large,) = cell.costs
+    small = dataclasses.replace(large, batch=1, batch_ms=7.0, peak_mib=5.0)
+    row = tabulate([dataclasses.replace(cell, windows=3.0, costs=[small, large])], 0.01, resamples=10).results[0]
+    assert (row["batch"], row["latency_ms"], row["peak_mib"]) == (4, 7.0, 20.0)
+    assert row["ms_per_clip"] == pytest.approx(3 * large.batch_ms / 4)
+    assert row["ms_per_audio_second"] == pytest.approx(large.batch_ms / (4 * 0.5))
+
+
 def test_of_temporal_supports_that_see_all_the_shortest_is_chosen(clips):
     # Clips of 1 s: the same embeddings but for rounding, which must not choose; costs are those of whole windows.
     cells = [made_cell(clips, 0.5, 0.8, 6, 20.0), made_cell(clips, 1.0, 0.9, 9, 10.0), made_cell(clips, 5, 0.91, 9, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 
 from matpac_fast.errors import ConfigError
-from matpac_fast.tasks import TASKS, DatasetError, Task, load_task
+from matpac_fast.tasks import TASKS, DatasetError, Fold, Task, load_task
 from matpac_fast.tasks.task import deal_groups
 from tests.tasks import miniature
 
@@ -109,11 +110,13 @@ def test_magnatagatune_takes_the_fifty_tags_and_the_folders(sets):
     assert folders == [["0", "3", "b"], ["c"]]
     assert "1" not in {path.parent.name for path in task.paths}  # has none of the tags
     assert task.targets[0].tolist() == [float(tag % 3 == 0) for tag in range(50)]
+    assert task.groups[0] == "0/artist-album-01-song"  # whichever seconds of it
 
 
 def test_nsynth(sets):
     task = load(sets, "nsynth")
     assert task.classes == ("bass", "reed", "synth_lead")
+    assert task.groups[0] == "bass_train"  # the instrument, whichever note
     assert [len(task.folds[0].train), len(task.folds[0].valid), len(task.folds[0].test)] == [6, 4, 2]
 
 
@@ -194,6 +197,10 @@ def test_a_folder_of_folders(tmp_path):
     same, other = (load_task(f"folder:{tmp_path / 'mine'}", seed=seed) for seed in (0, 1))
     assert same.fingerprint == task.fingerprint
     assert other.fingerprint != task.fingerprint
+    unnamed = dataclasses.replace(task, folds=[Fold(fold.train, fold.test) for fold in task.folds])
+    assert unnamed.fingerprint != task.fingerprint
+    with pytest.raises(DatasetError, match="mine: fold 0 has a clip in two parts"):
+        dataclasses.replace(task, folds=[Fold(fold.train, fold.train[:3]) for fold in task.folds])
     (tmp_path / "mine/loose.wav").symlink_to(tmp_path / "mine/cat/0.wav")
     with pytest.raises(DatasetError, match=r"loose\.wav lies beside"):
         load_task(f"folder:{tmp_path / 'mine'}")

@@ -99,6 +99,23 @@ def test_a_kill_in_a_probe_loses_no_step(tmp_path, corpus, model_config, train_c
     assert told == [("start", 0), ("probe", 0), *resumed]
 
 
+def test_a_probe_that_was_made_is_not_made_again(tmp_path, corpus, model_config, train_config):
+    class Killed(Reporter):
+        def step(self, step):
+            if step == 5:
+                raise KeyboardInterrupt
+
+    def probe(state, config):
+        steps.append(read_log(tmp_path / "run" / "log.jsonl")[-1]["step"])
+        return {}
+
+    steps: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, probe=probe, reporter=Killed())
+    pretrain(corpus, tmp_path / "run", model_config, train_config, probe=probe)
+    assert steps == [0, 4, 8, 12]
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(tmp_path, corpus, model_config, train_config):
     def killed(state, config):
         raise KeyboardInterrupt

@@ -55,9 +55,10 @@ def test_bad_batches_are_skipped_and_their_clips_logged(tmp_path, corpus, model_
     assert [r["step"] for r in curve(tmp_path / "run") if r["loss"] == "nan"] == [4, 8]
 
 
-def test_a_run_of_bad_batches_ends_the_run(tmp_path, corpus, model_config, train_config, monkeypatch):
+@pytest.mark.parametrize("log_every", [2, 100])  # on a CPU each step is looked at
+def test_a_run_of_bad_batches_ends_the_run(tmp_path, corpus, model_config, train_config, monkeypatch, log_every):
     Poisoned(monkeypatch, set(range(5, 1_000)))
-    config = dataclasses.replace(train_config, max_bad_steps=3)
+    config = dataclasses.replace(train_config, max_bad_steps=3, log_every=log_every)
     with pytest.raises(TrainingError, match="stopped at step 8: loss or gradient not finite for 3 steps in a row"):
         pretrain(corpus, tmp_path / "run", model_config, config)
     assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"

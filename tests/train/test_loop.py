@@ -16,9 +16,10 @@ from matpac_fast import checkpoint, ops
 from matpac_fast.encoder import load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac
-from matpac_fast.train import loop
-from matpac_fast.train.logs import Reporter, read_log
+from matpac_fast.train import loop, state
+from matpac_fast.train.logs import Log, Reporter, read_log
 from matpac_fast.train.loop import pretrain
+from matpac_fast.train.schedule import learning_rate
 from matpac_fast.train.state import RunFolder, Snapshot
 from matpac_fast.train.step import make_optimizer, train_step
 from matpac_fast.train.watch import collapse
@@ -123,6 +124,65 @@ def test_the_folder_holds_what_it_promises(tmp_path, corpus, model_config, train
         assert record["teacher_perplexity"] > 1
     assert recorder.steps == list(range(1, 13))
     assert recorder.records == records
+
+
+def test_the_last_step_is_logged_and_each_line_has_the_rate_of_its_step(tmp_path, corpus, model_config, train_config):
+    config = dataclasses.replace(train_config, steps=5, warmup=3)
+    pretrain(corpus, tmp_path / "run", model_config, config)
+    rates = [(step, learning_rate(step - 1, config.lr, 3, 5)) for step in (2, 4, 5)]
+    assert [(r["step"], r["lr"]) for r in curve(tmp_path / "run")] == rates
+
+
+def test_the_speed_leaves_out_what_saving_and_probing_took(tmp_path, corpus, model_config, train_config, monkeypatch):
+    for name in ("save", "run_probe"):
+        monkeypatch.setattr(loop._Run, name, lambda self: -1e6)  # seconds, which the steps then seem to have taken
+    config = dataclasses.replace(train_config, probe_every=6)
+    pretrain(corpus, tmp_path / "run", model_config, config, probe=lambda state, config: {})
+    speeds = [(r["step"], r["crops_per_s"]) for r in read_log(tmp_path / "run" / "log.jsonl") if "loss" in r]
+    assert [step for step, speed in speeds if speed < 1] == [6, 8, 10]  # after the steps 4, 6 and 8
+
+
+def test_the_wait_for_data_is_that_of_each_line(tmp_path, corpus, model_config, train_config, monkeypatch):
+    class Slow(loop.Feed):
+        def __next__(self):
+            batch = super().__next__()
+            self.waited += 1e6 * (batch.plan.step == 0)
+            return batch
+
+    monkeypatch.setattr(loop, "Feed", Slow)
+    pretrain(corpus, tmp_path / "run", model_config, train_config)
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert [r["step"] for r in records if r.get("data_wait", 0) > 1] == [2]
+
+
+def test_what_a_checkpoint_says_of_before_is_on_the_disk_before_it(
+    tmp_path, corpus, model_config, train_config, monkeypatch
+):
+    """The log's lines up to it; then its folder under its name, and only then that it is the newest."""
+    did = []
+
+    def noted(name, honest):
+        def call(*args):
+            did.append(f"{name} {args[0].name}" if name == "write" else name)
+            return honest(*args)
+
+        return call
+
+    monkeypatch.setattr(Log, "sync", noted("log", Log.sync))
+    monkeypatch.setattr(state.os, "rename", noted("rename", state.os.rename))
+    monkeypatch.setattr(state, "sync_folder", noted("sync", state.sync_folder))
+    monkeypatch.setattr(state, "write_text", noted("write", state.write_text))
+    pretrain(corpus, tmp_path / "run", model_config, dataclasses.replace(train_config, steps=4))
+    assert did == ["write config.json", "log", "write state.json", "rename", "sync", "write latest"]
+
+
+def test_a_runs_seconds_go_on_where_they_were(tmp_path, corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(4))
+    before = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
+    before.write_text(json.dumps({"step": 4, "seconds": 1e6}))
+    pretrain(corpus, tmp_path / "run", model_config, train_config)
+    later = json.loads((tmp_path / "run" / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert 1e6 < later["seconds"] < 1e6 + 600
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, corpus, model_config, train_config):

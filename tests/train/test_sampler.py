@@ -83,6 +83,10 @@ def test_short_clips_are_counted_and_left_out():
     assert set(np.concatenate([sampler.plan(s).clips for s in range(5)])) == {1, 2}
 
 
+def test_a_clip_of_no_samples_is_never_drawn():
+    assert len(Sampler(np.array([0, 5]), [7], batch_size=4, seed=0, short="repeat")) == 1
+
+
 def test_no_clip_long_enough_says_the_longest():
     with pytest.raises(ConfigError, match=r"no clip is as long as a crop, 100 samples; the longest of 3 has 99"):
         Sampler(np.array([99, 3, 4]), [100], 4, 0)

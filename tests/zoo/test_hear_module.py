@@ -76,6 +76,8 @@ def test_windows_and_frames_are_the_modules(module):
     encoder = load_encoder(f"hear:{module('fake_hear')}", "cpu")
     assert encoder.name == "hear:fake_hear"
     assert (encoder.sample_rate, encoder.embedding_dim, encoder.min_samples) == (8_000, 6, 400)
+    assert encoder.settings["min_samples"] == 400  # what is shorter is padded to it, which the id says
+    assert encoder.embed(noise(10), 8_000, pool="none").values.shape == (1, 6)
     assert encoder.frame_samples == 400
     assert not any(p.requires_grad for p in encoder.parameters())
     wave = noise(20_000)
