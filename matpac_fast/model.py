@@ -18,9 +18,12 @@ from .nn.frontend import Frontend
 from .nn.heads import ClassificationHead
 from .nn.initial import seeded
 from .nn.predictor import Predictor
-from .nn.statistics import Sums, summarise, token_sums
+from .nn.statistics import Sums, added, summarise, token_sums
 from .nn.vit import Transformer, init_weights
 from .spans import span
+
+# Statistics want probabilities, which the losses never hold whole: of so many bytes of prototypes' logits at a time.
+_SUMS_BYTES = 2**26
 
 
 class MatpacOutput(NamedTuple):
@@ -243,11 +246,16 @@ class Matpac(nn.Module):
         teacher_features: Tensor,
         teacher_temp: float | Tensor,
     ) -> Sums:
+        sums: Sums = {}
         with without_autocast(features.device):  # what is measured is not to be the rounding
-            logits = features.float() @ self.head.last_layer.matrix().float().T / self.config.student_temp
-            teacher_logits = teacher_features.float() @ self.teacher_head.last_layer.matrix().float().T
-            teacher_p = ((teacher_logits - self.center) / teacher_temp).softmax(-1)
-            return token_sums(prediction, target, logits.softmax(-1), teacher_p)
+            matrix, teacher_matrix = (h.last_layer.matrix().float() for h in (self.head, self.teacher_head))
+            rows = max(1, _SUMS_BYTES // (4 * len(matrix)))
+            tensors = (prediction, target, features.float(), teacher_features.float())
+            for predicted, latents, student, teacher in zip(*(t.split(rows) for t in tensors), strict=True):
+                student_p = (student @ matrix.T / self.config.student_temp).softmax(-1)
+                teacher_p = ((teacher @ teacher_matrix.T - self.center) / teacher_temp).softmax(-1)
+                sums = added(sums, token_sums(predicted, latents, student_p, teacher_p))
+        return sums
 
     @classmethod
     def from_official(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,9 +95,11 @@ def test_every_intermediate_equals_the_official_one(golden, name):
     close(((teacher_logits - model.center) / temperature).softmax(-1), g["p_teacher"], 1e-5)
 
 
+@pytest.mark.parametrize("rows", [5, 10**6], ids=["by blocks", "at once"])
 @pytest.mark.parametrize("name", ["train_matpac", "train_mcl"])
-def test_statistics_and_schedules_equal_the_official_metrics(golden, name):
+def test_statistics_and_schedules_equal_the_official_metrics(golden, name, rows, monkeypatch):
     g = golden(name)
+    monkeypatch.setattr(model_module, "_SUMS_BYTES", 4 * len(g["center_after"]) * rows)
     model = Matpac.from_official(weights(g), **GOLDEN_OPTIONS)
     step = int(g["num_updates"])
     got = model(g["source"], g["ids_shuffle"], step=step, statistics=True).statistics
@@ -222,6 +226,25 @@ def test_the_teachers_statistics_are_those_of_its_centred_logits():
     assert got is not None
     assert got["prototypes_used"] == 1
     torch.testing.assert_close(got["teacher_perplexity"], torch.tensor(1.0), rtol=0, atol=1e-4)
+
+
+def test_statistics_of_65536_prototypes_take_little_memory(monkeypatch):
+    """A matrix of all probabilities would take 210 MiB, and each of the statistics several of them."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("reads its peak memory from Linux's /proc")
+
+    def kib(name: str) -> int:
+        return int(status.read_text().split(f"{name}:")[1].split()[0])
+
+    monkeypatch.setattr(model_module, "_SUMS_BYTES", 2**22)
+    model = Matpac(MatpacConfig(**TINY | dict(prototypes=65_536)))
+    latents, features = torch.randn(840, model.config.width), torch.randn(840, model.config.head_bottleneck)
+    gc.collect()
+    clear.write_text("5")  # forget the peak so far
+    before = kib("VmRSS")
+    assert model._sums(latents, latents, features, features, 0.05)["tokens"] == 840
+    assert kib("VmHWM") - before < 105 * 1024
 
 
 @pytest.mark.parametrize("mcl_heads", [0, 3])

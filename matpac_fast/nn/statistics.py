@@ -45,6 +45,11 @@ def token_sums(prediction: Tensor, target: Tensor, student_p: Tensor, teacher_p:
     return found
 
 
+def added(sums: Sums, more: Sums) -> Sums:
+    """Of the tokens of both; `sums` is empty where there are none yet."""
+    return {name: value + sums[name] if sums else value for name, value in more.items()}
+
+
 def _moments(name: str, rows: Tensor) -> Sums:
     """Sums over rows (N, C) of the values and of their squares."""
     return {

@@ -266,10 +266,15 @@ class _Run:
     def step(self, batch: Batch, statistics: bool) -> Step:
         measured = self.try_step(batch, self.config.grad_accumulation, statistics)
         if measured is None:  # the run is over, its weights may be spoilt
-            # Where there are several ranks, the others wait in the midst of the step, and nothing can be tried.
-            fits = None if self.ranks.world > 1 else lambda n: self.fits(batch, n)
+            fits = (lambda n: self.fits(batch, n)) if self.can_try else None
             raise TrainingError(advice(len(batch.wave), self.config.grad_accumulation, self.device, fits))
         return measured
+
+    @property
+    def can_try(self) -> bool:
+        """Whether a smaller step may be tried where one had no memory. Not where there are several ranks, of which the
+        others wait in the midst of the step; nor on a CPU, for malloc has taken all addresses and gives none back."""
+        return self.ranks.world == 1 and self.device.type == "cuda"
 
     def fits(self, batch: Batch, n: int) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
@@ -341,7 +346,7 @@ class _Run:
 
     def warn_of_collapse(self, values: Record) -> None:
         """Once when it begins, not on every line while it lasts."""
-        text = collapse(values, self.model.config.width)
+        text = collapse(values, self.model.config.width, self.model.config.prototypes)
         if text and not self.collapsed:
             self.tell({"event": "warning", "step": self.done, "text": text})
         self.collapsed = text is not None

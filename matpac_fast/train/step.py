@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..model import Matpac, Schedule
 from ..nn.ema import local
-from ..nn.statistics import Sums, summarise
+from ..nn.statistics import Sums, added, summarise
 from ..spans import span
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, is_sharded
@@ -95,7 +95,7 @@ def train_step(
             with span("backward"):
                 (out.loss / len(pieces)).backward()
         losses.append(torch.stack([out.loss.detach(), out.loss_pred.detach().mean(), out.loss_cls.detach().mean()]))
-        sums = {name: value + sums[name] if sums else value for name, value in (out.sums or {}).items()}
+        sums = added(sums, out.sums or {})
     loss = _over_ranks(model, torch.stack(losses).mean(0), sums, ranks)  # (3,)
 
     norm = _hand_gradients(model, optimizer, ranks)

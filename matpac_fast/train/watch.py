@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class BadSteps:
         return bad
 
 
-def collapse(statistics: Record, width: int) -> str | None:
+def collapse(statistics: Record, width: int, prototypes: int) -> str | None:
     """One line on what has collapsed in a line of the log, or None.
 
     The teacher's unit latents of width D spread by about 1 / sqrt(D) a channel where they point everywhere alike.
@@ -58,4 +60,10 @@ def collapse(statistics: Record, width: int) -> str | None:
     perplexity = statistics.get("teacher_perplexity", float("inf"))
     if perplexity < 1.5:
         return f"the teacher uses {perplexity:.2f} prototypes on average: the classification is collapsing to one class"
+    entropy, most = statistics.get("teacher_entropy", 0.0), math.log(prototypes)
+    if entropy > 0.99 * most:
+        return (
+            f"the teacher's distributions have an entropy of {entropy:.3f} nats of at most {most:.3f}: the "
+            "classification is collapsing to all classes alike"
+        )
     return None

@@ -87,6 +87,26 @@ def test_a_run_of_slow_steps_says_after_the_first_how_long_it_will_take(capsys, 
     assert said("NVIDIA H200", 142) == []
 
 
+def test_what_happens_in_a_run_is_a_line_on_the_screen(capsys):
+    watcher = pretrain_command._Watcher(TrainConfig(steps=40, batch_size=8))
+    config = {"train": {"batch_size": 8, "precision": "bf16"}}
+    resume = {"event": "resume", "step": 12, "config": config, "device": "NVIDIA H200", "ranks": 2}
+    watcher.record({**resume, "parameters": 10**6, "clips": 9, "clips_left_out": 0})
+    watcher.record({"step": 20, "loss": 1.5, "crops_per_s": 16.0, "mfu": 0.42})
+    watcher.record({"event": "skipped", "step": 21, "text": "loss or gradient not finite", "clips": []})
+    watcher.record({"event": "unreadable", "step": 22, "text": "shards/00001.i16: cut short"})
+    watcher.record({"event": "warning", "step": 23, "text": "collapsing"})
+    watcher.record({"event": "probe", "step": 24, "student_knn": 0.5, "teacher_linear": 0.25})
+    assert capsys.readouterr().out.splitlines() == [
+        "going on after step 12: 1.0 M trained parameters, 9 clips, 8 crops a step, bf16 on NVIDIA H200, 2 processes",
+        "step 20/40  loss 1.5000  16.0 crops/s  MFU 42%  ETA 0:00:10",
+        "step 21 skipped: loss or gradient not finite; its clips are in the log",
+        "shards/00001.i16: cut short (other clips take the place of those in it)",
+        "warning at step 23: collapsing",
+        "probe at step 24: student knn 50.0%, teacher linear 25.0%",
+    ]
+
+
 def test_a_run_with_other_options_is_refused_in_one_line(corpus, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(corpus, "--out", out, "--steps", 2, *SMALL) == 0

@@ -289,8 +289,9 @@ def test_one_gradient_without_the_other(which):
     assert torch.equal(grad, both[("student", "student_weight")[which]])
 
 
+@pytest.mark.parametrize(("n", "k"), [(768, 65_536), (384, 131_072)])
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "no_grad"])
-def test_65536_prototypes_in_bounded_memory(grad, monkeypatch):
+def test_so_many_prototypes_in_bounded_memory(grad, n, k, monkeypatch):
     """A stored N x K matrix would take 192 MiB; half of it is more than anything here may need."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
@@ -300,7 +301,7 @@ def test_65536_prototypes_in_bounded_memory(grad, monkeypatch):
         return int(status.read_text().split(f"{name}:")[1].split()[0])
 
     monkeypatch.setattr(op_module, "_KEEP_BYTES", 0)
-    problem = Problem(768, 65_536, 4)
+    problem = Problem(n, k, 4)
     student = problem.student.requires_grad_(grad)
     gc.collect()
     clear.write_text("5")  # forget the peak so far

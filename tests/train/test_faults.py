@@ -252,7 +252,9 @@ def test_a_shard_that_is_cut_short_while_training_is_named_and_left_out(tmp_path
     assert [r["text"].split(" to ")[0] for r in told] == [f"{shard}: cut short"]
 
 
-def test_out_of_memory_says_what_fits(tmp_path, corpus, model_config, train_config, monkeypatch):
+@pytest.fixture
+def room_for_one_crop(monkeypatch):
+    """A model that has memory for one crop at a time."""
     honest = Matpac.forward
 
     def small_memory(self, spec, *args, **kwargs):
@@ -261,6 +263,10 @@ def test_out_of_memory_says_what_fits(tmp_path, corpus, model_config, train_conf
         return honest(self, spec, *args, **kwargs)
 
     monkeypatch.setattr(Matpac, "forward", small_memory)
+
+
+def test_out_of_memory_says_what_fits(tmp_path, corpus, model_config, train_config, room_for_one_crop, monkeypatch):
+    monkeypatch.setattr(loop._Run, "can_try", True)  # as on a GPU
     says = (
         r"4 crops at a time do not fit into the memory of cpu, but 1 do: --grad-accumulation 4 computes the same step"
     )
@@ -268,3 +274,11 @@ def test_out_of_memory_says_what_fits(tmp_path, corpus, model_config, train_conf
         pretrain(corpus, tmp_path / "run", model_config, train_config)
     config = dataclasses.replace(train_config, grad_accumulation=4)
     assert pretrain(corpus, tmp_path / "fits", model_config, config).finished
+
+
+def test_out_of_memory_proposes_where_nothing_can_be_tried(
+    tmp_path, corpus, model_config, train_config, room_for_one_crop
+):
+    says = r"4 crops at a time do not fit into the memory of cpu: try 2, --grad-accumulation 2 computes the same step"
+    with pytest.raises(TrainingError, match=says):
+        pretrain(corpus, tmp_path / "run", model_config, train_config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -263,6 +264,24 @@ def test_a_snapshot_is_a_copy(model_config, train_config):
     assert not torch.equal(snapshot.model["center"], model.center)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, corpus, model_config, train_config, monkeypatch):
+    gone_on, waited, save = threading.Event(), [], RunFolder.save
+
+    def slow(self, snapshot, *args):
+        if snapshot.state["step"] == 4:
+            waited.append(gone_on.wait(timeout=10))
+        save(self, snapshot, *args)
+
+    class Watching(Reporter):
+        def step(self, step):
+            if step == 6:
+                gone_on.set()
+
+    monkeypatch.setattr(RunFolder, "save", slow)
+    assert pretrain(corpus, tmp_path / "run", model_config, train_config, reporter=Watching()).finished
+    assert waited == [True]
+
+
 def test_checkpoints_to_keep_are_kept(tmp_path, corpus, model_config, train_config):
     config = dataclasses.replace(train_config, save_every=2, keep_last=2, keep_every=4)
     pretrain(corpus, tmp_path / "run", model_config, config)
@@ -329,14 +348,17 @@ def test_a_corpus_of_another_rate_is_refused(tmp_path, corpus, model_config, tra
 
 
 def test_collapse_is_seen():
-    assert collapse({"spread_target": 1 / 16, "teacher_perplexity": 100.0}, 256) is None
-    assert "latents" in str(collapse({"spread_target": 0.04 / 16, "teacher_perplexity": 100.0}, 256))
-    assert "prototypes" in str(collapse({"spread_target": 1 / 16, "teacher_perplexity": 1.1}, 256))
+    healthy = {"spread_target": 1 / 16, "effective_rank": 90.0, "teacher_perplexity": 100.0, "teacher_entropy": 5.0}
+    assert collapse(healthy, 256, 512) is None
+    assert "to one point" in str(collapse(healthy | {"spread_target": 0.04 / 16}, 256, 512))
+    assert "to one direction" in str(collapse(healthy | {"effective_rank": 1.9}, 256, 512))
+    assert "to one class" in str(collapse(healthy | {"teacher_perplexity": 1.1}, 256, 512))
+    assert "to all classes" in str(collapse(healthy | {"teacher_entropy": 6.2}, 256, 512))
 
 
 def test_a_collapse_is_warned_of_once_while_it_lasts(tmp_path, corpus, model_config, train_config, monkeypatch):
     found = iter([None, "collapsing", "collapsing", None, "collapsing", None])
-    monkeypatch.setattr(loop, "collapse", lambda values, width: next(found))
+    monkeypatch.setattr(loop, "collapse", lambda values, width, prototypes: next(found))
     pretrain(corpus, tmp_path / "run", model_config, train_config)
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "warning"] == [4, 10]
 
