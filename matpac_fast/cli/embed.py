@@ -58,8 +58,8 @@ def main(
     files failed; with 3 where more than --max-errors did, or all; with 2 where it could not do its work.
 
     Args:
-        source: folder of audio, searched with all its sub-folders; a text file with one path a line; or a corpus that
-            matpac-fast prepare made, also of audio in archives.
+        source: folder of audio, searched with all its sub-folders; a text file with one path a line, absolute or
+            relative to the file's own folder; or a corpus that matpac-fast prepare made, also of audio in archives.
         encoder: a run folder, a checkpoint, an official file, or a name such as passt:FILE. runs/a@teacher is a run's
             teacher, runs/a@20000 its checkpoint of that step, runs/a@layer6 the network up to its sixth layer,
             runs/a@20000@teacher two of these. Default: this package's own pre-trained one.

@@ -23,7 +23,7 @@ import torch
 
 from .. import __version__
 from ..audio_encoder import AudioEncoder
-from ..encoder import load_encoder
+from ..encoder import list_encoders, load_encoder
 from ..errors import ConfigError
 
 _SECONDS = 1.0  # of timing, at least
@@ -95,7 +95,10 @@ def measure(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ConfigError(f"cost of {encoder} at {temporal_support:g} s, in a process of its own: {lines[-1]}")
+        told = f"cost of {encoder} at {temporal_support:g} s, in a process of its own: {lines[-1]}"
+        if "no encoder" in lines[-1] and encoder.partition(":")[0] in list_encoders():
+            told += "; register_encoder names it in one process alone: leave costs out, or give it an entry point"
+        raise ConfigError(told)
     told = [line.removeprefix(_TOLD) for line in done.stdout.splitlines() if line.startswith(_TOLD)]
     return Cost(**json.loads(told[-1]))
 

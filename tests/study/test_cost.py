@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from matpac_fast import load_encoder
+from matpac_fast import encoder as encoder_module
+from matpac_fast import load_encoder, register_encoder
 from matpac_fast.errors import ConfigError
 from matpac_fast.study import cost, sweep
 from matpac_fast.study.cost import count_macs, measure, measure_here
@@ -42,6 +43,13 @@ def test_cost_in_a_fresh_process(encoder_file, tmp_path):
     assert read_costs(tmp_path / "cost.parquet") == [small, large]
     with pytest.raises(ConfigError, match="in a process of its own: .*no encoder"):
         measure("nobody", 0.6, 1, "cpu")
+
+
+def test_the_cost_of_what_only_this_process_knows_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(encoder_module, "_registry", dict(encoder_module._registry))
+    register_encoder("mine", "no_such_module:load")
+    with pytest.raises(ConfigError, match="no encoder 'mine'.*names it in one process alone: leave costs out"):
+        measure("mine", 0.6, 1, "cpu")
 
 
 def test_what_an_encoder_prints_beside_its_cost_is_no_part_of_it(encoder_file, monkeypatch, capsys):
