@@ -150,6 +150,10 @@ def test_early_stopping_keeps_the_best_step():
     heart = run(values, targets, folds, dataclasses.replace(config, check_every=400), 3)
     assert (stopped.valid <= heart.valid).all()
     assert (stopped.valid < heart.valid - 0.05).any()
+    for fold, weights, least in zip(folds, stopped.weights, stopped.valid, strict=True):
+        logits = values[fold.valid] @ weights[0, :-1] + weights[0, -1]
+        of_these = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets[fold.valid]))
+        torch.testing.assert_close(of_these, least[0], rtol=1e-6, atol=0)
 
 
 def test_test_clips_choose_nothing():
