@@ -14,7 +14,7 @@ from ..errors import MatpacFastError
 
 # name, which is its module's -> one line of help
 COMMANDS = {
-    "demo": "pre-train, embed and probe on the embedded audio, offline, in a few minutes",
+    "demo": "pre-train, embed and probe on the embedded audio, offline, in five to ten minutes",
     "prepare": "turn a folder of audio into a corpus for pre-training",
     "pretrain": "pre-train an encoder on a corpus",
     "embed": "embed a folder of audio at a temporal support",

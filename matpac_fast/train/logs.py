@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import read_latest
 from ..errors import CheckpointError
 from ..files import write_text
 
@@ -94,7 +95,7 @@ class Log:
     """Appends records to a JSONL file, each handed to the system before the next step is logged.
 
     Args:
-        path: the file.
+        path: the file, in the run's folder.
         keep_until: of what is there, keep the records up to this step: what a killed run did after its last checkpoint
             is done again, and would stand there twice. By default all are kept.
     """
@@ -124,8 +125,9 @@ class Log:
         try:
             yield
         except OSError as error:
-            text = f"{self._file.name}: cannot be written: {error.strerror}; the last checkpoint is intact"
-            raise CheckpointError(text) from error
+            latest = read_latest(Path(self._file.name).parent)
+            intact = f"; {latest} is intact" if latest else ""
+            raise CheckpointError(f"{self._file.name}: cannot be written: {error.strerror}{intact}") from error
 
 
 def _line(record: Record) -> str:

@@ -25,6 +25,12 @@ def test_help_lists_every_command(capsys):
     assert cli.main([]) == cli.FAILED
 
 
+def test_the_demo_takes_as_long_as_the_readme_says():
+    said = "in five to ten minutes, offline"
+    assert said in (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(words in cli.COMMANDS["demo"] for words in said.split(", "))
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"matpac_fast {__version__}"

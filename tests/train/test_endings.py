@@ -29,10 +29,13 @@ def events(folder):
     return [record["event"] for record in read_log(folder / "log.jsonl") if "event" in record]
 
 
+@pytest.mark.parametrize(("begun", "intact"), [(0, ""), (4, "; step-00000004 is intact")])
 def test_a_log_that_cannot_be_written_says_so_and_closes_everything(
-    tmp_path, corpus, model_config, train_config, monkeypatch
+    tmp_path, corpus, model_config, train_config, monkeypatch, begun, intact
 ):
     honest = open
+    if begun:
+        pretrain(corpus, tmp_path / "run", model_config, train_config, stop=after(begun))
 
     def small_disk(path, *args, **kwargs):
         file = honest(path, *args, **kwargs)
@@ -42,7 +45,7 @@ def test_a_log_that_cannot_be_written_says_so_and_closes_everything(
 
     monkeypatch.setattr(logs, "open", small_disk, raising=False)
     heard = Heard()
-    says = r"log\.jsonl: cannot be written: No space left on device; the last checkpoint is intact"
+    says = rf"log\.jsonl: cannot be written: No space left on device{intact}$"
     with pytest.raises(CheckpointError, match=says):
         pretrain(corpus, tmp_path / "run", model_config, train_config, reporter=heard)
     assert heard.closed
