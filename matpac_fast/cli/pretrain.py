@@ -99,8 +99,8 @@ def main(
         center_of: centre by the teacher's probabilities or by its logits, as DINO. Default: probabilities, as official.
         precision: auto is bf16 where the device computes in it, else float32. Default: auto.
         seed: determines the initial weights, the order of the clips, the crops and the masks. Default: 0.
-        init: start a new run from these weights: a run, or its checkpoint of a step, runs/a@20000, a file, or an
-            official training checkpoint. What neither preset nor options say of the model's sizes is as theirs.
+        init: start a new run from these weights: a run, or its checkpoint of a step, runs/a@20000, a file of
+            Matpac.save, or an official training checkpoint; an encoder alone will not do. The model's sizes are theirs.
             Default: random.
         device: auto, cpu, cuda or cuda:1. Under torchrun each process of a machine takes the GPU of its own number.
         compile: run the transformer blocks through torch.compile, on a GPU in place of the package's fused blocks; it
@@ -111,7 +111,7 @@ def main(
             of them (DDP).
         settings: any field of the model's and the training's configuration, such as --set model.student_temp=0.07
             'train.betas=[0.9, 0.98]'; docs/training.md lists them. Values are JSON and taken as they stand; they
-            override --preset and --init. A field that has an option of its own may be given by either, not by both.
+            override --preset. A field that has an option of its own may be given by either, not by both.
         log_every: steps between two lines of the log. Default: 20.
         save_every: steps between two checkpoints. Default: 500.
         keep_last: newest checkpoints that stay on disk. Default: 3.
@@ -124,7 +124,7 @@ def main(
         dry_run: print the size of model and run and an estimate of the time, and train nothing.
     """
     from ..audio.corpus import Corpus
-    from ..train.begin import check_run
+    from ..train.begin import check_run, check_sizes
     from ..train.distributed import pick_device
     from ..train.loop import pretrain
     from ..train.state import read_config, steps_done
@@ -158,8 +158,11 @@ def main(
     sizes: dict[str, Any] = {}
     if preset is not None:
         sizes = {name: getattr(MatpacConfig.preset(preset), name) for name in set().union(*PRESETS.values())}
+    by_set = [f"{part}.{name}" for part, values in fields.items() for name in values]
     if init is not None and stored is None and first:  # what is gone on with says how large it is
-        sizes = weights_sizes(init) | sizes
+        theirs = weights_sizes(init, fields["model"])
+        check_sizes(init, theirs, sizes | given_model | fields["model"], by_set)
+        sizes = theirs | sizes
     if crop_seconds is not None and first:
         if not crop_seconds:
             raise ConfigError("--crop-seconds: expected one length or more, such as 6.08")
@@ -186,10 +189,10 @@ def main(
         train = TrainConfig.from_dict({**stored["train"], **given_train})
         model = MatpacConfig.from_dict({**stored["model"], **given_model})
         init = init or stored["init"]
-        by_set = [f"{part}.{name}" for part, values in fields.items() for name in values]
         if by_set:  # `pretrain` checks it again, but knows nothing of --set
             check_run(out, model, train, clips, init, target, by_set=by_set)
 
+    complete = stored is not None and first and _is_complete(out, train.steps)
     if dry_run:
         from ..train.begin import check_options
         from ..train.estimate import estimate
@@ -198,9 +201,13 @@ def main(
             world = int(os.environ.get("WORLD_SIZE", "1"))
             check_options(clips, model, train, target, world)
             train = check_run(out, model, train, clips, init, target)
-            print(estimate(clips, model, train, target, world, 0 if stored is None else steps_done(out)))
+            if probe_data and not complete:
+                from ..study.live import check_folder
+
+                check_folder(probe_data, probe_clips)
+            done = steps_done(out) if out.exists() else 0
+            print(estimate(clips, model, train, target, world, done, None if done else init))
         return 0
-    complete = stored is not None and first and _is_complete(out, train.steps)
     with _Watcher(train, quiet=not first) as watcher, _Signals(watcher.say) as signals:
         reporter = _reporters(out, watcher, tensorboard) if first else None
         probe = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,15 @@ from .probe import linear_probe
 _L2_GRID = (1.0, 0.1, 0.01, 0.001)
 _FOLDS = 3
 _NEIGHBOURS = 10
+
+
+def check_folder(folder: str | os.PathLike[str], n_clips: int = 500) -> None:
+    """Raise what `LiveProbe` raises of a folder, as far as it shows before a clip is decoded."""
+    folder = Path(folder)
+    by_label = _by_label(folder)
+    chosen = sorted(_evenly(by_label, n_clips).items())
+    few = [_too_few(folder / label, len(paths), paths, by_label[label]) for label, paths in chosen if len(paths) < 4]
+    _check_labels(folder, len(chosen) - len(few), few)
 
 
 class LiveProbe:
@@ -61,11 +70,7 @@ class LiveProbe:
         sample_rate: int = 16_000,
     ):
         folder = Path(folder)
-        by_label: dict[str, list[Path]] = {}
-        for path in find_audio(folder):
-            parts = path.relative_to(folder).parts
-            if len(parts) > 1:
-                by_label.setdefault(parts[0], []).append(path)
+        by_label = _by_label(folder)
         chosen = _evenly(by_label, n_clips)
         self._device, self._sample_rate, self.left_out = torch.device(device), sample_rate, []
         self._waves: list[np.ndarray] = []
@@ -77,18 +82,13 @@ class LiveProbe:
                 self.left_out += [str(found) for found in read if isinstance(found, AudioError)]
                 waves = [found for found in read if not isinstance(found, AudioError)]
                 if len(waves) < 4:
-                    taken = f" of {len(by_label[label])} taken" if len(by_label[label]) > len(paths) else ""
-                    self.left_out.append(f"{folder / label}: {len(waves)} clips{taken}; a label needs four")
+                    self.left_out.append(_too_few(folder / label, len(waves), paths, by_label[label]))
                     continue
                 targets += [len(self.labels)] * len(waves)
                 halves += [2 * i >= len(waves) for i in range(len(waves))]
                 self.labels.append(label)
                 self._waves += waves
-        if len(self.labels) < 2:
-            raise ConfigError(
-                f"{folder}: {len(self.labels)} labels with four clips or more; expected sub-folders of audio, two or "
-                f"more, whose names are the labels{': ' + self.left_out[0] if self.left_out else ''}"
-            )
+        _check_labels(folder, len(self.labels), self.left_out)
         self._targets, self._second = torch.tensor(targets), torch.tensor(halves)
         # What is worth as much without learning anything.
         floor = self._score(self._embed(LogMelStatistics()))
@@ -131,6 +131,28 @@ class LiveProbe:
 
 
 _SCORES = ("knn", "linear", "rank")
+
+
+def _by_label(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in find_audio(folder):
+        parts = path.relative_to(folder).parts
+        if len(parts) > 1:
+            found.setdefault(parts[0], []).append(path)
+    return found
+
+
+def _too_few(label: Path, n: int, chosen: Sequence[Path], there: Sequence[Path]) -> str:
+    taken = f" of {len(there)} taken" if len(there) > len(chosen) else ""
+    return f"{label}: {n} clips{taken}; a label needs four"
+
+
+def _check_labels(folder: Path, n: int, left_out: Sequence[str]) -> None:
+    if n < 2:
+        raise ConfigError(
+            f"{folder}: {n} labels with four clips or more; expected sub-folders of audio, two or "
+            f"more, whose names are the labels{': ' + left_out[0] if left_out else ''}"
+        )
 
 
 def _evenly(by_label: Mapping[str, list[Path]], n_clips: int) -> dict[str, list[Path]]:

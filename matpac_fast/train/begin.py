@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..audio.corpus import Corpus
+from ..checkpoint import read_latest
 from ..config import PRESETS, MatpacConfig
 from ..errors import ConfigError
 from ..model import Matpac
@@ -139,6 +140,26 @@ def check_run(
     return config
 
 
+def check_sizes(
+    init: str | os.PathLike[str], theirs: Mapping[str, Any], asked: Mapping[str, Any], by_set: Collection[str] = ()
+) -> None:
+    """Raise ConfigError where other sizes are asked of a model than those of the weights in `init` that it begins from.
+
+    Args:
+        init: where the weights are.
+        theirs: their sizes, of `weights_sizes`.
+        asked: the fields of `MatpacConfig` that were given; what was not is as theirs.
+        by_set: as in `check_run`.
+    """
+    different = {f"model.{name}": (old, asked[name]) for name, old in theirs.items() if asked.get(name, old) != old}
+    if different:
+        options = _by_option(different, by_set)
+        raise ConfigError(
+            f"{os.fspath(init)} holds weights of another model: {'; '.join(_told(options))}. "
+            f"To begin from them, leave out {', '.join(options)}"
+        )
+
+
 def describe(
     model: MatpacConfig,
     train: TrainConfig,
@@ -171,22 +192,18 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str =
 def refusal(run: Path, different: Mapping[str, tuple[Any, Any]], by_set: Collection[str] = ()) -> str:
     """What differs, in the words of the options that give it, and how to go on."""
     corpus = [name for name in different if name.startswith("corpus.")]
-    options: dict[str, list[str]] = {}
-    for name, (old, new) in different.items():
-        if name not in corpus:
-            option = "" if name in by_set else OPTIONS.get(name, "")
-            if new is False:
-                option = option.replace("--", "--no-", 1)
-            if not option and name.startswith(("model.", "train.")):
-                option = f"--set {name}"
-            options.setdefault(option, []).append(f"{name} is {old!r} there and {new!r} here")
-    told = [", ".join(phrases) + (f" ({option})" if option else "") for option, phrases in options.items()]
-    advice = []
+    options = _by_option({name: values for name, values in different.items() if name not in corpus}, by_set)
+    told, advice = _told(options), []
+    begun = bool(read_latest(run))  # else it has no weights to begin from
     if corpus:
         clips = different.get("corpus.clips")
         count = f", of {clips[0]} clips there and {clips[1]} here" if clips else ""
         told.insert(0, f"its corpus is another one, or has grown or changed since{count}")
-        advice.append(f"To go on with its weights on this corpus, add --init {run} and give a new folder to --out")
+        advice.append(
+            f"To go on with its weights on this corpus, add --init {run} and give a new folder to --out"
+            if begun
+            else "It has no checkpoint yet: for a run on this corpus, give a new folder to --out"
+        )
     else:
         if different.keys() == {"transform"}:  # the one that Python alone gives
             old = different["transform"][0]
@@ -195,5 +212,23 @@ def refusal(run: Path, different: Mapping[str, tuple[Any, Any]], by_set: Collect
             )
         elif "" not in options:
             advice.append(f"To go on with it, leave out {', '.join(options)}")
-        advice.append(f"For another run, give a new folder to --out, with --init {run} for one from its weights")
+        from_it = f", with --init {run} for one from its weights" if begun else ""
+        advice.append(f"For another run, give a new folder to --out{from_it}")
     return f"{run} holds another run: {'; '.join(told)}. {'. '.join(advice)}"
+
+
+def _by_option(different: Mapping[str, tuple[Any, Any]], by_set: Collection[str]) -> dict[str, list[str]]:
+    """Option, "" where none gives it -> what differs by it."""
+    options: dict[str, list[str]] = {}
+    for name, (old, new) in different.items():
+        option = "" if name in by_set else OPTIONS.get(name, "")
+        if new is False:
+            option = option.replace("--", "--no-", 1)
+        if not option and name.startswith(("model.", "train.")):
+            option = f"--set {name}"
+        options.setdefault(option, []).append(f"{name} is {old!r} there and {new!r} here")
+    return options
+
+
+def _told(options: Mapping[str, list[str]]) -> list[str]:
+    return [", ".join(phrases) + (f" ({option})" if option else "") for option, phrases in options.items()]

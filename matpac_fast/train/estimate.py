@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 
@@ -16,6 +17,7 @@ from .config import TrainConfig, resolve_precision
 from .flops import step_flops
 from .sampler import Sampler
 from .step import make_optimizer, train_step
+from .weights import load_weights
 
 # Crops that the speed is measured on; more would only take longer on a CPU.
 _SAMPLE = {"cpu": 4, "cuda": 256}
@@ -28,19 +30,23 @@ def estimate(
     device: torch.device,
     world: int = 1,
     done: int = 0,
+    init: str | os.PathLike[str] | None = None,
 ) -> str:
     """Size, work, memory and time of a run on `world` devices, of which `done` steps are behind it, as text.
 
     Two steps on noise are timed on a model that is thrown away, on one device, as if more of them shared no work; the
     tensors that a third one keeps for its backward pass are counted. Where the steps do not fit into memory all but
-    the time is told.
+    the time is told. Weights to begin from, `init`, that do not fit the model are refused as `load_weights` does.
     """
     precision = resolve_precision(config.precision, device)
     frames = config.crop_frames or (model_config.n_frames,)
     crops = [model_config.log_mel.n_samples(n) for n in frames]
     sampler = Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short)
     flops = sum(step_flops(model_config, n) for n in frames) / len(frames) * config.batch_size
-    model = Matpac(model_config).to(device).train()
+    model = Matpac(model_config)
+    if init is not None:
+        load_weights(model, init)
+    model.to(device).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     kept = activation_bytes(model, max(frames), precision, device)

@@ -76,8 +76,8 @@ def pretrain(
         model_config: the model, its schedules used as they stand (`fit_to_run` stretches the official ones to a run).
         config: the training.
         device: "auto" is the GPU where there is one, else the CPU.
-        init: weights that a new run starts from: a run folder, "RUN@STEP", a file of ours, or an official training
-            checkpoint.
+        init: weights that a new run starts from: a run folder, "RUN@STEP", a file of `Matpac.save`, or an official
+            training checkpoint.
         reporter: on rank 0 hears of every step and every line of the log.
         stop: asked after every step; True on any rank saves and returns on all, a step later where they are several.
         probe: called on rank 0 every `config.probe_every` steps, while the others wait; its numbers go into the log.

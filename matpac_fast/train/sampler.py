@@ -111,7 +111,8 @@ class Sampler:
         if not len(self._clips):
             raise ConfigError(
                 f"no clip is as long as a crop, {max(crops)} samples; the longest of {len(self._frames)} has "
-                f"{self._frames.max(initial=0)}: choose a shorter crop, or use short clips with pad_short"
+                f"{self._frames.max(initial=0)}: choose a shorter crop, or take short clips too, by "
+                "pretrain's --pad-short repeat or --pad-short zeros (in Python TrainConfig's pad_short)"
             )
 
     def __len__(self) -> int:

@@ -4,44 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
 from ..choice import parse
 from ..config import FRONT_END, PRESETS, MatpacConfig
+from ..encoder import list_encoders
 from ..errors import CheckpointError, ConfigError
 from ..intact import intact_named
 from ..model import Matpac
 from ..reference import LogMelConfig
 
 _INIT = "to begin from it, --init {folder}"
-# What a model is that the shapes of its weights, but for the tables of positions, do not tell.
-_UNSEEN = (*FRONT_END, "patch_size", "num_heads", "predictor_heads")
+_ALONE = "an encoder alone; expected a training checkpoint, which holds teacher, predictor and heads too"
+# What a model is, whatever the length of its crops and however it is trained.
+_SIZES = frozenset(
+    (*FRONT_END, "patch_size", "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck", "predictor_heads")
+).union(*PRESETS.values())
 
 
 def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
-    """Start `model` from the weights in a run folder, "RUN@STEP", a file of ours or an official training checkpoint.
+    """Start `model` from the weights in a run folder, "RUN@STEP", a file of `Matpac.save` or an official training
+    checkpoint.
 
     Student, predictor, heads, teachers and centre; not the optimiser's moments. The crops may be of another length than
     those the weights were trained on: positions are fixed, and the model's own.
 
     Raises:
         CheckpointError: no such file, damaged, unsafe, an encoder alone, or weights of another model: what differs is
-            listed, of what shapes do not tell as far as the file says it.
+            listed, by the sizes where the file says them.
     """
     path, state, config, official = _read(source)
     known: dict[str, Any] = {}
     if config is not None:
         known = MatpacConfig.from_dict(config).to_dict()
     elif official:
-        known = dataclasses.asdict(LogMelConfig(n_mels=checkpoint.read_sizes(state)["n_mels"]))
-    if not any(name.startswith("predictor.") for name in state):
-        raise CheckpointError(
-            f"{path}: an encoder alone; expected a training checkpoint, which holds teacher, predictor and heads too"
-        )
+        sizes = checkpoint.read_sizes(state)
+        known = dataclasses.asdict(LogMelConfig(n_mels=sizes["n_mels"])) | sizes
+    _check_whole(path, state)
     asked = model.config.to_dict()
-    if different := [name for name in _UNSEEN if name in known and known[name] != asked[name]]:
+    if different := [name for name in asked if name in _SIZES and known.get(name, asked[name]) != asked[name]]:
         told = ", ".join(f"{name} is {known[name]!r} there and {asked[name]!r} here" for name in different)
         raise CheckpointError(f"{path} holds weights of another model: {told}; make this one as it is there")
     own = model.state_dict()
@@ -49,19 +53,34 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     checkpoint.load_into(model, state, str(path))
 
 
-def weights_sizes(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them."""
-    _, state, sizes, _ = _read(source)
+def weights_sizes(source: str | os.PathLike[str], given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The sizes of the model whose weights `load_weights` takes from there, as `MatpacConfig` names them.
+
+    Args:
+        source: as of `load_weights`.
+        given: fields of `MatpacConfig` that are believed where the file does not say them; by default its heads have 64
+            channels each, and its mels are 80, as official.
+    """
+    path, state, sizes, official = _read(source)
     if sizes is None:
         sizes = checkpoint.read_sizes(state)
-        sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], None)
-    wanted = {*_UNSEEN, "mlp_ratio", "mcl_heads", "predictor_depth", "head_bottleneck"}.union(*PRESETS.values())
-    return {name: value for name, value in sizes.items() if name in wanted}
+        _check_whole(path, state)
+        sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], given.get("num_heads"))
+        if not official:
+            sizes["n_mels"] = given.get("n_mels", sizes["n_mels"])
+    return {name: value for name, value in sizes.items() if name in _SIZES}
+
+
+def _check_whole(path: Path, state: Mapping[str, Any]) -> None:
+    if not any(name.startswith("predictor.") for name in state):
+        raise CheckpointError(f"{path}: {_ALONE}")
 
 
 def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[str, Any] | None, bool]:
     """The file, its weights by our names, the model's configuration where it says one, and whether it is official."""
     source = _whole(source)
+    if not os.path.exists(source) and source.partition(":")[0] in list_encoders():
+        raise CheckpointError(f"{source}: {_ALONE}")
     with intact_named(source, _INIT):
         path = checkpoint.find_weights(source)
         state, metadata = checkpoint.load(path)

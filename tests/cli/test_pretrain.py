@@ -25,6 +25,7 @@ from matpac_fast.encoder import load_encoder
 from matpac_fast.model import Matpac
 from matpac_fast.train import Result, TrainConfig, read_log
 from matpac_fast.train.config import resolve_precision
+from matpac_fast.weights import PACKAGED
 
 # The smallest run there is: 320 ms crops of the tiny preset.
 AUTO = resolve_precision("auto", torch.device("cpu"))  # bf16 on a processor that computes in it
@@ -56,7 +57,7 @@ def test_a_run_ends_with_an_encoder_and_goes_on_without_options(corpus, tmp_path
     # Nor is anything read to be probed.
     assert run(corpus, "--out", out, "--device", "cpu", "--probe-data", tmp_path / "nowhere") == 0
     assert capsys.readouterr().out.splitlines()[0] == f"{done[0]}: nothing was probed"
-    assert run(corpus, "--out", out, "--device", "cpu", "--dry-run") == 0
+    assert run(corpus, "--out", out, "--device", "cpu", "--dry-run", "--probe-data", tmp_path / "nowhere") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("about 0:00:00 for the 0 steps that are left")
 
 
@@ -205,6 +206,7 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         (["--crop-seconds", "6"], "--crop-seconds 6: expected a multiple of 0.16 s, such as 5.92 or 6.08"),
         (["--crop-seconds", "0.1"], "expected a multiple of 0.16 s, such as 0.16"),
         (["--crop-seconds", "6.08"], "no clip is as long as a crop, 97520 samples; the longest of 5 has 12800"),
+        (["--crop-seconds", "6.08"], "by pretrain's --pad-short repeat or --pad-short zeros"),
         (["--crop-seconds"], "--crop-seconds: expected one length or more, such as 6.08"),
         (["--crop-seconds", "nan"], "--crop-seconds nan: expected a multiple of 0.16 s"),
         (["--lr", "inf"], "lr is inf; expected a positive number"),
@@ -212,6 +214,8 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         (["--device", "cuda:99"], "device is 'cuda:99'; torch finds"),
         (["--device", "gpu"], "device is 'gpu'; expected auto, cpu, cuda or cuda:N"),
         (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["--init", "matpac-nano"], "matpac-nano: an encoder alone; expected a training checkpoint"),
+        (["--init", PACKAGED["matpac-nano"]], "nano.safetensors: an encoder alone; expected a training checkpoint"),
         (["--mcl-heads", "-1"], "mcl_heads is -1; expected 0 or more"),
         (["--ema", "0.99", "1.5"], "ema_end is 1.5; expected 0 to 1"),
         (["--set", "model.student_temp=-1"], "student_temp is -1; expected a positive temperature"),

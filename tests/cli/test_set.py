@@ -150,4 +150,4 @@ def test_crops_are_of_whole_patches_whatever_their_size(corpus, tmp_path, capsys
         run(corpus, *more[:1], tmp_path / "c", *more[2:], "--crop-seconds", "0.3", "--set", "model.depth=2")
         == cli.FAILED
     )
-    assert "does not fit this model; 24 missing: student.blocks.1." in capsys.readouterr().err
+    assert "model.depth is 1 there and 2 here (--set model.depth). To begin from" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from stops import after
 from matpac_fast import checkpoint
 from matpac_fast.audio.corpus import Corpus
 from matpac_fast.audio.prepare import prepare
-from matpac_fast.errors import CheckpointError
+from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.train import loop, state
 from matpac_fast.train.logs import read_log
@@ -63,6 +63,22 @@ def test_a_run_of_bad_batches_ends_the_run(tmp_path, corpus, model_config, train
         pretrain(corpus, tmp_path / "run", model_config, config)
     assert (tmp_path / "run" / "latest").read_text() == "step-00000004\n"
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path / "run").values())
+
+
+def test_a_run_without_a_checkpoint_offers_no_weights_to_begin_from(
+    tmp_path, corpus, memory_corpus, model_config, train_config, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        Poisoned(patch, set(range(1_000)))
+        with pytest.raises(TrainingError):
+            pretrain(corpus, tmp_path / "run", model_config, dataclasses.replace(train_config, max_bad_steps=3))
+    slower = dataclasses.replace(train_config, lr=1e-4)
+    with pytest.raises(ConfigError, match=r"leave out --lr\. For another run, give a new folder to --out$"):
+        pretrain(corpus, tmp_path / "run", model_config, slower)
+    other = memory_corpus(corpus.frames, seed=4)
+    with pytest.raises(ConfigError, match=r"no checkpoint yet: for a run on this corpus, give a new folder to --out$"):
+        pretrain(other, tmp_path / "run", model_config, train_config)
+    assert pretrain(corpus, tmp_path / "new", model_config, slower).finished
 
 
 def test_bad_batches_apart_do_not_end_the_run(tmp_path, corpus, model_config, train_config, monkeypatch):

@@ -316,12 +316,41 @@ def test_init_starts_from_given_weights(tmp_path, corpus, model_config, train_co
     torch.save({"model": official.official_state_dict()}, tmp_path / "official.pt")
     pretrain(corpus, tmp_path / "c", model_config, train_config, init=tmp_path / "official.pt", stop=after(1))
     assert torch.equal(newest(tmp_path / "c")["model/head.mlp.0.weight"], official.head.mlp[0].weight)
-    with pytest.raises(CheckpointError, match="does not fit this model"):
-        pretrain(corpus, tmp_path / "d", model_config.replace(depth=2), train_config, init=tmp_path / "a")
+    told = "another model: depth is 1 there and 2 here, mcl_heads is 0 there and 3 here; make this one as it is there"
+    other = model_config.replace(depth=2, mcl_heads=3)
+    for weights in ("a", "official.pt"):
+        with pytest.raises(CheckpointError, match=told):
+            pretrain(corpus, tmp_path / "d", other, train_config, init=tmp_path / weights)
     assert pretrain(corpus, tmp_path / "d", model_config, train_config).finished  # nothing was begun there
     load_encoder(tmp_path / "a").save(tmp_path / "encoder")
     with pytest.raises(CheckpointError, match="encoder: an encoder alone; expected a training checkpoint"):
         pretrain(corpus, tmp_path / "e", model_config, train_config, init=tmp_path / "encoder")
+
+
+@pytest.mark.parametrize("name", ["matpac-nano", "untrained-tiny", "passt:weights.pt"])
+def test_init_knows_a_registered_encoder_for_one(model_config, name):
+    for take in (weights_sizes, lambda source: load_weights(Matpac(model_config), source)):
+        with pytest.raises(CheckpointError, match=f"^{name}: an encoder alone; expected a training checkpoint"):
+            take(name)
+
+
+def test_a_file_of_that_name_is_one(tmp_path, model_config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Matpac(model_config).save("matpac-nano")
+    load_weights(Matpac(model_config), "matpac-nano")
+
+
+def test_what_a_file_does_not_say_of_its_sizes_is_as_given(tmp_path, model_config):
+    """Of official weights the heads, which are no 64 channels here; of bare ones the mels too."""
+    model = Matpac(model_config.replace(n_mels=128, n_frames=80))
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    torch.save(Matpac(model_config).official_state_dict(), tmp_path / "official.pt")
+    given = {"num_heads": 2, "n_mels": 128}
+    for name, n_mels in (("bare.pt", 128), ("official.pt", 80)):
+        sizes = weights_sizes(tmp_path / name, given)
+        assert (sizes["num_heads"], sizes["n_mels"]) == (2, n_mels)
+    model.save(tmp_path / "ours")
+    assert weights_sizes(tmp_path / "ours", {"num_heads": 4, "n_mels": 64}).items() >= given.items()
 
 
 def test_init_refuses_weights_of_another_model_whose_shapes_fit(tmp_path, model_config):
