@@ -321,7 +321,7 @@ class _Run:
         if self.bad.limit_reached:
             raise TrainingError(
                 f"stopped at step {self.done}: loss or gradient not finite for {self.config.max_bad_steps} steps "
-                f"in a row; their clips are listed in {self.folder.log}. Try a lower learning rate"
+                f"in a row; their clips are listed in {self.folder.log}. Try a lower learning rate, in a new folder"
             )
 
     def tell_unreadable(self) -> None:

@@ -13,7 +13,7 @@ from .sampler import Plan
 
 
 class TrainingError(MatpacFastError, RuntimeError):
-    """A run that cannot go on; its last checkpoint is intact."""
+    """A run that cannot go on; its last checkpoint, where there is one, is intact."""
 
 
 class BadSteps:
