@@ -13,6 +13,7 @@ from .task import DatasetError, Fold, Layout, Task, class_indices, deal_groups, 
 _FOLDS = 5
 _ANY_LENGTH = (1e-3, np.inf)
 _SPLITS = ("train", "valid", "test")
+_OPTIONAL = ("split", "fold", "group", "subset")  # columns of clips.csv
 
 
 def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> Task:
@@ -22,10 +23,11 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     needed `split` (train, valid, test) or `fold` (any names, at least three), `group` (clips that belong together, such
     as one speaker's), and `subset` (test clips scored on their own too). A label with ";" in it, or an empty one, makes
     the task multi-label: "piano;drums". A label may be listed as unknown with "?" before it: "piano;?drums". Clips that
-    it does not list are no part of the task.
+    it does not list are no part of the task. Other columns are not used.
 
     Raises:
-        DatasetError: what is listed and missing or no audio, file by file; fewer than two classes; too few groups.
+        DatasetError: a column that is nearly called as one of these, which is not there; what is listed and missing or
+            no audio, file by file; fewer than two classes; too few groups.
     """
     layout = Layout(f"folder {Path(path).name}", path, partial)
     if (layout.folder / "clips.csv").exists():
@@ -43,7 +45,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
 
 
 def _listed(layout: Layout, seed: int) -> Task:
-    rows = layout.rows("clips.csv", ["path", "label"])
+    rows = layout.rows("clips.csv", ["path", "label"], optional=_OPTIONAL)
     if not rows:
         raise DatasetError(f"{layout.folder / 'clips.csv'} lists no clips")
     listed: set[str] = set()

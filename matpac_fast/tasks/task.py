@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -20,6 +21,7 @@ from ..audio.decode import AudioFile
 from ..errors import AudioError, ConfigError
 
 _NAMED = 5  # files that an error's one line names
+_NEAR = 0.7  # of difflib: "flod" and "group_id" are near to "fold" and "group", "site" is not to "split"
 
 
 class DatasetError(ConfigError):
@@ -162,12 +164,24 @@ class Layout:
             ) from None
 
     def rows(
-        self, name: str, columns: Sequence[str], delimiter: str = ",", header: bool = True
+        self,
+        name: str,
+        columns: Sequence[str],
+        delimiter: str = ",",
+        header: bool = True,
+        optional: Sequence[str] = (),
     ) -> list[dict[str, str]]:
-        """The rows of a CSV file that has at least these columns; without a header they are all its columns."""
+        """The rows of a CSV file that has at least these columns; without a header they are all its columns.
+
+        With `optional` ones, which somebody wrote by hand, blanks around names are no part of them, and a name that is
+        nearly that of a column which is not there is an error.
+        """
         reader = csv.DictReader(
             io.StringIO(self.text(name)), None if header else list(columns), delimiter=delimiter, restval=""
         )
+        if optional:
+            reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+            self._check_spelling(name, reader.fieldnames, [*columns, *optional])
         rows = list(reader)
         if lacking := [column for column in columns if column not in (reader.fieldnames or ())]:
             raise DatasetError(
@@ -175,6 +189,19 @@ class Layout:
                 [(name, f"altered: no column {', '.join(lacking)}")],
             )
         return rows
+
+    def _check_spelling(self, name: str, found: Sequence[str], known: Sequence[str]) -> None:
+        """Raise DatasetError for a misspelt column, which would be passed over, and its split or groups with it."""
+        if twice := next((column for column in known if found.count(column) > 1), None):
+            raise DatasetError(f"{self.name}: {self.folder / name} has the column {twice} twice; expected it once")
+        absent = [column for column in known if column not in found]
+        for column in found:
+            near = difflib.get_close_matches(column.casefold(), absent, 1, _NEAR)
+            if near and column not in known:
+                raise DatasetError(
+                    f"{self.name}: {self.folder / name} has a column {column!r} and no {near[0]!r}; expected that "
+                    f"name, if it is meant, or else one less like it; the columns that are used: {', '.join(known)}"
+                )
 
     def json(self, name: str) -> Any:
         try:

@@ -299,6 +299,59 @@ def test_a_list_that_would_be_misread_is_an_error(tmp_path, text, line):
         load_task(f"folder:{tmp_path}")
 
 
+def split_rows(split: str = "split", group: str = "group") -> list[dict[str, str]]:
+    return [
+        {"path": f"{name}/{i}.wav", "label": name, split: "test" if i > 3 else "train", group: f"{name} {i}"}
+        for name in ("cat", "dog")
+        for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "came", "meant"),
+    [
+        ({"split": "SPLIT"}, "SPLIT", "split"),
+        ({"split": "splitt"}, "splitt", "split"),
+        ({"split": "flod"}, "flod", "fold"),
+        ({"group": "groups"}, "groups", "group"),
+        ({"group": " Group ID "}, "Group ID", "group"),
+    ],
+)
+def test_a_misspelt_column_is_refused_before_its_split_or_groups_are_lost(tmp_path, names, came, meant):
+    miniature.folder(tmp_path, clips=6)
+    miniature.table(tmp_path / "clips.csv", split_rows(**names))
+    with pytest.raises(DatasetError, match=f"clips.csv has a column '{came}' and no '{meant}'; expected that name"):
+        load_task(f"folder:{tmp_path}")
+
+
+def test_a_misspelt_column_that_has_to_be_there_is_told_as_such(tmp_path):
+    miniature.folder(tmp_path, clips=6)
+    (tmp_path / "clips.csv").write_text("path,Label\ncat/0.wav,cat\n")
+    with pytest.raises(DatasetError, match="has a column 'Label' and no 'label'"):
+        load_task(f"folder:{tmp_path}")
+
+
+def test_blanks_around_names_of_columns_and_a_byte_order_mark_are_no_part_of_them(tmp_path):
+    miniature.folder(tmp_path, clips=6)
+    miniature.table(tmp_path / "clips.csv", split_rows(" split", "group "))
+    (tmp_path / "clips.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "clips.csv").read_bytes())
+    task = load_task(f"folder:{tmp_path}")
+    assert [path.name for path in np.array(task.paths)[task.folds[0].test]] == 2 * ["4.wav", "5.wav"]
+    assert task.groups[0] == "cat 0"
+    miniature.table(tmp_path / "clips.csv", [row | {"split ": "train"} for row in split_rows()])
+    with pytest.raises(DatasetError, match=r"clips\.csv has the column split twice"):
+        load_task(f"folder:{tmp_path}")
+
+
+def test_other_columns_may_be_there(tmp_path):
+    """Also such as are called nearly as one that is there as well, and so is not lost."""
+    miniature.folder(tmp_path, clips=6)
+    others = dict.fromkeys(["label_id", "site", "speaker", "duration", "filename", "Split"], "0")
+    miniature.table(tmp_path / "clips.csv", [row | others for row in split_rows()])
+    task = load_task(f"folder:{tmp_path}")
+    assert (len(task.folds), len(task.folds[0].train), len(task.folds[0].test)) == (1, 8, 4)
+
+
 def test_a_label_may_hold_what_ends_lines_elsewhere(tmp_path):
     miniature.folder(tmp_path, clips=5)
     labels = {"cat": "cat,\u2028old", "dog": "dog\x85old", "owl": "owl\nold"}
