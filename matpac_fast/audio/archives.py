@@ -21,12 +21,15 @@ from ..files import arrow_file
 from .decode import AUDIO_SUFFIXES, NO_DECODER
 
 ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
+# Which cannot be read from any place in them. Found all the same, so that whoever has a folder of them learns why.
+COMPRESSED = frozenset({".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"})
+WHY_COMPRESSED = "a compressed tar file: unpack it, or pack it again without compression"
 _ROWS = 16  # of a Parquet file, read at a time
 _BUFFER = 1 << 20  # bytes; without it, or with pre_buffer, pyarrow reads the column of a whole row group at once
 # What a column of audio may be made of, in Arrow's words.
 _BYTES = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view")
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
 _CHANGED = "no longer in its archive, which changed meanwhile: run the same again once it is at rest"
 
 
@@ -49,8 +52,13 @@ class Member(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    """By its suffix."""
-    return path.suffix.lower() in ARCHIVES
+    """By its suffix; a compressed tar file is one, too."""
+    return path.suffix.lower() in ARCHIVES or is_compressed(path)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether it is a compressed tar file, by its suffix: what is in it nobody reads."""
+    return path.name.lower().endswith(tuple(COMPRESSED))
 
 
 def members(archive: Path) -> tuple[list[Member], str | None]:
@@ -96,6 +104,8 @@ def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioE
 def _listed(archive: Path) -> Iterator[Member]:
     if not stat.S_ISREG(os.stat(archive).st_mode):  # opening a pipe would wait for whoever writes to it
         raise AudioError("not a regular file")
+    if is_compressed(archive):
+        raise AudioError(WHY_COMPRESSED)
     yield from _LISTERS[archive.suffix.lower()](archive)
 
 
@@ -106,8 +116,8 @@ def _is_audio(name: str) -> bool:
 def _list_tar(archive: Path) -> Iterator[Member]:
     with open(archive, "rb") as raw:
         begin = raw.read(tarfile.BLOCKSIZE)
-    if begin.startswith(_COMPRESSED) and b"ustar" not in begin:  # a first file may be called BZh.wav
-        raise AudioError("a compressed tar file: unpack it, or pack it again without compression")
+    if begin.startswith(_MAGIC) and b"ustar" not in begin:  # a first file may be called BZh.wav
+        raise AudioError(WHY_COMPRESSED)
     with tarfile.open(archive, "r:", encoding="utf-8") as file:
         while (info := file.next()) is not None:
             file.members.clear()  # type: ignore[attr-defined] - where tarfile keeps all that it has met

@@ -285,7 +285,7 @@ def find_audio(
         folder: where to look.
         on_error: told of each folder below that cannot be read, is named like an audio file, or is a link to a folder
             that holds it; the search goes on.
-        also: suffixes of other files to find, in lower case.
+        also: suffixes of other files to find, in lower case, such as ".tar" or ".tar.gz".
 
     Raises:
         AudioError: `folder` itself is none, or cannot be read.
@@ -316,13 +316,13 @@ def find_audio(
             on_error(Path(here), error)
             continue
         for entry in listed:
-            suffix = os.path.splitext(entry.name)[1].lower()
+            stem, suffix = os.path.splitext(entry.name.lower())
             named = suffix in suffixes
             if _is_folder(entry):
                 if named:
                     on_error(Path(entry.path), OSError(errno.EISDIR, "a folder by the name of an audio file"))
                 (links if entry.is_symlink() else waiting).append(entry.path)
-            elif named or suffix in also:
+            elif named or suffix in also or os.path.splitext(stem)[1] + suffix in also:
                 found.append(entry.path)
     return [Path(path) for path in sorted(found)]
 

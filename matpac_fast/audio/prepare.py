@@ -103,7 +103,8 @@ def prepare(
         )
     settings = Settings(sample_rate, float(min_seconds), float(silence_db))
     unreadable: list[_Loaded] = []
-    paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)), archives.ARCHIVES)
+    also = archives.ARCHIVES | archives.COMPRESSED
+    paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)), also)
     status = functools.cache(_status)  # of an archive once
     found = _found(source, paths, unreadable, status, listing)
     if not found and not unreadable:

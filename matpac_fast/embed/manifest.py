@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..audio.ahead import in_order
+from ..audio.archives import is_compressed
 from ..audio.decode import folder_reason
 from ..errors import AudioError, ConfigError, first_line
 from ..files import arrow_file, atomic, check_no_file, storable, write_text
@@ -27,7 +28,6 @@ SETTINGS = "settings.json"
 LEASES = "leases"  # the folder of those who are at work
 _COLUMNS = ("path", "seconds", "bytes", "shard", "reason")
 _TELL_EVERY = 100  # files
-_UNPACK = "give the corpus that matpac-fast prepare makes of it"
 T = TypeVar("T")
 Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
 
@@ -149,14 +149,20 @@ def extend(
     if not listed and not new and not unusable:
         if source.path.is_file():
             raise AudioError(f"{source.path}: no audio files in this list")
-        mend = f", but in {source.packed[0].name}: {_UNPACK}" if source.packed else ""
+        packed = next(iter(source.packed), None)
+        mend = f", but in {packed.name}: {_mend(packed)}" if packed else ""
         raise AudioError(f"{source.path}: no audio files in this folder or below{mend}")
-    archives = (storable(os.path.relpath(path, source.path)) for path in source.packed)
-    unusable += [(name, f"an archive of audio: {_UNPACK}") for name in archives]
+    for path in source.packed:
+        what = "a compressed tar file" if is_compressed(path) else "an archive of audio"
+        unusable.append((storable(os.path.relpath(path, source.path)), f"{what}: {_mend(path)}"))
     jobs = ((1, partial(source.entry, name)) for name in new)
     entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))
     shards = before.shards + _cut(entries, files_per_shard, shard_seconds)
     return Manifest(shards, unusable), bool(new) or unusable != before.unusable or known is None
+
+
+def _mend(archive: Path) -> str:
+    return "unpack it" if is_compressed(archive) else "give the corpus that matpac-fast prepare makes of it"
 
 
 def look_over(

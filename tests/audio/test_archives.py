@@ -255,6 +255,30 @@ def test_what_is_damaged_is_named_and_the_rest_is_taken(files, tmp_path, pack, n
         assert all(rejected[path]["reason"].startswith(reason) for path, reason in left_out.items())
 
 
+@pytest.mark.parametrize("name", ["x.tar.gz", "X.TGZ", "x.tar.bz2", "x.tbz2", "x.Tar.Xz", "x.txz", "x.tar.zst"])
+def test_a_compressed_tar_file_is_left_out_with_its_reason(files, tmp_path, name):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    tar_gz(files, tmp_path / "in" / "deep" / name)
+    reason = "a compressed tar file: unpack it, or pack it again without compression"
+    with pytest.raises(CorpusError, match=rf"in: its one audio file cannot be used \(deep/{name}: {reason}\); "):
+        prepare(tmp_path / "in", tmp_path / "out")
+    shutil.copy(files / "a.wav", tmp_path / "in")
+    (tmp_path / "in" / "notes.gz").touch()  # of whatever
+    (tmp_path / "in" / ".tar.gz").touch()
+    told = []
+    report = prepare(tmp_path / "in", tmp_path / "out", listing=lambda *each: told.append(each))
+    assert (report.clips, report.rejected, told) == (1, {"a compressed tar file": 1}, [(1, 1)])
+    rejected = rows(tmp_path / "out" / "rejected.parquet")
+    assert {path: row["reason"] for path, row in rejected.items()} == {f"deep/{name}": reason}
+    before = snapshot(tmp_path / "out")
+    again = prepare(tmp_path / "in", tmp_path / "out")
+    assert (again.clips, again.added, again.rejected, snapshot(tmp_path / "out")) == (1, 0, report.rejected, before)
+    tar(files, tmp_path / "in" / "deep" / "x.tar")  # as it was told
+    (tmp_path / "in" / "deep" / name).unlink()
+    report = prepare(tmp_path / "in", tmp_path / "out")
+    assert (report.clips, report.added, report.rejected) == (4, 3, {})
+
+
 def test_an_archive_that_ends_while_it_is_read_leaves_reasons(files, tmp_path):
     parquet(files, tmp_path / "x.parquet")
     inside, reason = archives.members(tmp_path / "x.parquet")

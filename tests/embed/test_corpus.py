@@ -131,6 +131,24 @@ def test_of_archives_it_says_what_to_do(audio, tmp_path, encoder):  # noqa: F811
     assert error["reason"] == "an archive of audio: give the corpus that matpac-fast prepare makes of it"
 
 
+def test_compressed_tar_files_are_named_too(audio, tmp_path, encoder):  # noqa: F811
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "x.Tar.GZ").touch()
+    with pytest.raises(AudioError, match=r", but in x\.Tar\.GZ: unpack it$"):
+        embed_collection(tmp_path / "in", tmp_path / "out", encoder)
+    shutil.copy(audio / "c.wav", tmp_path / "in")
+    (tmp_path / "in" / "y.tgz").touch()
+    (tmp_path / "in" / "notes.gz").touch()
+    for before in (0, 3):
+        report = embed_collection(tmp_path / "in", tmp_path / "out", encoder)
+        assert (report.total, report.before, report.failed) == (3, before or 2, 2)
+    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert {error["path"]: error["reason"] for error in errors} == {
+        "sub/x.Tar.GZ": "a compressed tar file: unpack it",
+        "y.tgz": "a compressed tar file: unpack it",
+    }
+
+
 def test_a_clip_that_failed_and_is_gone_since_can_be_tried_again(audio, tmp_path, encoder):  # noqa: F811
     prepare(audio, tmp_path / "corpus", shard_seconds=0.1)  # a shard a clip
     number = Corpus(tmp_path / "corpus").paths.index("c.wav")
