@@ -6,11 +6,15 @@ options and help (tyro reads them). It returns its exit code, or None for 0.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
 
-from ..errors import MatpacFastError
+from ..errors import MatpacFastError, first_line
 
 # name, which is its module's -> one line of help
 COMMANDS = {
@@ -32,6 +36,7 @@ INTERRUPTED = 130
 UNHEARD = 141  # as a program that SIGPIPE ends
 
 _NO_THREAD = "can't start new thread"  # Python's words
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
 def _usage() -> str:
@@ -77,7 +82,8 @@ def _run(argv: list[str]) -> int:
         from ._options import described, description, paths
 
         command, prog = described(module.main), f"matpac-fast {argv[0]}"
-        return tyro.cli(command, prog=prog, description=description(command), args=argv[1:], registry=paths) or 0
+        with _short_warnings(argv):
+            return tyro.cli(command, prog=prog, description=description(command), args=argv[1:], registry=paths) or 0
     except KeyboardInterrupt:
         print(f"matpac-fast {argv[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -92,10 +98,38 @@ def _run(argv: list[str]) -> int:
 
 
 def _failed(argv: list[str], line: str) -> int:
+    _say(argv, line)
+    return FAILED
+
+
+def _say(argv: list[str], line: str) -> None:
     # Of the processes that torchrun starts each says what ails it.
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
     print(f"{' '.join(['matpac-fast', *argv[:1]])}{rank}: {line}", file=sys.stderr)
-    return FAILED
+
+
+@contextlib.contextmanager
+def _short_warnings(argv: list[str]) -> Iterator[None]:
+    """Print the package's own warnings as one line each: a path and a line of source would look like a crash."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if _debugs() or not (issubclass(category, UserWarning) and filename.startswith(_PACKAGE)):
+                others(message, category, filename, lineno, file, line)
+            else:
+                text = first_line(message) if isinstance(message, Warning) else message
+                _say(argv, f"warning: {text.removeprefix(f'{argv[0]}: ')}")
+
+        warnings.showwarning = show
+        yield
 
 
 def _debugs() -> bool:

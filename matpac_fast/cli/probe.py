@@ -16,6 +16,7 @@ from ..train.distributed import pick_device
 from ..weights import DEFAULT
 from ._probe import check_resamples, probe_config
 from ._progress import stages
+from ._words import count
 from .study import UNITS, copies, left_out
 
 
@@ -107,7 +108,7 @@ def main(
         where = f", {row['subset']}" if row["subset"] else ""
         print(
             f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f}), "
-            f"{row['test_clips']} test clips, {row['folds']} folds, {row['seeds']} seeds"
+            f"{count(row['test_clips'], 'test clip')}, {count(row['folds'], 'fold')}, {count(row['seeds'], 'seed')}"
         )
     for line in [*copies(results), *left_out(cells)[0]]:
         print(line)

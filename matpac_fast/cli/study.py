@@ -273,7 +273,8 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
 def copies(results: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence for each task that tests on audio that it learns from."""
     shared = {row["task"]: row["shared_audio"] for row in results if row["shared_audio"]}
-    return [f"{task}: {n} test clips are copies of training clips, by their bytes." for task, n in shared.items()]
+    are = {task: "1 test clip is a copy" if n == 1 else f"{n} test clips are copies" for task, n in shared.items()}
+    return [f"{task}: {text} of training clips, by their bytes." for task, text in are.items()]
 
 
 def _unsteady(costs: Sequence[Cost], path: Path) -> list[str]:

@@ -42,10 +42,12 @@ class BatchedFold(FoldProbes):
                 if passes:
                     learnt.add(seed)
         if len(learnt) < seeds:
-            rates = ", ".join(f"{rate:g}" for rate in self.config.learning_rates)
+            rates = self.config.learning_rates
+            at = f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
+            of = f"{seeds - len(learnt)} of {seeds} seed{'s' if seeds > 1 else ''}"
             warnings.warn(
-                f"probe: no pass lowered the validation loss at learning rates {rates} for {seeds - len(learnt)} of "
-                f"{seeds} seeds, whose initial weights are scored; try smaller ones, such as 1e-4",
+                f"probe: no pass lowered the validation loss at {at} for {of}, whose scores are those of untrained "
+                f"weights, as they were drawn; try smaller learning rates, such as {min(rates) / 10:g}",
                 stacklevel=2,
             )
         losses, weights, biases = zip(*found, strict=True)

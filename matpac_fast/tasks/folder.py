@@ -123,7 +123,8 @@ def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strat
         folds = rotate_folds(np.array([row.get("fold", "") for row in rows]))
     elif len(np.unique(groups)) < _FOLDS:
         few = len(np.unique(groups))
-        raise DatasetError(f"{layout.folder}: {few} groups of clips; expected {_FOLDS} or more to split")
+        of = "1 group" if few == 1 else f"{few} groups"
+        raise DatasetError(f"{layout.folder}: {of} of clips; expected {_FOLDS} or more to split")
     else:
         folds = rotate_folds(deal_groups(groups, strata, _FOLDS, seed))
     for fold in folds:

@@ -235,9 +235,10 @@ class Layout:
     def error(self, n_files: int) -> DatasetError:
         shown = "; ".join(f"{name}: {reason}" for name, reason in self.problems[:_NAMED])
         more = f"; and {len(self.problems) - _NAMED} more" if len(self.problems) > _NAMED else ""
+        problems = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        files = "1 file" if n_files == 1 else f"{n_files} files"
         return DatasetError(
-            f"{self.name}: {self.folder} is incomplete or altered, {len(self.problems)} problems in {n_files} files: "
-            f"{shown}{more}",
+            f"{self.name}: {self.folder} is incomplete or altered, {problems} in {files}: {shown}{more}",
             self.problems,
         )
 
@@ -274,7 +275,8 @@ def rotate_folds(numbers: np.ndarray) -> list[Fold]:
     """Each fold number once as the test; the next one validates, the others train."""
     names = np.unique(numbers)
     if len(names) < 3:
-        raise DatasetError(f"{len(names)} folds; expected at least 3, to train, validate and test on")
+        folds = "1 fold" if len(names) == 1 else f"{len(names)} folds"
+        raise DatasetError(f"{folds}; expected at least 3, to train, validate and test on")
     folds = []
     for i, name in enumerate(names):
         after = names[(i + 1) % len(names)]

@@ -122,7 +122,7 @@ class RunFolder:
             except OSError as error:  # a file system without locks, as Lustre may be mounted
                 warnings.warn(
                     f"{self.path} cannot be locked ({error.strerror}): see to it that no second run writes there",
-                    stacklevel=2,
+                    stacklevel=1,  # above it is contextlib
                 )
             self._held = os.open(self.path, os.O_RDONLY)
             try:

@@ -6,14 +6,16 @@ import io
 import os
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import tyro
 
-from matpac_fast import __version__, cli
+from matpac_fast import __version__, cli, embedding
 from matpac_fast.cli._options import described
 from matpac_fast.errors import ConfigError, CorpusError
 
@@ -152,6 +154,26 @@ def test_too_few_threads_are_one_line_and_other_faults_are_not(monkeypatch, caps
     assert capsys.readouterr().err.startswith("matpac-fast demo: can't start new thread; expected more memory")
     with pytest.raises(RuntimeError, match="a fault"):
         running(monkeypatch, fail("a fault"))
+
+
+def test_the_packages_own_warnings_are_one_line_and_others_are_as_ever(monkeypatch, capsys):
+    def main() -> None:
+        warnings.warn_explicit("demo: half the room", UserWarning, embedding.__file__, 7)
+        warnings.warn_explicit("two\nlines", UserWarning, cli.__file__, 7)
+        warnings.warn_explicit("of another", UserWarning, torch.__file__, 7)
+        warnings.warn_explicit("of an age", FutureWarning, cli.__file__, 7)
+
+    monkeypatch.delenv("MATPAC_FAST_DEBUG", raising=False)
+    shown = warnings.showwarning
+    with pytest.warns() as others:
+        assert running(monkeypatch, main) == 0
+    assert capsys.readouterr().err == "matpac-fast demo: warning: half the room\nmatpac-fast demo: warning: two\n"
+    assert [str(other.message) for other in others] == ["of another", "of an age"]
+    assert warnings.showwarning is shown  # for who calls it from Python
+    monkeypatch.setenv("MATPAC_FAST_DEBUG", "1")
+    with pytest.warns() as others:
+        assert running(monkeypatch, main) == 0
+    assert (len(others), capsys.readouterr().err) == (4, "")
 
 
 def test_what_is_no_path_is_refused(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from matpac_fast import cli, load_encoder
-from matpac_fast.cli.study import _paths, choice_cells
+from matpac_fast.cli.study import _paths, choice_cells, copies
 from matpac_fast.config import MatpacConfig
 from matpac_fast.model import Matpac
 from matpac_fast.study import sweep
@@ -134,6 +134,24 @@ def test_probe_tells_of_copies_among_training_and_test_clips(tmp_path, capsys):
     arguments = ["probe", "--encoder", "logmel-stats", "--task", f"folder:{tmp_path}", "--temporal-support", "0.1"]
     assert cli.main([*arguments, "--seeds", "1", "--resamples", "5", "--device", "cpu"]) == 0
     assert "10 test clips are copies of training clips, by their bytes." in capsys.readouterr().out
+    assert copies([{"task": "t", "shared_audio": 1}]) == ["t: 1 test clip is a copy of training clips, by their bytes."]
+
+
+def test_probe_warns_in_one_line_of_weights_that_are_untrained(tmp_path, capfd):
+    random, rows = np.random.default_rng(0), []  # nothing is to be learnt
+    for i in range(24):
+        soundfile.write(tmp_path / f"{i}.wav", random.normal(0, 0.1, 1_600), 16_000)
+        rows.append(dict(path=f"{i}.wav", label="ab"[i % 2], split=("train", "valid", "test")[i // 8]))
+    miniature.table(tmp_path / "clips.csv", rows)
+    arguments = ["probe", "--encoder", "logmel-stats", "--task", f"folder:{tmp_path}", "--temporal-support", "0.1"]
+    arguments += ["--probe-batch", "8", "--learning-rates", "1e5", "--decays", "0", "--seeds", "1"]
+    assert cli.main([*arguments, "--resamples", "5", "--device", "cpu"]) == 0
+    said = capfd.readouterr()
+    assert said.err == (
+        "matpac-fast probe: warning: no pass lowered the validation loss at learning rate 100000 for 1 of 1 seed, "
+        "whose scores are those of untrained weights, as they were drawn; try smaller learning rates, such as 10000\n"
+    )
+    assert said.out.endswith(" 8 test clips, 1 fold, 1 seed\n")
 
 
 def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  # noqa: F811

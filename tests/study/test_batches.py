@@ -174,8 +174,19 @@ def test_same_bits_twice_and_seeds_differ():
     assert not torch.equal(one.scores[0][0], one.scores[0][1])
 
 
-def test_learning_rates_that_learn_nothing_are_told():
+@pytest.mark.parametrize(
+    ("rates", "seeds", "told"),
+    [
+        (
+            (1e4, 1e5),
+            2,
+            "at learning rates 10000, 100000 for 2 of 2 seeds, .* try smaller learning rates, such as 1000$",
+        ),
+        ((2e4,), 1, "at learning rate 20000 for 1 of 1 seed, whose scores are those of untrained .*, such as 2000$"),
+    ],
+)
+def test_learning_rates_that_learn_nothing_are_told(rates, seeds, told):
     values, targets = blobs()
-    config = dataclasses.replace(BATCHES, learning_rates=(1e4, 1e5))
-    with pytest.warns(UserWarning, match="at learning rates 10000, 100000 for 2 of 2 seeds, whose initial weights"):
+    config = dataclasses.replace(BATCHES, learning_rates=rates, seeds=seeds)
+    with pytest.warns(UserWarning, match=told):
         run(values, targets, three_folds(len(targets))[:1], config, 3)

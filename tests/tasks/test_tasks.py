@@ -290,6 +290,7 @@ def test_three_clips_of_a_rare_label_are_enough_beside_other_labels(tmp_path):
         ("path,label\ncat/0.wav,cat\ncat/1.wav,cat, purring\n", "row of cat/1.wav has more fields than the header"),
         ("path,label\ncat/0.wav,cat\n./cat/0.wav,pet\n", "lists ./cat/0.wav twice; .*, with ; between several"),
         ("path,label,fold\ncat/0.wav,cat,1\ncat/1.wav,cat,\n", "cat/1.wav has no fold; expected one for each clip"),
+        ("path,label,group\ncat/0.wav,cat,a\n", ": 2 groups of clips; expected 5 or more to split"),
     ],
 )
 def test_a_list_that_would_be_misread_is_an_error(tmp_path, text, line):
@@ -388,7 +389,7 @@ def test_a_length_that_the_header_does_not_state_is_counted(tmp_path):
     task = load_task(f"folder:{tmp_path}")
     assert task.seconds[task.paths.index(path)] == 0.75
     path.write_bytes(flac[: len(flac) // 2])
-    with pytest.raises(DatasetError, match=r"1 problems in 30 files: cat/0\.flac: altered: "):
+    with pytest.raises(DatasetError, match=r"1 problem in 30 files: cat/0\.flac: altered: "):
         load_task(f"folder:{tmp_path}")
 
 

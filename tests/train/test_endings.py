@@ -13,7 +13,7 @@ from stops import after
 
 from matpac_fast.errors import CheckpointError
 from matpac_fast.model import Matpac
-from matpac_fast.train import Reporter, feed, logs, loop, pretrain, read_log
+from matpac_fast.train import Reporter, feed, logs, loop, pretrain, read_log, state
 from matpac_fast.train.flops import step_flops
 from matpac_fast.train.watch import TrainingError
 
@@ -56,8 +56,9 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, corpus, model_config, train
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.warns(UserWarning, match=r"run cannot be locked \(Function not implemented\)"):
+    with pytest.warns(UserWarning, match=r"run cannot be locked \(Function not implemented\)") as warned:
         assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+    assert [told.filename for told in warned] == [state.__file__]  # by which the command line knows it
 
 
 def test_a_run_whose_latest_is_lost_goes_on(tmp_path, corpus, model_config, train_config):
