@@ -313,9 +313,8 @@ def split_rows(split: str = "split", group: str = "group") -> list[dict[str, str
     [
         ({"split": "SPLIT"}, "SPLIT", "split"),
         ({"split": "splitt"}, "splitt", "split"),
-        ({"split": "flod"}, "flod", "fold"),
-        ({"group": "groups"}, "groups", "group"),
-        ({"group": " Group ID "}, "Group ID", "group"),
+        ({"split": "folds"}, "folds", "fold"),
+        ({"group": " Groups "}, "Groups", "group"),
     ],
 )
 def test_a_misspelt_column_is_refused_before_its_split_or_groups_are_lost(tmp_path, names, came, meant):
@@ -347,7 +346,7 @@ def test_blanks_around_names_of_columns_and_a_byte_order_mark_are_no_part_of_the
 def test_other_columns_may_be_there(tmp_path):
     """Also such as are called nearly as one that is there as well, and so is not lost."""
     miniature.folder(tmp_path, clips=6)
-    others = dict.fromkeys(["label_id", "site", "speaker", "duration", "filename", "Split"], "0")
+    others = dict.fromkeys(["label_id", "site", "speaker", "subject", "folder", "duration", "filename", "Split"], "0")
     miniature.table(tmp_path / "clips.csv", [row | others for row in split_rows()])
     task = load_task(f"folder:{tmp_path}")
     assert (len(task.folds), len(task.folds[0].train), len(task.folds[0].test)) == (1, 8, 4)
