@@ -237,7 +237,7 @@ def test_statistics_of_65536_prototypes_take_little_memory(monkeypatch):
     def kib(name: str) -> int:
         return int(status.read_text().split(f"{name}:")[1].split()[0])
 
-    monkeypatch.setattr(model_module, "_SUMS_BYTES", 2**22)
+    monkeypatch.setattr(model_module, "_SUMS_BYTES", 2**20)
     model = Matpac(MatpacConfig(**TINY | dict(prototypes=65_536)))
     latents, features = torch.randn(840, model.config.width), torch.randn(840, model.config.head_bottleneck)
     gc.collect()
