@@ -28,7 +28,12 @@ def test_that_memory_ran_out(error):
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"), OSError()],
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with environment"),
+        ValueError("out of memory"),
+        OSError(),
+    ],
 )
 def test_other_errors(error):
     assert not is_out_of_memory(error)
