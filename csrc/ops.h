@@ -116,7 +116,7 @@ void prediction_loss_cpu(const PredictionLossArgs& args, bool backward, int thre
 //   backward: out = the gradient of qkv, from the result, its gradient and the statistics
 struct AttentionArgs {
   const void* qkv;  // (batch, tokens, 3, heads, width) contiguous, of `dtype`, as is all the rest
-  DType dtype;      // float32, float64, or bfloat16, which is computed in float32, as are the statistics
+  DType dtype;      // float32, float64, or bfloat16, which is summed in float32, as are the statistics
   int64_t batch, tokens, heads, width;
   void* out;           // (batch, tokens, heads, width); backward: as qkv
   void* stats;         // (batch, heads, tokens, 2): the largest q k of a query, and 1 / its sum of exponentials
