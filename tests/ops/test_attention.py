@@ -86,7 +86,7 @@ def test_bfloat16_products_are_as_near_to_float64_as_torch_s(isa, scale, shape, 
     for value, own, best, same in zip(out, plain, exact, again, strict=True):
         assert torch.equal(value, same)
         few = torch.finfo(torch.bfloat16).eps / 8 * best.square().mean().sqrt()
-        assert (value - best).square().mean().sqrt() <= 1.1 * (own - best).square().mean().sqrt() + few
+        assert (value - best).square().mean().sqrt() <= 1.5 * (own - best).square().mean().sqrt() + few
     assert torch.equal(ops.attention(tensors[0]), out[0])  # without a gradient
 
 
