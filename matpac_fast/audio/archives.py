@@ -24,6 +24,7 @@ ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
 # Which cannot be read from any place in them. Found all the same, so that whoever has a folder of them learns why.
 COMPRESSED = frozenset({".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"})
 WHY_COMPRESSED = "a compressed tar file: unpack it, or pack it again without compression"
+_BEGIN = 2**26  # bytes of a compressed tar file, unpacked, in which audio is looked for
 _ROWS = 16  # of a Parquet file, read at a time
 _BUFFER = 1 << 20  # bytes; without it, or with pre_buffer, pyarrow reads the column of a whole row group at once
 # What a column of audio may be made of, in Arrow's words.
@@ -81,10 +82,12 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
 
 
 def holds_audio(archive: Path) -> bool:
-    """Whether an archive has a member at all, and can be read so far."""
+    """Whether an archive has a member at all, and can be read so far; of a compressed tar file, whether it may have."""
     try:
         return next(_listed(archive), None) is not None
-    except (*_damage(), OSError, AudioError):
+    except AudioError as error:
+        return str(error) == WHY_COMPRESSED
+    except (*_damage(), OSError):
         return False
 
 
@@ -104,9 +107,22 @@ def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioE
 def _listed(archive: Path) -> Iterator[Member]:
     if not stat.S_ISREG(os.stat(archive).st_mode):  # opening a pipe would wait for whoever writes to it
         raise AudioError("not a regular file")
-    if is_compressed(archive):
+    if not is_compressed(archive):
+        yield from _LISTERS[archive.suffix.lower()](archive)
+    elif _may_hold_audio(archive):
         raise AudioError(WHY_COMPRESSED)
-    yield from _LISTERS[archive.suffix.lower()](archive)
+
+
+def _may_hold_audio(archive: Path) -> bool:
+    """Whether there is audio at the beginning of a compressed tar file; in doubt, too, as where it cannot be read."""
+    try:
+        with tarfile.open(archive, "r|*", encoding="utf-8") as file:
+            for info in file:
+                if (not info.isdir() and _is_audio(info.name)) or info.offset_data + info.size > _BEGIN:
+                    return True
+    except (*_damage(), OSError):  # Zstandard is read from Python 3.14 on
+        return True
+    return False
 
 
 def _is_audio(name: str) -> bool:

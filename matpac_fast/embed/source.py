@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ..audio.archives import ARCHIVES, COMPRESSED, holds_audio, is_archive, is_compressed
+from ..audio.archives import ARCHIVES, COMPRESSED, holds_audio, is_archive
 from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
 from ..audio.decode import AudioFile, find_audio, read_blocks, resampled
 from ..errors import AudioError, ConfigError, CorpusError
@@ -32,7 +32,7 @@ class Entry:
 class Files:
     """The audio files of a folder, or of a list. Names are UTF-8, relative to the folder, or to that of the list."""
 
-    packed: Sequence[Path] = ()  # archives of audio in the folder, and compressed ones, which are passed over
+    packed: Sequence[Path] = ()  # archives of audio in the folder, which are passed over
 
     def __init__(self, path: Path):
         self.path = path
@@ -55,7 +55,7 @@ class Files:
                 f"{self.path}: neither a folder nor a regular file; a list of paths must be one: save it as a file"
             )
         found = find_audio(self.path, passed_over, ARCHIVES | COMPRESSED)
-        self.packed = [path for path in found if is_compressed(path) or (is_archive(path) and holds_audio(path))]
+        self.packed = [path for path in found if is_archive(path) and holds_audio(path)]
         return [os.path.relpath(path, self.path) for path in found if not is_archive(path)]
 
     def place(self, name: str) -> Path:

@@ -279,6 +279,20 @@ def test_a_compressed_tar_file_is_left_out_with_its_reason(files, tmp_path, name
     assert (report.clips, report.added, report.rejected) == (4, 3, {})
 
 
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_compressed_tar_file_without_audio_is_none_of_ours(files, tmp_path, kind, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "notes.txt").write_text("a" * 1000)
+    with tarfile.open(tmp_path / "in" / f"code.tar.{kind}", f"w:{kind}") as file:
+        file.add(tmp_path / "notes.txt", "notes.txt")
+        file.add(files, "folder.wav", recursive=False)
+    assert not archives.holds_audio(tmp_path / "in" / f"code.tar.{kind}")
+    shutil.copy(files / "a.wav", tmp_path / "in")
+    assert prepare(tmp_path / "in", tmp_path / "out").rejected == {}
+    monkeypatch.setattr(archives, "_BEGIN", 1000)  # what comes after it may be audio
+    assert prepare(tmp_path / "in", tmp_path / "out").rejected == {"a compressed tar file": 1}
+
+
 def test_an_archive_that_ends_while_it_is_read_leaves_reasons(files, tmp_path):
     parquet(files, tmp_path / "x.parquet")
     inside, reason = archives.members(tmp_path / "x.parquet")
