@@ -51,6 +51,18 @@ def test_the_forward_pass_is_embed_windows(encoder):
     assert torch.equal(nn.Sequential(encoder, head).train()(waves), head(want))
 
 
+def test_windows_go_through_the_network_as_many_at_a_time_as_is_said(encoder, monkeypatch):
+    sizes, forward = [], Encoder.forward_groups
+
+    def counted(self: Encoder, groups: list[Tensor], *options: str) -> list[Tensor]:
+        sizes.append(sum(map(len, groups)))
+        return forward(self, groups, *options)
+
+    monkeypatch.setattr(Encoder, "forward_groups", counted)
+    encoder.embed_windows(noise(5, 1_600), batch_size=2)
+    assert sizes == [2, 2, 1]
+
+
 def test_gradients_are_off_until_they_are_asked_for(encoder, tmp_path):
     encoder.save(tmp_path / "e.safetensors")
     loaded = load_encoder(tmp_path / "e.safetensors", "cpu")

@@ -109,6 +109,26 @@ def test_forcing_the_reference(machine, op):
     assert backend.choose(op, CPU) == on_cpu(op)
 
 
+def test_the_extension_needs_code_for_each_gpu_of_the_machine(machine):
+    machine.built_for("90-real", driver=13000, runtime=13000)
+    machine.patch.setattr(torch.cuda, "device_count", lambda: 2)
+    machine.patch.setattr(torch.cuda, "get_device_capability", lambda device=None: [(9, 0), (8, 0)][device or 0])
+    assert "built for 90-real, GPU 1 is sm_80; rebuild: MATPAC_FAST_CUDA_ARCHS=80-real" in refused("cuda")
+
+
+def test_what_transforms_the_reference_on_a_gpu_is_told(machine):
+    machine.patch.setattr(backend, "transformed", lambda: True)
+    with pytest.warns(UserWarning, match="log_mel runs on the PyTorch reference on this GPU .torch.func or forward"):
+        assert backend.choose("log_mel", CUDA) == "reference"
+
+
+@pytest.mark.parametrize(("gpu", "computes"), [((7, 5), False), ((8, 0), True)])
+def test_before_ampere_nothing_is_fused_in_bfloat16(machine, gpu, computes):
+    machine.gpu(*gpu)
+    assert backend.fuses("add_layer_norm", CUDA, torch.bfloat16) == computes
+    assert backend.fuses("add_layer_norm", CUDA, torch.float16)
+
+
 def test_broken_driver(machine):
     machine.patch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device; nvidia-smi" in refused("cuda")

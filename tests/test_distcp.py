@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import pickle
@@ -17,7 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata
 
 from matpac_fast import distcp
+from matpac_fast.checkpoint import PARTS, step_name
 from matpac_fast.errors import CheckpointError
+from matpac_fast.intact import intact_named
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -35,6 +38,7 @@ def text(content: str) -> bytes:
 
 
 PATH, FORM = b"cpathlib\nPosixPath\n", b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+ABOUT = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
 ATTRIBUTES = b"}" + text("parent") + PATH + text("/evil") + b"\x85Rs"
 
 
@@ -42,8 +46,10 @@ ATTRIBUTES = b"}" + text("parent") + PATH + text("/evil") + b"\x85Rs"
     ("pickled", "named"),
     [
         (PATH + b"N" + ATTRIBUTES + b"\x86b.", "attributes of <class 'pathlib"),  # BUILD of the class, as slots
+        (ABOUT + b"N" + ATTRIBUTES + b"\x86b.", "attributes of <class 'torch"),  # of one whose instances may be filled
         (FORM + b"K\x00\x85R" + ATTRIBUTES + b"b.", "attributes of <_MEM_FORMAT_ENCODING"),  # of the one member
         (b"cposix\nmkdir\n.", "posix.mkdir"),
+        (b"ctorch\nload\n.", "torch.load"),  # of a module that has names which are data
     ],
 )
 def test_what_would_change_the_process_is_refused(folder, pickled, named):
@@ -87,3 +93,27 @@ def test_a_disk_that_is_full_is_named(tmp_path):
     )
     told = subprocess.run([sys.executable, "-c", code, tmp_path / "c"], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == f"{errno.EFBIG} {os.strerror(errno.EFBIG)} (rank 0)"
+
+
+def test_what_is_there_is_not_written_over(folder):
+    with pytest.raises(OSError, match="already exists"):
+        distcp.save(folder, {"model.w": torch.zeros(3)}, {})
+    assert distcp.load(folder, "model.")[0]["w"].tolist() == [0, 1, 2]
+
+
+def test_a_checkpoint_whose_optimizer_is_damaged_is_not_told_to_be_intact(tmp_path):
+    tensors = {f"{part}.w": torch.ones(3_000) for part in ("model", "optimizer")}
+    for step in (1, 2, 3):
+        folder = tmp_path / "checkpoints" / step_name(step)
+        folder.mkdir(parents=True)
+        distcp.save(folder / PARTS, tensors, {})
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+    (tmp_path / "latest").write_text(step_name(3))
+    with pytest.raises(CheckpointError, match="^lost$"), intact_named(tmp_path, "{folder}"):
+        raise CheckpointError("lost")  # not for want of a whole one
+    for step, kept in ((2, 0.6), (3, 0.1)):  # the optimizer's weights are the last of the file
+        [file] = (tmp_path / "checkpoints" / step_name(step) / PARTS).glob("*.distcp")
+        file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    distcp.load(tmp_path / "checkpoints" / step_name(2) / PARTS, "model.")
+    with pytest.raises(CheckpointError, match="lost. step-00000001 is intact: "), intact_named(tmp_path, "{folder}"):
+        raise CheckpointError("lost")

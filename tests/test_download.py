@@ -6,6 +6,7 @@ import http.client
 import http.server
 import shutil
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -23,7 +24,7 @@ PIN = f"#sha256={sha256(FILE)}"
 
 class Server(http.server.ThreadingHTTPServer):
     """Serves a folder on loopback and keeps the paths asked for; /broken.* ends before its length, /to? goes on,
-    /any/ is the encoder's file."""
+    /any/ is the encoder's file, /late/ too, after a moment."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked = folder, []
@@ -48,7 +49,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", "abc")
             self.end_headers()
-        elif self.path.startswith("/any/"):
+        elif self.path.startswith(("/any/", "/late/")):
+            time.sleep(0.2 if self.path.startswith("/late/") else 0)
             self.path = "/e.safetensors"
             super().do_GET()
         elif self.path.startswith("/to?"):
@@ -70,7 +72,7 @@ def server(tmp_path, monkeypatch):
     (tmp_path / "www").mkdir()
     shutil.copy(FILE, tmp_path / "www" / "e.safetensors")
     with Server(tmp_path / "www") as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -135,6 +137,38 @@ def test_what_fails_leaves_nothing(server, tmp_path, path, says):
     with pytest.raises(CheckpointError, match=says):
         downloads.resolve(server.address + path + PIN)
     assert kept(tmp_path) == []
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "_SILENT_FOR", 0.05)
+    with pytest.raises(CheckpointError, match="the connection broke: timed out; fetch it elsewhere"):
+        downloads.resolve(f"{server.address}/late/e.safetensors{PIN}")
+    assert kept(tmp_path) == []
+
+
+def test_a_pin_is_the_same_in_capitals(server):
+    assert sha256(downloads.resolve(f"{server.address}/any/e.pt#sha256={sha256(FILE).upper()}")) == sha256(FILE)
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch):
+    for name, value, folder in (
+        ("HOME", "/h", "/h/.cache/matpac_fast"),
+        ("XDG_CACHE_HOME", "/x", "/x/matpac_fast"),
+        ("MATPAC_FAST_CACHE", "~/own", "/h/own"),
+    ):
+        for other in ("XDG_CACHE_HOME", "MATPAC_FAST_CACHE"):
+            monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv(name, value)
+        assert downloads.cache_folder() == Path(folder)
+
+
+@pytest.mark.parametrize("name", ["MATPAC_FAST_OFFLINE", "HF_HUB_OFFLINE"])
+def test_downloads_are_forbidden_in_every_word_for_yes(monkeypatch, name):
+    for other in ("MATPAC_FAST_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(other, raising=False)
+    for word, forbids in (("1", True), ("ON", True), ("yes", True), ("True", True), ("0", False), ("", False)):
+        monkeypatch.setenv(name, word)
+        assert downloads.offline() == (name if forbids else None)
 
 
 def test_a_folder_that_cannot_be_written_is_told_with_the_way_out(server, tmp_path):

@@ -91,6 +91,29 @@ def test_onnx_runs_at_every_batch_and_length(encoder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["encoder.onnx"]
 
 
+@pytest.mark.parametrize("front_end", [{"framing": "kaldi"}, {"preemphasis": 0.97}, {"log_floor": 1e-5}])
+def test_a_front_end_that_the_graph_has_not_is_refused(front_end):
+    encoder = Encoder(n_frames=64, width=16, depth=1, num_heads=2, **front_end)
+    with pytest.raises(ConfigError, match="has Kaldi's framing, pre-emphasis or a floor; expected none"):
+        export.Exportable(encoder)
+
+
+def test_a_gain_is_in_the_graph():
+    encoder = Encoder(n_frames=64, width=16, depth=1, num_heads=2, gain=100.0)
+    waves = noise(2, 8_000)
+    want = encoder.embed(waves, SECOND).values[:, 0]
+    torch.testing.assert_close(export.Exportable(encoder)(waves), want, rtol=0, atol=1e-5)
+
+
+def test_the_heads_that_are_given_are_the_encoders(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("matpac_fast.encoder.load_encoder", lambda *args: asked.append(args))
+    args = ["export", "--encoder", "e.pt", "--num-heads", "6", "--torch", str(tmp_path / "e.pt2")]
+    assert cli.main(args) == cli.FAILED
+    assert asked == [("e.pt", "cpu", 6)]
+    assert capsys.readouterr().err.endswith("only MATPAC and M2D encoders can be exported\n")
+
+
 @pytest.mark.usefixtures("traced")
 def test_torch_export_runs_at_every_batch_and_length(encoder, tmp_path, capsys):
     encoder.save(tmp_path / "e.safetensors")

@@ -131,9 +131,11 @@ def test_twenty_minutes_go_through_in_small_batches(model, monkeypatch):
 def test_sixteen_bits_and_arrays_are_the_same_sounds(model):
     audio = (noise(2, 8_000) * 20).short()  # as quiet as some recordings end
     want = hear.get_scene_embeddings(audio / 32_768, model)
+    frames = hear.get_timestamp_embeddings(audio / 32_768, model)[0]
+    assert frames.shape == (2, 13, model.timestamp_embedding_size)
     for sounds in (audio, audio.numpy(), (audio / 32_768).double().numpy()):
         assert torch.equal(hear.get_scene_embeddings(sounds, model), want)
-        assert hear.get_timestamp_embeddings(sounds, model)[0].shape == (2, 13, model.timestamp_embedding_size)
+        assert torch.equal(hear.get_timestamp_embeddings(sounds, model)[0], frames)
 
 
 @pytest.mark.parametrize("set_default", [torch.set_default_dtype, torch.set_default_device])

@@ -204,6 +204,7 @@ def test_compiled_encoders_give_the_same(monkeypatch, tmp_path):
     for clips, options in ((noise(3, 20_000), {}), (noise(1, 9_000), {"pool": "none", "layers": "all"})):
         want = encoder.embed(clips, SECOND, **options).values
         torch.testing.assert_close(compiled.embed(clips, SECOND, **options).values, want, rtol=0, atol=1e-5)
+    assert compiled._compiled is not None
 
 
 def test_copies_of_a_compiled_encoder_have_weights_of_their_own(monkeypatch):

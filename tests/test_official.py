@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import matpac_fast as mf
-from matpac_fast.errors import AudioError, CheckpointError
+from matpac_fast.errors import AudioError, CheckpointError, ConfigError
 from matpac_fast.official import OfficialMatpac, get_matpac
 
 
@@ -18,6 +18,25 @@ def model() -> OfficialMatpac:
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32) / 10)
+
+
+def test_a_probe_of_few_classes_and_what_it_sets(tmp_path):
+    path = tmp_path / "probe.pt"
+    torch.save({"w": noise(3, 960), "b": torch.zeros(3)}, path)
+    options = dict(probe_checkpoint_paths=path, multi_label=False, device="cpu")
+    probed = get_matpac("untrained-nano", "fast", False, False, **options)
+    assert (probed.inference_type, probed.pull_time_dimension, probed.concat_freq) == ("precise", True, True)
+    probs, labels = probed.probe_forward(noise(2, 9_000))
+    assert [len(row) for row in labels] == [3, 3]  # all there are
+    torch.testing.assert_close(probs.sum(1), torch.ones(2))
+    with pytest.raises(ConfigError, match="2 class names for 3 classes"):
+        get_matpac("untrained-nano", class_names=["a", "b"], **options)
+    torch.save({"w": noise(3, 480), "b": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="a probe of 480 inputs, on an encoder of 960"):
+        get_matpac("untrained-nano", **options)
+    torch.save({"w": noise(3, 960), "b": torch.zeros(4)}, path)
+    with pytest.raises(CheckpointError, match=r"expected one linear layer's weight and bias, found w \(3, 960\)"):
+        get_matpac("untrained-nano", **options)
 
 
 @pytest.mark.parametrize("as_given", [lambda w: w.double(), lambda w: w.numpy(), lambda w: w.double().numpy()[:, None]])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 import torch
 
-from matpac_fast import cli, spans
+from matpac_fast import backend, cli, spans
 from matpac_fast.cli import _bench_profile
 from matpac_fast.config import MatpacConfig
 from matpac_fast.train.flops import part_flops, step_flops
@@ -35,6 +36,17 @@ def test_every_part_of_a_step_is_told(tmp_path, monkeypatch, capfd):
         assert spans._open is None
 
 
+def test_the_times_of_a_part_are_summed(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 12.0])
+    monkeypatch.setattr(spans.time, "perf_counter", lambda: next(clock))
+    seconds: dict[str, float] = {}
+    with spans.timed(seconds, torch.device("cpu")):
+        for _ in range(2):
+            with spans.span("student"):
+                pass
+    assert seconds == {"student": 3.0}
+
+
 def test_parts_sum_to_the_step():
     assert sum(part_flops(MatpacConfig()).values()) == step_flops(MatpacConfig()) == pytest.approx(91.8e9, rel=0.005)
     assert set(part_flops(TINY)) | set(_bench_profile.least_bytes(TINY, 1, 1)) == set(spans.PARTS)
@@ -51,6 +63,25 @@ def test_the_command(capsys, monkeypatch):
     assert rows["log_mel, 2 x 6.08 s"][-1] == "cpp"
     assert float(rows["training step"][2]) > 0
     assert float(rows["embedding, 2 x 10 s"][-1].rstrip("x")) > 0
+
+
+def test_each_row_is_of_the_preset_in_its_share_of_the_time_and_the_plain_formulas_come_first(monkeypatch, capsys):
+    from matpac_fast.cli import bench
+
+    asked = []
+
+    def cases(*args):
+        asked.append(args)
+        return 2 * [("a row", "", lambda: None)]
+
+    real = bench.compare
+    monkeypatch.setattr(bench, "make_cases", cases)
+    monkeypatch.setattr(bench, "compare", lambda call, seconds, device: asked.append(seconds) or (3.0, 2.0))
+    assert cli.main(["bench", "--preset", "nano", "--batch-size", "3", "--seconds", "8", "--device", "cpu"]) == 0
+    assert asked == [(MatpacConfig.preset("nano"), 3, "nano", torch.device("cpu")), 4.0, 4.0]
+    assert capsys.readouterr().out.count("3.00      2.00   1.50x") == 2
+    plain, fused = real(lambda: time.sleep(0.003 * (backend._forced == "reference")), 0, torch.device("cpu"))
+    assert plain > fused
 
 
 @pytest.mark.parametrize("preset", ["nano", "large"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from matpac_fast import cli
 from matpac_fast.cli import _progress, embed
 from matpac_fast.config import MatpacConfig
 from matpac_fast.embed import writer
-from matpac_fast.embed.extract import Progress, Report
+from matpac_fast.embed.extract import Progress, Report, embed_collection
 from matpac_fast.embed.manifest import read_manifest
 from matpac_fast.model import Matpac
 from tests.embed import crew
@@ -179,6 +180,34 @@ def test_every_option_reaches_the_collection(source, tmp_path, capsys):
     assert values.dtype == np.float16
     assert values.ndim == 3  # frames, layers, numbers
     assert os.path.exists(tmp_path / "out" / "shard-00000.index.parquet")
+
+
+def test_options_that_change_no_shard_reach_the_collection_too(source, tmp_path, capsys, monkeypatch):
+    asked, loaded = {}, []
+
+    def collected(*args, **options):
+        asked.update(inspect.signature(embed_collection).bind(*args, **options).arguments)
+        return Report(total=1, out=tmp_path)
+
+    monkeypatch.setattr("matpac_fast.embed.extract.embed_collection", collected)
+    monkeypatch.setattr("matpac_fast.encoder.load_encoder", lambda *args, dtype: loaded.append((*args, dtype)))
+    more = ["--batch-size", "5", "--files-per-shard", "9", "--max-errors", "8", "--retry-errors", "--any-decoder"]
+    more += ["--lease-seconds", "33", "--num-heads", "6", "--precision", "bfloat16"]
+    assert cli.main(command(source, tmp_path / "out", *more)) == 0
+    assert loaded == [("untrained-tiny", torch.device("cpu"), 6, "bfloat16")]
+    wanted = dict(batch_size=5, files_per_shard=9, max_errors=8, retry_errors=True, any_decoder=True, workers=1)
+    assert asked.items() >= (wanted | {"lease_seconds": 33.0, "temporal_support": 0.1}).items()
+
+
+@pytest.mark.parametrize(
+    ("failed", "more", "code"),
+    [(1, [], 0), (2, [], 3), (1, ["--max-errors", "1"], 0), (1, ["--max-errors", "0"], 3)],
+)
+def test_it_exits_with_3_where_too_many_files_failed_or_all(source, tmp_path, capsys, monkeypatch, failed, more, code):
+    report = Report(total=2, failed=failed, out=tmp_path)
+    monkeypatch.setattr("matpac_fast.embed.extract.embed_collection", lambda *_, **__: report)
+    monkeypatch.setattr("matpac_fast.encoder.load_encoder", lambda *_, **__: None)
+    assert cli.main(command(source, tmp_path / "out", *more)) == code
 
 
 def test_a_full_disk_is_one_line_with_the_folder(source, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from matpac_fast.audio.corpus import Corpus
 from matpac_fast.audio.prepare import PrepareReport
 from matpac_fast.cli._quiet import quiet_libraries
 from matpac_fast.cli.prepare import summary
+from matpac_fast.errors import ConfigError
 
 RATE = 16_000
 
@@ -51,6 +52,20 @@ def test_the_summary_says_what_was_used_and_what_was_not(source, tmp_path, capsy
     assert len(Corpus(out)) == 3
     assert cli.main(["prepare", str(source), str(out)]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: 3 clips, 3.0 s, 1 shard; 0 added\n1 file left out")
+
+
+def test_every_option_reaches_the_corpus(source, tmp_path, monkeypatch):
+    asked = {}
+
+    def prepared(*_, **options):
+        asked.update(options)
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr("matpac_fast.audio.prepare.prepare", prepared)
+    words = ["--sample-rate", "8000", "--workers", "1", "--shard-seconds", "9", "--min-seconds", "0.3"]
+    assert cli.main(["prepare", str(source), str(tmp_path), *words, "--silence-db", "-50"]) == cli.FAILED
+    wanted = dict(sample_rate=8_000, workers=1, shard_seconds=9.0, min_seconds=0.3, silence_db=-50.0)
+    assert asked.items() >= wanted.items()
 
 
 def test_a_corpus_that_training_does_not_take_is_not_sent_there(source, tmp_path, capsys):

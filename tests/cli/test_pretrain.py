@@ -254,6 +254,27 @@ def test_several_crop_lengths_mcl_and_decays(corpus, tmp_path):
     assert run(corpus, "--out", tmp_path / "run", "--device", "cpu") == 0
 
 
+def test_every_option_reaches_the_run(corpus, tmp_path, monkeypatch):
+    asked = []
+
+    def pretrained(clips, out, model, train, *_):
+        asked.append((model, train))
+        return Result(out, train.steps, True)
+
+    monkeypatch.setattr("matpac_fast.train.loop.pretrain", pretrained)
+    model = {"mask_ratio": 0.5, "mcl_heads": 2, "teacher_init": "copy", "center_of": "logits"}
+    train = {"steps": 40, "batch_size": 6, "grad_accumulation": 3, "lr": 0.002, "warmup": 5, "pad_short": "zeros"}
+    train |= {"precision": "bf16", "seed": 9, "log_every": 7, "save_every": 8, "keep_last": 2, "keep_every": 16}
+    train |= {"probe_every": 24}
+    words = [word for name, value in (model | train).items() for word in ("--" + name.replace("_", "-"), value)]
+    switches = ["--no-stretch-decays", "--compile", "--no-cuda-graph", "--shard"]
+    assert run(corpus, "--out", tmp_path / "run", "--preset", "nano", "--device", "cpu", *words, *switches) == 0
+    [(given_model, given_train)] = asked
+    assert given_model.to_dict().items() >= model.items()
+    train |= {"stretch_decays": False, "compile": True, "cuda_graph": False, "shard": True}
+    assert given_train.to_dict().items() >= train.items()
+
+
 def test_a_run_from_other_weights_is_as_large_as_they_are(corpus, tmp_path):
     options = [*SMALL, "--preset", "nano", "--mcl-heads", 2, "--steps", 2]
     assert run(corpus, "--out", tmp_path / "a", *options) == 0

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,12 +17,17 @@ import pytest
 import soundfile
 
 from matpac_fast import cli, load_encoder
+from matpac_fast.cli import probe
+from matpac_fast.cli import study as study_command
 from matpac_fast.cli.study import _paths, choice_cells, copies
 from matpac_fast.config import MatpacConfig
+from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.study import sweep
 from matpac_fast.study.cost import Cost, measure_here
+from matpac_fast.study.linear import ProbeConfig
 from matpac_fast.study.results import Tables
+from matpac_fast.study.sweep import StudyConfig
 from tests.study.conftest import SMALL, clips, encoder_file  # noqa: F401
 from tests.tasks import miniature
 
@@ -124,6 +130,62 @@ def test_probe_says_the_studys_score(study, encoder_file, clips, capsys, monkeyp
     for line, row in zip(lines, rows, strict=True):
         assert f"accuracy {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f})" in line
     assert "tones, even" in lines[1]
+
+
+OPTIONS = [
+    *("--hop", "0.25", "--remainder", "pad", "--aggregate", "score", "--learning-rates", "0.2,3", "--decays", "1e-5"),
+    *("--probe-batch", "7", "--seeds", "2", "--no-standardize", "--resamples", "60", "--batch-size", "3", "--partial"),
+    *("--split-seed", "4", "--workers", "1", "--device", "cpu", "--dtype", "bfloat16"),
+]
+ASKED = StudyConfig(
+    encoders=("e",),
+    tasks=("folder:a",),
+    temporal_supports=(0.5,),
+    hop=0.25,
+    remainder="pad",
+    aggregate="score",
+    probe=ProbeConfig((0.2, 3.0), (1e-5,), seeds=2, standardize=False, batch=7, check_every=1, patience=20),
+    batch_size=3,
+    device="cpu",
+    dtype="bfloat16",
+    seed=4,
+    partial=True,
+    workers=1,
+)
+
+
+def test_every_option_of_probe_reaches_it_and_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
+    asked, cells = [], [SimpleNamespace(task=SimpleNamespace(name="a", left_out=[("x.wav", "missing")]))]
+    monkeypatch.setattr(probe, "run_study", lambda config, out, hear: asked.append((config, out)) or cells)
+
+    def tabulated(cells, margin, **options):
+        asked.append((margin, options["resamples"]))
+        return Tables([], [], [])
+
+    monkeypatch.setattr(probe, "tabulate", tabulated)
+    arguments = ["probe", "--task", "folder:a", "--encoder", "e", "--temporal-support", "0.5", *OPTIONS]
+    assert cli.main([*arguments, "--cache", str(tmp_path / "cache")]) == 0
+    assert asked == [(dataclasses.replace(ASKED, cost=False), tmp_path / "cache"), (0.0, 60)]
+    assert capsys.readouterr().out == "a: 1 clip is left out, missing, altered or damaged: x.wav: missing.\n"
+
+
+def test_every_option_of_study_reaches_it(tmp_path, monkeypatch, capsys):
+    asked, cells = [], [SimpleNamespace(costs=[])]
+    monkeypatch.setattr(study_command, "run_study", lambda config, out, hear: asked.append((config, out)) or cells)
+
+    def tabulated(cells, margin, cheapest_by, resamples, hear):
+        asked.append((margin, cheapest_by, resamples))
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr(study_command, "tabulate", tabulated)
+    arguments = ["study", "--tasks", "folder:a", "--encoders", "e", "--temporal-support", "0.5", *OPTIONS]
+    arguments += ["--margin", "0.02", "--cheapest-by", "macs", "--no-cost", "--batch-sizes", "2,5"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == cli.FAILED
+    assert asked == [
+        (dataclasses.replace(ASKED, cost=False, batch_sizes=(2, 5)), tmp_path),
+        (0.02, "macs", 60),
+    ]
+    assert capsys.readouterr().err == "matpac-fast study: that is all\n"
 
 
 def test_probe_tells_of_copies_among_training_and_test_clips(tmp_path, capsys):

@@ -176,6 +176,11 @@ def test_c_plus_plus_is_what_computes(monkeypatch):
     monkeypatch.setattr(op_module, "_LEAST", 4 * 4 * 2)
     ops.attention(qkv)
     assert called.pop() is False
+    monkeypatch.setattr(op_module, "_LEAST", 4 * 4 * 4 * 2)
+    ops.attention(qkv)
+    assert len(called) == 3
+    ops.attention(qkv.bfloat16())  # where torch's own takes twice as long, a quarter is enough
+    assert called.pop() is False
     with use_backend("reference"):
         ops.attention(qkv)
     with torch.autocast("cpu", torch.bfloat16):  # which casts

@@ -56,6 +56,16 @@ def test_rows_are_the_encoders(tmp_path, encoder, some, aggregate):
         assert np.allclose(rows.seconds[rows.clip == number], seconds)
 
 
+@pytest.mark.parametrize("remainder", ["keep", "pad", "merge", "drop"])
+def test_the_end_of_a_clip_is_treated_as_the_view_says(tmp_path, encoder, remainder):
+    wave = np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32)
+    cache = Cache(tmp_path, encoder, View(0.5, remainder=remainder, aggregate="score"))
+    [(values, seconds)] = cache.embed([wave])
+    want = encoder.embed(wave, encoder.sample_rate, 0.5, remainder=remainder)
+    torch.testing.assert_close(values, want.values)
+    assert seconds.tolist() == (want.end - want.start).tolist()
+
+
 def test_what_is_there_is_not_embedded_again_under_whatever_name(tmp_path, encoder, some, monkeypatch):
     paths, audio = some
     views = [View(0.3), View(0.5)]
@@ -129,7 +139,7 @@ def test_a_clip_that_two_processes_embedded_is_read_once(tmp_path, encoder, some
     assert torch.allclose(rows.values, wanted.values, atol=1e-5)
 
 
-def test_the_key_is_all_that_embeddings_depend_on(tmp_path, encoder, encoder_file):
+def test_the_key_is_all_that_embeddings_depend_on(tmp_path, encoder, encoder_file, monkeypatch):
     base = Cache(tmp_path, encoder, View(0.5)).key
     others = [
         Cache(tmp_path, encoder, view).key
@@ -142,6 +152,10 @@ def test_the_key_is_all_that_embeddings_depend_on(tmp_path, encoder, encoder_fil
     assert len({base, *others}) == 1 + len(others)
     copy = load_encoder(shutil.copy(encoder_file, tmp_path / "copy.safetensors"), "cpu")
     assert Cache(tmp_path, copy, View(0.5)).key == base
+    copy.dtype = torch.bfloat16  # of the products, where weights are as they were
+    assert Cache(tmp_path, copy, View(0.5)).key != base
+    monkeypatch.setattr("matpac_fast.study.cache.decoder_versions", lambda: {"libsndfile": "0"})
+    assert Cache(tmp_path, encoder, View(0.5)).key != base
 
 
 def test_shares_of_several_processes_are_apart_and_whole(tmp_path, encoder, some, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -85,6 +86,42 @@ def test_without_matplotlib_there_are_no_plots(tmp_path, monkeypatch):
         [],
         ["No plots: the study's plots need matplotlib"],
     )
+
+
+def test_each_plot_is_of_its_own_rows(monkeypatch, tmp_path):
+    drawn: dict[str, list[Any]] = {}
+    for name in ("_score", "_pareto", "_cost", "_latency"):
+        monkeypatch.setattr(plots, name, lambda plt, path, rows, look: drawn.update({path.name: rows}))
+    small = made_cost("e", 1.0, 1)
+    large = dataclasses.replace(small, batch=16)
+    row = dict(task="t", encoder="e", subset="", metric="accuracy", peak_mib=1.0)
+    other = row | dict(task="u", peak_mib=None)
+    plots.write_plots(tmp_path, [row, row | dict(subset="even"), other], [large, small])
+    assert drawn == {
+        "score-t.png": [row],
+        "pareto-t.png": [row],
+        "score-u.png": [other],
+        "cost.png": [large],
+        "latency.png": [small],
+    }
+
+
+@pytest.mark.parametrize(("longest", "told"), [(1.5, "dotted: the longest clip, 1.5 s"), (2.0, "")])
+def test_bars_are_the_intervals_and_where_clips_end_is_told(drawn, tmp_path, longest, told):
+    row = dict(task="t", encoder="e", subset="", metric="accuracy", peak_mib=None, longest_seconds=longest)
+    rows = [row | dict(temporal_support=ts, score=0.5, low=0.4, high=0.5 + ts / 10) for ts in (2.0, 1.0)]
+    assert plots.write_plots(tmp_path, rows, [])[1] == []
+    (axis,) = drawn["score-t.png"].axes
+    _, _, (bars,) = axis.containers[0].lines
+    ends = [[round(float(y), 6) for _, y in segment] for segment in bars.get_segments()]
+    assert ends == [[0.4, 0.6], [0.4, 0.7]]
+    assert axis.get_title().startswith(told)
+    assert bool(axis.get_title()) == bool(told)
+
+
+def test_the_front_is_what_none_beats_in_both():
+    points = [(3.0, 0.6), (2.0, 0.5), (1.0, 0.5), (1.0, 0.4), (4.0, 0.1)]
+    assert plots._front(points) == [(1.0, 0.5), (3.0, 0.6)]
 
 
 def test_a_peak_of_nothing_is_no_point_of_the_trade(drawn, tmp_path):

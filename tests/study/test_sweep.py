@@ -167,10 +167,25 @@ def test_costs_are_those_of_the_largest_batch_and_the_latency_that_of_the_smalle
     cell = made_cell(clips, 0.5, 0.9, 9, 20.0)
     (large,) = cell.costs
     small = dataclasses.replace(large, batch=1, batch_ms=7.0, peak_mib=5.0)
-    row = tabulate([dataclasses.replace(cell, windows=3.0, costs=[small, large])], 0.01, resamples=10).results[0]
-    assert (row["batch"], row["latency_ms"], row["peak_mib"]) == (4, 7.0, 20.0)
+    for costs in ([large, small], [small, large]):  # as they were asked for
+        row = tabulate([dataclasses.replace(cell, windows=3.0, costs=costs)], 0.01, resamples=10).results[0]
+        assert (row["batch"], row["latency_ms"], row["peak_mib"]) == (4, 7.0, 20.0)
     assert row["ms_per_clip"] == pytest.approx(3 * large.batch_ms / 4)
     assert row["ms_per_audio_second"] == pytest.approx(large.batch_ms / (4 * 0.5))
+
+
+def test_a_fold_without_a_validation_score_leaves_the_choice_to_the_others(clips):
+    cell = made_cell(clips, 0.5, 0.9, 9, 20.0)
+    probed = dataclasses.replace(cell.probed, valid_score=torch.tensor([[0.75], [torch.nan]]))
+    assert dataclasses.replace(cell, probed=probed).valid_score == 0.75
+
+
+def test_rows_say_the_hop_that_was_asked_for_and_how_many_clips_they_are_of(clips):
+    cell = made_cell(clips, 0.5, 0.9, 9, 20.0)
+    for hop, told in ((None, 0.5), (0.25, 0.25)):
+        rows = tabulate([dataclasses.replace(cell, view=View(0.5, hop))], 0.01, resamples=10).results
+        assert [row["hop"] for row in rows] == 3 * [told]
+        assert [row["test_clips"] for row in rows] == [12, 6, 6]  # all, and in either subset
 
 
 def test_of_temporal_supports_that_see_all_the_shortest_is_chosen(clips):
@@ -182,6 +197,8 @@ def test_of_temporal_supports_that_see_all_the_shortest_is_chosen(clips):
     padded = [dataclasses.replace(cell, view=dataclasses.replace(cell.view, remainder="pad")) for cell in cells]
     (choice,) = tabulate(padded, 0.01, resamples=10).choices  # silence is something else to see
     assert (choice["best_temporal_support"], choice["best_seconds_seen"]) == (5.0, 1.0)
+    one = [dataclasses.replace(c, view=dataclasses.replace(c.view, aggregate="one")) for c in padded]  # is not padded
+    assert tabulate(one, 0.01, resamples=10).choices[0]["best_temporal_support"] == 1.0
 
 
 def test_where_clips_are_shorter_what_an_embedding_sees_is_said(clips, tmp_path):

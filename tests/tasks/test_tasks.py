@@ -12,8 +12,8 @@ import pytest
 import soundfile
 
 from matpac_fast.errors import ConfigError
-from matpac_fast.tasks import TASKS, DatasetError, Fold, Task, load_task
-from matpac_fast.tasks.task import deal_groups
+from matpac_fast.tasks import TASKS, DatasetError, Fold, Task, load_task, magnatagatune
+from matpac_fast.tasks.task import Layout, deal_groups
 from tests.tasks import miniature
 
 OFFICIAL = [name for name in TASKS if name != "folder"]
@@ -71,6 +71,7 @@ def test_esc50(sets):
     assert {path.name[0] for path in np.array(task.paths)[first.valid]} == {"2"}
     assert labels(task, first.test) == ["dog", "rain", "clock_tick"]
     assert task.seconds.tolist() == [5.0] * 15
+    assert task.groups[:2].tolist() == ["100", "101"]  # the recordings, whichever clip of them
 
 
 def test_urbansound8k(sets):
@@ -78,12 +79,30 @@ def test_urbansound8k(sets):
     assert (len(task.paths), len(task.folds)) == (20, 10)
     assert {path.parent.name for path in np.array(task.paths)[task.folds[9].test]} == {"fold10"}
     assert {path.parent.name for path in np.array(task.paths)[task.folds[9].valid]} == {"fold1"}
+    assert set(task.groups.tolist()) == {f"{fold}-{1000 + fold}" for fold in range(1, 11)}  # both slices of a recording
 
 
 def test_gtzan(sets):
     task = load(sets, "gtzan")
     assert [len(task.folds[0].train), len(task.folds[0].valid), len(task.folds[0].test)] == [6, 4, 2]
     assert labels(task, task.folds[0].test) == ["blues", "rock"]
+
+
+@pytest.mark.parametrize("root", ["genres_original", "."])
+def test_gtzan_by_the_other_names_that_it_goes_by(sets, copy, root):
+    want, folder = load(sets, "gtzan"), copy("gtzan")
+    for genre in ("blues", "rock"):
+        (folder / root).mkdir(exist_ok=True)
+        (folder / "genres" / genre).rename(folder / root / genre)
+        for path in (folder / root / genre).iterdir():
+            path.rename(path.with_suffix(".au"))
+    (folder / "genres").rmdir()
+    (folder / "GTZAN_split").mkdir()
+    for path in folder.glob("*_filtered.txt"):
+        path.rename(folder / "GTZAN_split" / path.name)
+    task = load_task(f"gtzan:{folder}", partial=True)
+    assert [path.relative_to(folder).suffix for path in task.paths] == 12 * [".au"]
+    assert task.targets.tolist() == want.targets.tolist()
 
 
 def test_tau2020_scores_devices(sets):
@@ -97,7 +116,8 @@ def test_tau2020_scores_devices(sets):
 
 def test_openmic_masks_what_nobody_knows(sets):
     task = load(sets, "openmic")
-    assert (task.kind, task.metric, task.classes) == ("multi", "mAP", ("accordion", "banjo", "bass"))
+    assert (task.kind, task.metric, task.classes) == ("multi", "mAP", ("accordion", "bass", "banjo"))
+    assert task.groups[:2].tolist() == ["000000", "000001"]  # the tracks, whichever seconds of them
     wanted = [[math.nan if (i + p) % 4 == 0 else float((i + p) % 2 == 1) for p in range(3)] for i in range(8)]
     assert np.array_equal(task.targets, np.array(wanted, np.float32), equal_nan=True)
 
@@ -111,6 +131,20 @@ def test_magnatagatune_takes_the_fifty_tags_and_the_folders(sets):
     assert "1" not in {path.parent.name for path in task.paths}  # has none of the tags
     assert task.targets[0].tolist() == [float(tag % 3 == 0) for tag in range(50)]
     assert task.groups[0] == "0/artist-album-01-song"  # whichever seconds of it
+
+
+def test_magnatagatune_is_whole_without_the_files_that_are_empty_in_it(copy):
+    root = copy("magnatagatune")
+    table = root / "annotations_final.csv"
+    lines = table.read_text().splitlines()
+    table.unlink()
+    empty = [lines[1].rpartition("\t")[0] + "\t" + name for name in sorted(magnatagatune._EMPTY)]
+    table.write_text("\n".join([*lines, *empty]) + "\n")
+    for folder in (root / "mp3").iterdir():  # which may be there or not
+        folder.rename(root / folder.name)
+    (root / "mp3").rmdir()
+    task = load_task(f"magnatagatune:{root}", partial=True)
+    assert (len(task.paths), task.left_out) == (6, [])
 
 
 def test_nsynth(sets):
@@ -131,6 +165,17 @@ def test_fsd50k(sets):
 def test_a_shortened_list_is_told_from_the_official_one(sets, name):
     with pytest.raises(DatasetError, match=r"altered: \d+ \w+, officially \d+"):
         load_task(f"{name}:{sets / name}")
+
+
+def test_a_partial_folder_of_nothing_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match=r"incomplete or altered, 2 problems in 2 files: a\.wav: missing; b\.wav:"):
+        Layout("esc50", tmp_path, partial=True).audio(["a.wav", "b.wav"], (4.9, 5.1))
+
+
+def test_a_lengthened_list_is_told_too(tmp_path):
+    layout = Layout("esc50", tmp_path)
+    layout.count("meta/esc50.csv", "clips", 2_001, 2_000)
+    assert layout.problems == [("meta/esc50.csv", "altered: 2001 clips, officially 2000")]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -199,6 +244,9 @@ def test_a_folder_of_folders(tmp_path):
     assert other.fingerprint != task.fingerprint
     unnamed = dataclasses.replace(task, folds=[Fold(fold.train, fold.test) for fold in task.folds])
     assert unnamed.fingerprint != task.fingerprint
+    for name in ("groups", "targets", "classes", "paths"):  # probes are chosen by all of these
+        other = dataclasses.replace(task, **{name: getattr(task, name)[::-1]})
+        assert other.fingerprint != task.fingerprint, name
     with pytest.raises(DatasetError, match="mine: fold 0 has a clip in two parts"):
         dataclasses.replace(task, folds=[Fold(fold.train, fold.train[:3]) for fold in task.folds])
     (tmp_path / "mine/loose.wav").symlink_to(tmp_path / "mine/cat/0.wav")
@@ -247,6 +295,14 @@ def test_a_listed_folder(tmp_path):
     rows[0] |= dict(group="g0")  # learnt from and validated on: no test clip is heard before
     miniature.table(tmp_path / "clips.csv", rows)
     assert load_task(f"folder:{tmp_path}").folds[0].valid.tolist() == [0]
+
+
+def test_a_clip_without_a_group_is_one_of_its_own(tmp_path):
+    miniature.folder(tmp_path)
+    paths = [f"{label}/{i}.wav" for i in range(10) for label in ("cat", "dog")]
+    rows = [dict(path=path, label=path[:3], group="pair" if i < 2 else "") for i, path in enumerate(paths)]
+    miniature.table(tmp_path / "clips.csv", rows)
+    assert load_task(f"folder:{tmp_path}").groups.tolist() == ["pair", "pair", *paths[2:]]
 
 
 def test_labels_are_the_same_with_and_without_spaces(tmp_path):
@@ -404,6 +460,12 @@ def test_groups_stay_together_and_parts_are_even():
     order = random.permutation(600)
     assert np.array_equal(deal_groups(groups[order], strata[order], 5, seed=3), part[order])
     assert not np.array_equal(deal_groups(groups, strata, 5, seed=4), part)
+
+
+def test_a_large_group_leaves_the_small_ones_to_the_other_parts():
+    groups = np.array(10 * ["large"] + [f"small {i}" for i in range(10)])
+    for seed in range(5):
+        assert np.bincount(deal_groups(groups, np.zeros(20), 2, seed)).tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("spec", ["esc50", "esc:/data", "esc50:", "esc50:/nowhere"])

@@ -193,6 +193,15 @@ def other_corpus(rank, corpora, folder, model, config):
     return train(rank, corpora[rank], folder, model, config)
 
 
+def test_a_rank_that_has_lost_another_leaves_the_reason_to_who_has_one():
+    store, cpu = torch.distributed.HashStore(), torch.device("cpu")
+    first, second = (distributed.Ranks(cpu, rank, 2, store) for rank in range(2))
+    lost, full = RuntimeError("gloo: connection closed by peer"), ConfigError("the disk is full")
+    assert str(second.failure(lost)) == "rank 1: lost another rank, which gave no reason"
+    assert first.failure(full) is full
+    assert str(second.failure(lost)) == "rank 0: the disk is full"
+
+
 def test_ranks_with_different_corpora_are_refused(tmp_path, memory_corpus, model_config, train_config):
     corpora = [memory_corpus([6_000] * 4, seed) for seed in range(2)]
     answers = on_ranks(2, other_corpus, corpora, tmp_path / "run", model_config, train_config)

@@ -57,6 +57,21 @@ def test_a_run_leaves_its_curves_and_its_scalars(tmp_path, corpus, model_config,
     ]
 
 
+def test_what_a_killed_run_had_written_beyond_its_checkpoint_stands_there_once(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for done in (0, 1):
+        board = TensorBoard(tmp_path)
+        board.record({"event": "resume", "step": done, "text": f"after {done}"})
+        for step in (1, 2, 3)[done:]:
+            board.record({"step": step, "loss": float(done)})
+        board.saved(tmp_path, 3)  # from here on it is to be seen
+        found = events.EventAccumulator(str(tmp_path))
+        found.Reload()
+        board.close()
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 0.0), (2, 1.0), (3, 1.0)]
+    assert "resume/text_summary" in found.Tags()["tensors"]
+
+
 def test_a_picture_that_fails_is_warned_of_once_and_the_run_goes_on(
     tmp_path, corpus, model_config, train_config, monkeypatch
 ):
@@ -70,6 +85,18 @@ def test_a_picture_that_fails_is_warned_of_once_and_the_run_goes_on(
     assert told.endswith("run/curves.png could not be drawn, training goes on: ValueError: a font without glyphs")
     assert read_log(tmp_path / "run" / "log.jsonl")[-1] == {"event": "finished", "step": 12}
     assert (tmp_path / "run" / "latest").read_text() == "step-00000012\n"
+
+
+def test_curves_are_drawn_with_each_checkpoint_and_each_probe_after_one(tmp_path, monkeypatch):
+    drawn, curves = [], Curves()
+    monkeypatch.setattr(reporters, "draw_curves", lambda log, out: drawn.append(out))
+    probe, line = {"event": "probe", "step": 0, "student_knn": 0.5}, {"step": 1, "loss": 1.0}
+    curves.record(probe)
+    assert drawn == []  # there is no folder yet
+    curves.saved(tmp_path, 1)
+    curves.record(line)
+    curves.record(probe)
+    assert drawn == 2 * [tmp_path / "curves.png"]
 
 
 def test_curves_show_what_is_there(tmp_path):
