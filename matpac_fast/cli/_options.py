@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import shutil
@@ -41,6 +42,7 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
     )
 
 
+@functools.cache  # once a command: what is annotated is not what it was
 def described(main: Callable[..., Any]) -> Callable[..., Any]:
     """`main`, annotated so that tyro shows it plainly.
 

@@ -33,6 +33,15 @@ def test_the_demo_takes_as_long_as_the_readme_says():
     assert all(words in cli.COMMANDS["demo"] for words in said.split(", "))
 
 
+def test_a_command_is_annotated_once_however_often_it_runs_in_a_process():
+    """Python 3.10 read the third round's annotations wrongly."""
+
+    def main(name: str, number: int | None = None) -> None: ...
+
+    once = dict(described(main).__annotations__)
+    assert described(main).__annotations__ == once
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"matpac_fast {__version__}"
