@@ -253,10 +253,11 @@ def test_a_locale_that_knows_ascii_alone_loses_no_file(source, tmp_path):
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     words = command(source, tmp_path / "\xe8", "--encoder", "untrained-nano")
     ran = subprocess.run(
-        [sys.executable, "-P", "-m", "matpac_fast.cli", *words],
+        [sys.executable, "-m", "matpac_fast.cli", *words],
         capture_output=True,
         text=True,
         env={**os.environ, **ascii_alone},
+        cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
     assert f"6 files embedded in {tmp_path}/\\udcc3\\udca8\n" in ran.stdout

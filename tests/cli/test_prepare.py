@@ -161,13 +161,13 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(source, tmp_
     out = tmp_path / "corpus"
     for i in range(297):
         os.link(source / "0.wav", source / f"more {i}.wav")
-    command = [sys.executable, "-P", "-m", "matpac_fast.cli", "prepare", str(source), str(out), "--shard-seconds", "4"]
+    command = [sys.executable, "-m", "matpac_fast.cli", "prepare", str(source), str(out), "--shard-seconds", "4"]
 
     def start() -> subprocess.Popen[str]:
         # A background job ignores SIGINT, and so would what it starts.
         reset = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=reset)
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=reset, cwd=tmp_path)
 
     process = start()
     deadline = time.monotonic() + 120

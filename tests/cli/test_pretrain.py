@@ -327,10 +327,11 @@ def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
 
 
 def test_training_goes_on_when_nobody_reads_its_output_any_more(corpus, tmp_path):
-    command = [sys.executable, "-P", "-m", "matpac_fast.cli", "pretrain", corpus, "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "matpac_fast.cli", "pretrain", corpus, "--out", str(tmp_path / "run")]
     options = [*SMALL[:-1], "1", "--steps", "8"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    with subprocess.Popen([*command, *options], **pipes) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    place = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    with subprocess.Popen([*command, *options], **pipes, **place) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith("starting")
@@ -349,10 +350,15 @@ def test_what_nohup_ignores_stays_ignored(capsys):
 
 def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_path):
     """The command of the documentation, word for word but for the GPUs."""
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "matpac_fast.cli", "pretrain", corpus, "--out", str(tmp_path / "run"), "--steps", "4"]
     ended = subprocess.run(
-        [*command, *SMALL], capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*command, *SMALL],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
     )
     assert ended.returncode == 0, ended.stderr
     said = [line for line in ended.stdout.splitlines() if "[Gloo]" not in line]  # which torch 2.8 says there too

@@ -199,7 +199,7 @@ from matpac_fast.embed.lease import Leases
 Leases(pathlib.Path({str(tmp_path)!r})).claim("a")
 os._exit(0)
 """
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert (tmp_path / "a.0").exists()
     assert leases.claim("a")
 
@@ -212,8 +212,11 @@ Leases(pathlib.Path({str(tmp_path)!r}), 1.0).claim("a")
 print("ready", flush=True)
 time.sleep(600)
 """
-    command = [sys.executable, "-P", "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner, Leases(tmp_path, 1.0) as mine:
+    command = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as owner,
+        Leases(tmp_path, 1.0) as mine,
+    ):
         try:
             assert owner.stdout is not None
             assert owner.stdout.readline() == "ready\n"

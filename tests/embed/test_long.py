@@ -139,7 +139,9 @@ def test_memory_does_not_grow_with_the_length_of_a_file(tmp_path):
             for _ in range(minutes):
                 file.write(minute)
         arguments = [str(source), str(tmp_path / f"out {minutes}"), str(60 * minutes)]
-        ran = subprocess.run([sys.executable, "-P", "-c", PEAK, *arguments], capture_output=True, text=True, check=True)
+        ran = subprocess.run(
+            [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
         peaks[minutes] = float(ran.stdout)
         (source / "x.wav").unlink()
     assert peaks[60] < peaks[10] + 25
