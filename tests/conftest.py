@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -84,3 +85,23 @@ def local_ray():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def peak_growth() -> Callable[[Callable[[], object]], float]:
+    """Calls what it is given; the MiB by which resident memory rose meanwhile, at its peak."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("reads its peak memory from Linux's /proc")
+
+    def mib(name: str) -> float:
+        return int(status.read_text().split(f"{name}:")[1].split()[0]) / 1024
+
+    def of(call: Callable[[], object]) -> float:
+        gc.collect()
+        clear.write_text("5")  # forget the peak so far
+        before = mib("VmRSS")
+        call()
+        return mib("VmHWM") - before
+
+    return of

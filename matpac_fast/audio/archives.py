@@ -58,7 +58,7 @@ def is_archive(path: Path) -> bool:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether it is a compressed tar file, by its suffix: what is in it nobody reads."""
+    """Whether it is a compressed tar file, by its suffix: it is looked into, and not read."""
     return path.name.lower().endswith(tuple(COMPRESSED))
 
 
