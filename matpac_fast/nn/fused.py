@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..backend import dtype_of_products, fuses
 from ..kernels._limits import MAX_WIDTH
-from .linear import is_plain
+from . import halves
+from .linear import is_plain, is_watched
 from .vit import Attention, Block, Mlp
 
 Pending = tuple[Tensor, Tensor] | tuple[None, None]  # a product without its bias, and that
@@ -52,10 +53,31 @@ def run(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: int =
     tokens from `first_query` on are queries."""
     dtype = dtype_of_products(x)
     pending: Pending = (None, None)
+    at_once = not torch.compiler.is_compiling() and not is_watched()
     for i, block in enumerate(blocks):
         assert isinstance(block, Block)
-        x, pending = _block(block, x, pending, first_query if i + 1 == len(blocks) else 0, dtype)
+        run_block = _in_halves if at_once and _has_halves(block) else _block
+        x, pending = run_block(block, x, pending, first_query if i + 1 == len(blocks) else 0, dtype)
     return ops.add_layer_norm(x, *pending, norm, torch.float32)[1]
+
+
+def _has_halves(block: Block) -> bool:
+    """Whether the layers that `_block` calls may be read too: a user may have put others in their places, as LoRA."""
+    called, read = (block.attn.qkv, block.mlp.fc1), block.attn.proj
+    return all(is_plain(x, nn.Linear) for x in called) and all(x.bias is not None for x in (*called, read))
+
+
+def _in_halves(
+    block: Block, x: Tensor, pending: Pending, first_query: int, dtype: torch.dtype
+) -> tuple[Tensor, Pending]:
+    attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+    x, qkv = halves.norm_linear(x, *pending, block.norm1, attn.qkv, dtype)
+    b, n, d = x.shape
+    attended = ops.attention(qkv.view(b, n, 3, attn.num_heads, -1))
+    if first_query:
+        attended, x = attended[:, first_query:], x[:, first_query:].contiguous()
+    x, out = halves.mlp(attended.reshape(x.shape), x, attn.proj, block.norm2, fc1, fc2)
+    return x, (out, fc2.bias)
 
 
 def _block(block: Block, x: Tensor, pending: Pending, first_query: int, dtype: torch.dtype) -> tuple[Tensor, Pending]:

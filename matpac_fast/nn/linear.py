@@ -26,7 +26,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     # In a graph, torch 2.6 finds nothing in the dictionary.
     if "forward" in module.__dict__ or not isinstance(module.forward, types.MethodType):
         return False
-    return not any(hasattr(weight, "to_local") for weight in module.parameters(recurse=False))  # FSDP's
+    return not any(hasattr(weight, "to_local") for weight in module._parameters.values())  # FSDP's
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _takes_onednn(layer: nn.Linear, x: Tensor) -> bool:
-    if not prefers_onednn(x.device) or _is_watched() or not is_plain(layer, nn.Linear):
+    if not prefers_onednn(x.device) or is_watched() or not is_plain(layer, nn.Linear):
         return False
     # Of tensors the plain ones alone: no quantised weights or other subclasses.
     plain = type(x) is Tensor and type(layer.weight) is nn.Parameter
@@ -52,7 +52,7 @@ def _takes_onednn(layer: nn.Linear, x: Tensor) -> bool:
     return plain and floats and x.numel() * layer.out_features >= _LEAST
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether something transforms, traces or counts what runs, and so wants to see the products that torch knows."""
     if transformed():
         return True

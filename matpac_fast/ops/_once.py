@@ -32,3 +32,17 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
 
     return once
+
+
+def under_autograd(lib: torch.library.Library, op: str, function: type[torch.autograd.Function]) -> None:
+    """Let `function` differentiate `matpac_fast::op`; where nothing is, the call goes past it, for it takes the host
+    twice as long as a dispatch."""
+    overload = getattr(torch.ops.matpac_fast, op).default
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    lib.impl(op, autograd, "Autograd")

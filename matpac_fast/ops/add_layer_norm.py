@@ -11,12 +11,12 @@ from .. import reference
 from ..backend import device_guard, fuses
 from ..kernels._limits import MAX_WIDTH
 from ._check import FLOATS, check_shape, check_tensor
-from ._once import once_differentiable
+from ._once import once_differentiable, under_autograd
 
 _OP = "add_layer_norm"
 
 
-def _impl(
+def launch(
     x: Tensor, delta: Tensor | None, bias: Tensor | None, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.add_layer_norm import forward
@@ -35,7 +35,7 @@ def _fake(x: Tensor, delta: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, 
     )
 
 
-def _backward_impl(
+def launch_backward(
     dnormed: Tensor,
     dx_next: Tensor | None,
     new_x: Tensor,
@@ -79,8 +79,8 @@ _LIB.define(
     " -> (Tensor dx, Tensor ddelta, Tensor sums)"
 )
 for _device in ("CPU", "CUDA"):
-    _LIB.impl(_OP, _impl, _device)
-    _LIB.impl(f"{_OP}_backward", _backward_impl, _device)
+    _LIB.impl(_OP, launch, _device)
+    _LIB.impl(f"{_OP}_backward", launch_backward, _device)
 torch.library.register_fake(f"matpac_fast::{_OP}", _fake, lib=_LIB)
 torch.library.register_fake(f"matpac_fast::{_OP}_backward", _backward_fake, lib=_LIB)
 
@@ -113,7 +113,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return dx, ddelta if ddelta.numel() else dx.clone(), dbias, dgamma, dbeta, None, None
 
 
-_LIB.impl(_OP, lambda *args: _AddLayerNorm.apply(*args), "Autograd")
+under_autograd(_LIB, _OP, _AddLayerNorm)
 
 
 def add_layer_norm(

@@ -12,7 +12,7 @@ from ..backend import device_guard, dtype_of_products, fuses, takes_cpp
 from ..kernels._limits import HEAD_WIDTHS, MAX_TOKENS
 from ._check import FLOATS, check_tensor, shape_of
 from ._native import DTYPE, address
-from ._once import once_differentiable
+from ._once import once_differentiable, under_autograd
 
 _OP = "attention"
 _NATIVE = (torch.float32, torch.float64, torch.bfloat16)  # what the C++ takes
@@ -116,7 +116,7 @@ class _Attention(torch.autograd.Function):
         return torch.ops.matpac_fast.attention_backward(grad, *ctx.saved_tensors), None
 
 
-_LIB.impl(_OP, lambda *args: _Attention.apply(*args), "Autograd")
+under_autograd(_LIB, _OP, _Attention)
 
 
 def attention(qkv: Tensor) -> Tensor:

@@ -10,19 +10,19 @@ from torch import Tensor
 from .. import reference
 from ..backend import device_guard, fuses
 from ._check import FLOATS, check_shape, check_tensor
-from ._once import once_differentiable
+from ._once import once_differentiable, under_autograd
 
 _OP = "bias_gelu"
 
 
-def _impl(h: Tensor, bias: Tensor) -> Tensor:
+def launch(h: Tensor, bias: Tensor) -> Tensor:
     from ..kernels.bias_gelu import forward
 
     with device_guard(h):
         return forward(h.contiguous(), bias.contiguous())
 
 
-def _backward_impl(grad: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def launch_backward(grad: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     from ..kernels.bias_gelu import backward
 
     with device_guard(h):
@@ -33,8 +33,8 @@ _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define(f"{_OP}(Tensor h, Tensor bias) -> Tensor")
 _LIB.define(f"{_OP}_backward(Tensor grad, Tensor h, Tensor bias) -> (Tensor, Tensor)")
 for _device in ("CPU", "CUDA"):
-    _LIB.impl(_OP, _impl, _device)
-    _LIB.impl(f"{_OP}_backward", _backward_impl, _device)
+    _LIB.impl(_OP, launch, _device)
+    _LIB.impl(f"{_OP}_backward", launch_backward, _device)
 torch.library.register_fake(f"matpac_fast::{_OP}", lambda h, bias: h.new_empty(h.shape), lib=_LIB)
 torch.library.register_fake(
     f"matpac_fast::{_OP}_backward",
@@ -58,7 +58,7 @@ class _BiasGelu(torch.autograd.Function):
         return dh, dbias.to(bias.dtype)
 
 
-_LIB.impl(_OP, lambda *args: _BiasGelu.apply(*args), "Autograd")
+under_autograd(_LIB, _OP, _BiasGelu)
 
 
 def bias_gelu(h: Tensor, bias: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..kernels._limits import MAX_MELS
 from ..reference import LogMelConfig
 from ._check import check_tensor, shape_of
 from ._native import DTYPE
-from ._once import once_differentiable
+from ._once import once_differentiable, under_autograd
 
 _WAVE_DTYPES = (torch.float32, torch.float64, torch.int16)
 # A block of the CUDA kernel keeps 32 frames of samples; with longer hops than this they would not fit into the 99 KiB
@@ -217,7 +217,7 @@ class _LogMel(torch.autograd.Function):
         return torch.ops.matpac_fast.log_mel_backward(grad, wave, *ctx.scalars), *[None] * len(ctx.scalars)
 
 
-_LIB.impl("log_mel", lambda *args: _LogMel.apply(*args), "Autograd")
+under_autograd(_LIB, "log_mel", _LogMel)
 
 
 def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig(), dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from .. import reference
 from ..backend import autocast_dtype, choose, device_guard
 from ._check import FLOATS, check_int, check_shape, check_tensor, shape_of
 from ._native import address
-from ._once import once_differentiable
+from ._once import once_differentiable, under_autograd
 
 _OP = "masked_patch_embed"
 
@@ -268,7 +268,7 @@ class _MaskedPatchEmbed(torch.autograd.Function):
         return None, weight.to(to[0]), bias.to(to[1]), None, cls.to(to[3]), None, None, None
 
 
-_LIB.impl(_OP, lambda *args: _MaskedPatchEmbed.apply(*args), "Autograd")
+under_autograd(_LIB, _OP, _MaskedPatchEmbed)
 
 
 def masked_patch_embed(

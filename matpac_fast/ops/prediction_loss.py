@@ -13,7 +13,7 @@ from ..backend import device_guard, fuses, takes_cpp, without_autocast
 from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor
 from ._native import DTYPE, address
-from ._once import once_differentiable
+from ._once import once_differentiable, under_autograd
 
 _OP = "prediction_loss"
 _EPS = 1e-12  # of torch's normalize
@@ -173,7 +173,7 @@ class _FusedDistance(torch.autograd.Function):
         return torch.ops.matpac_fast.prediction_distance_backward(grad, *ctx.saved_tensors), None
 
 
-_LIB.impl("prediction_distance", lambda *args: _FusedDistance.apply(*args), "Autograd")
+under_autograd(_LIB, "prediction_distance", _FusedDistance)
 
 
 def prediction_loss(

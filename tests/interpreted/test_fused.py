@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from matpac_fast import ops, use_backend
 from matpac_fast.config import MatpacConfig
 from matpac_fast.model import Matpac
-from matpac_fast.nn import fused
+from matpac_fast.nn import fused, halves
 from matpac_fast.nn.vit import Transformer
 
 CONFIG = MatpacConfig.preset(
@@ -125,3 +129,107 @@ def test_what_a_user_changes_in_a_block_is_called(change):
     assert (got - want).norm() < 0.01 * want.norm()
     if change not in (wrap, bare):
         assert (want - before).norm() > 0.02 * before.norm()  # the change is one
+
+
+def through_layers(model: Transformer, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch, **options) -> torch.Tensor:
+    """`fused.run` without halves: layer by layer, as torch.compile traces it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "_has_halves", lambda block: False)
+        return fused.run(model.blocks, model.norm, x, **options)
+
+
+def random_transformer() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(64, 2, 2, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+FROZEN = {
+    "nothing": "",
+    "all but one bias": "^(?!blocks.0.norm1.bias)",
+    "weights": "weight",
+    "biases": "bias",
+    "the first block": "blocks.0",
+    "the last block": "blocks.1",
+}
+
+
+@pytest.mark.parametrize("first_query", [0, 3])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_halves_have_the_gradients_of_the_layers(frozen, first_query, monkeypatch):
+    model = random_transformer()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not re.search(frozen, name))
+    x = torch.randn(3, 5, 64, requires_grad=frozen != "blocks.0")
+    grad, found = torch.randn(3, 5 - first_query, 64), []
+    for run in (fused.run, lambda *args, **options: through_layers(model, args[2], monkeypatch, **options)):
+        with use_backend("triton"), torch.autocast("cpu", torch.float16):
+            out = run(model.blocks, model.norm, x, first_query=first_query)
+        out.backward(grad)
+        found.append({"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}})
+        x.grad = None
+        model.zero_grad()
+    ours, layers = found
+    assert torch.equal(ours.pop("out"), layers.pop("out"))
+    for name, want in layers.items():
+        assert (ours[name] is None) == (want is None), name
+        if want is not None:
+            assert ours[name].dtype == torch.float32
+            assert (ours[name] - want).norm() <= 1e-3 * want.norm(), name
+
+
+def test_without_a_gradient_halves_compute_the_same(monkeypatch):
+    model, x = random_transformer(), torch.randn(2, 5, 64)
+    with use_backend("triton"), torch.autocast("cpu", torch.float16):
+        want = fused.run(model.blocks, model.norm, x)
+        monkeypatch.setattr(halves._Mlp, "apply", None)  # nor do they pay for one
+        monkeypatch.setattr(halves._NormLinear, "apply", None)
+        with torch.no_grad():
+            assert torch.equal(fused.run(model.blocks, model.norm, x), want)
+
+
+def test_halves_are_once_differentiable():
+    model, x = random_transformer(), torch.randn(2, 5, 64, requires_grad=True)
+    with use_backend("triton"), torch.autocast("cpu", torch.float16):
+        out = model(x)
+    (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        grad.sum().backward()
+
+
+def test_who_counts_products_sees_the_ops(monkeypatch):
+    model, x = random_transformer(), torch.randn(2, 5, 64)
+    monkeypatch.setattr(halves, "mlp", None)
+    with use_backend("triton"), torch.autocast("cpu", torch.float16), torch.no_grad(), FlopCounterMode(display=False):
+        model(x)
+
+
+def test_what_a_half_returns_may_go_unused():
+    """Each of its results alone has a gradient."""
+    model = random_transformer()
+    block = model.blocks[0]
+    for index in (0, 1):
+        x = torch.randn(2, 5, 64, requires_grad=True)
+        delta = torch.randn(2, 5, 64, dtype=torch.float16, requires_grad=True)
+        with use_backend("triton"), torch.autocast("cpu", torch.float16):
+            found = halves.norm_linear(x, delta, block.mlp.fc2.bias, block.norm1, block.attn.qkv, torch.float16)
+            mlp = halves.mlp(delta, x, block.attn.proj, block.norm2, block.mlp.fc1, block.mlp.fc2)
+            layers = (
+                ops.add_layer_norm(x, delta, block.mlp.fc2.bias, block.norm1, torch.float16),
+                ops.add_layer_norm(
+                    x, F.linear(delta, block.attn.proj.weight), block.attn.proj.bias, block.norm2, torch.float16
+                ),
+            )
+            want = (
+                (layers[0][0], block.attn.qkv(layers[0][1])),
+                (layers[1][0], F.linear(block.mlp.hidden(layers[1][1]), block.mlp.fc2.weight)),
+            )
+        for ours, theirs in ((found, want[0]), (mlp, want[1])):
+            assert torch.equal(ours[index], theirs[index])
+            grad = torch.randn_like(theirs[index])
+            mine, plain = (torch.autograd.grad(out[index], (x, delta), grad) for out in (ours, theirs))
+            for got, expected in zip(mine, plain, strict=True):
+                assert (got - expected).norm() <= 1e-3 * expected.norm()

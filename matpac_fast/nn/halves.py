@@ -1,0 +1,156 @@
+"""The two halves of a fused block, around its attention: each one autograd function, with its gradients by hand.
+
+Layer by layer, torch and Python need longer between two kernels than a GPU for the kernels of a short crop or a small
+batch, or of a batch that several GPUs share; as two functions a block takes the host a third of that time. They do not
+save memory, and compute what the layers would: to rounding, for the sums of a bias's gradient stay in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._once import once_differentiable
+from ..ops.add_layer_norm import launch as add_layer_norm
+from ..ops.add_layer_norm import launch_backward as add_layer_norm_backward
+from ..ops.bias_gelu import launch as bias_gelu
+from ..ops.bias_gelu import launch_backward as bias_gelu_backward
+
+# Autograd gives each gradient the dtype of what it is for.
+_Found = Tensor | None
+
+
+def norm_linear(x: Tensor, delta: _Found, bias: _Found, norm: nn.LayerNorm, layer: nn.Linear, dtype: torch.dtype):
+    """(x + delta + bias, `layer` of its LayerNorm): a block up to its attention.
+
+    Args:
+        x: (B, N, D) float32, the residual stream.
+        delta, bias: (B, N, D) in `dtype` and (D,), a product and the bias that it lacks; neither in a first block.
+        dtype: 16 bits, of the products.
+    """
+    args = (x, delta, bias, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias, dtype)
+    if torch.is_grad_enabled():
+        new_x, out = _NormLinear.apply(*args)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        new_x, out = _norm_linear(*args)[:2]
+    return (x if delta is None else new_x), out
+
+
+def mlp(attended: Tensor, x: Tensor, proj: nn.Linear, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear):
+    """(x + proj(attended), the MLP of its LayerNorm without its last bias): a block from its attention on.
+
+    Args:
+        attended: (B, N, D), 16 bits, which are those of the products.
+        x: (B, N, D) float32 contiguous, the residual stream.
+    """
+    layers = (proj.weight, proj.bias, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight)
+    if torch.is_grad_enabled():
+        return _Mlp.apply(attended, x, *layers)
+    return _mlp(attended, x, *layers)[:2]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _norm_linear(
+    x: Tensor,
+    delta: _Found,
+    bias: _Found,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_bias: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """new_x, empty without a delta; out; and what the gradients need."""
+    delta = None if delta is None else _rows(delta)
+    new_x, normed, stats = add_layer_norm(_rows(x), delta, bias, gamma, beta, eps, dtype)
+    weight = weight.to(dtype)
+    out = F.linear(normed, weight, weight_bias.to(dtype)).view(*x.shape[:-1], -1)
+    return (new_x if delta is None else new_x.view(x.shape)), out, normed, stats, weight
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: _Found, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        new_x, out, *kept = _norm_linear(x, delta, *args)
+        ctx.save_for_backward(x if delta is None else new_x, *kept, args[1])
+        ctx.delta_dtype = None if delta is None else delta.dtype
+        if delta is None:
+            ctx.mark_non_differentiable(new_x)
+        ctx.set_materialize_grads(False)
+        return new_x, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnew_x: _Found, dout: _Found) -> tuple[_Found, ...]:  # type: ignore[override]
+        new_x, normed, stats, weight, gamma = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad = normed.new_zeros((len(normed), len(weight))) if dout is None else _rows(dout)
+        dweight = grad.t() @ normed if needed[6] else None
+        dweight_bias = grad.sum(0, dtype=torch.float32) if needed[7] else None
+        dx, ddelta, sums = _of_norm(grad @ weight, dnew_x, new_x, stats, gamma, ctx.delta_dtype)
+        if ctx.delta_dtype is None:
+            return dx, None, None, sums[0], sums[1], None, dweight, dweight_bias, None
+        return dx, ddelta.view(dx.shape), sums[2], sums[0], sums[1], None, dweight, dweight_bias, None
+
+
+def _mlp(
+    attended: Tensor,
+    x: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+) -> tuple[Tensor, ...]:
+    """new_x, out, and what the gradients need."""
+    dtype = attended.dtype
+    attended, proj, fc1, fc2 = _rows(attended), proj.to(dtype), fc1.to(dtype), fc2.to(dtype)
+    delta = F.linear(attended, proj)
+    new_x, normed, stats = add_layer_norm(_rows(x), delta, proj_bias, gamma, beta, eps, dtype)
+    h = F.linear(normed, fc1)
+    hidden = bias_gelu(h, fc1_bias)
+    out = F.linear(hidden, fc2).view(x.shape)
+    return new_x.view(x.shape), out, attended, normed, stats, h, hidden, proj, fc1, fc2
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attended: Tensor, x: Tensor, *layers: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        new_x, out, *kept = _mlp(attended, x, *layers)
+        ctx.save_for_backward(new_x, *kept, layers[2], layers[6])
+        ctx.set_materialize_grads(False)
+        return new_x, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnew_x: _Found, dout: _Found) -> tuple[_Found, ...]:  # type: ignore[override]
+        new_x, attended, normed, stats, h, hidden, proj, fc1, fc2, gamma, fc1_bias = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad = torch.zeros_like(attended) if dout is None else _rows(dout)
+        dfc2 = grad.t() @ hidden if needed[9] else None
+        dh, dfc1_bias = bias_gelu_backward(grad @ fc2, h, fc1_bias)
+        dfc1 = dh.t() @ normed if needed[7] else None
+        dx, ddelta, sums = _of_norm(dh @ fc1, dnew_x, new_x, stats, gamma, attended.dtype)
+        dproj = ddelta.t() @ attended if needed[2] else None
+        dattended = (ddelta @ proj).view(dx.shape) if needed[0] else None
+        return dattended, dx, dproj, sums[2], sums[0], sums[1], None, dfc1, dfc1_bias, dfc2
+
+
+def _of_norm(
+    dnormed: Tensor, dnew_x: _Found, new_x: Tensor, stats: Tensor, gamma: Tensor, delta_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, in its shape, of delta (N, D), empty without one, and of gamma, beta and bias (3, D). A delta
+    has another dtype than x, so that its gradient is a tensor of its own."""
+    dnext = None if dnew_x is None else _rows(dnew_x)
+    dx, ddelta, sums = add_layer_norm_backward(dnormed, dnext, _rows(new_x), stats, gamma, delta_dtype)
+    return dx.view(new_x.shape), ddelta, sums
