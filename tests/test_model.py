@@ -20,6 +20,7 @@ from matpac_fast.config import PRESETS, MatpacConfig
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.nn.linear import is_plain
+from matpac_fast.nn.statistics import summarise, token_sums
 from matpac_fast.nn.vit import shorten_positions
 
 # What no checkpoint holds, from the golden files' own description.
@@ -224,6 +225,17 @@ def test_the_teachers_statistics_are_those_of_its_centred_logits():
     assert got is not None
     assert got["prototypes_used"] == 1
     torch.testing.assert_close(got["teacher_perplexity"], torch.tensor(1.0), rtol=0, atol=1e-4)
+
+
+def test_the_spread_of_rows_that_hardly_differ_is_not_the_rounding_of_their_squares():
+    """As in a collapse, which the statistics are there to show: squares rounded to float32 are off by up to 6e-8."""
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (torch.tensor([5.0, 2.0]) + 1e-4 * torch.randn(200, 2, generator=generator)).softmax(-1)
+    latents = torch.randn(200, 8, generator=generator)
+    got = summarise(token_sums(latents, latents, probabilities, probabilities))
+    want = (probabilities.double().var(0) + 1e-6).sqrt().mean()
+    for name in ("spread_student_p", "spread_teacher_p"):
+        close(got[name], want, 1e-6)
 
 
 def test_statistics_of_65536_prototypes_take_little_memory(monkeypatch, peak_growth):

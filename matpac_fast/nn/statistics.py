@@ -51,11 +51,9 @@ def added(sums: Sums, more: Sums) -> Sums:
 
 
 def _moments(name: str, rows: Tensor) -> Sums:
-    """Sums over rows (N, C) of the values and of their squares."""
-    return {
-        f"{name}/sum": rows.sum(0, dtype=torch.float64),
-        f"{name}/squares": rows.square().sum(0, dtype=torch.float64),
-    }
+    """Sums over rows (N, C) of the values and of their squares, which float32 would round before they are added up."""
+    exact = rows.double()
+    return {f"{name}/sum": exact.sum(0), f"{name}/squares": exact.square().sum(0)}
 
 
 def summarise(sums: Sums) -> dict[str, Tensor]:
