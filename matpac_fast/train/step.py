@@ -111,7 +111,9 @@ def train_step(
 
 def _optimise(optimizer: torch.optim.AdamW, norm: Tensor, bad: Tensor, lr: float | Tensor, clip_norm: float) -> None:
     # The fused kernel divides the gradients as it reads them, which clips them, and does nothing where found_inf is 1.
-    optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    # It wants both in float32, whatever the model's own dtype is.
+    scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+    optimizer.grad_scale = scale.float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue]
     for group in optimizer.param_groups:
         group["lr"] = lr

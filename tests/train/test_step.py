@@ -100,6 +100,27 @@ def test_clipping_is_torchs(model_config, train_config, batch, clip_norm):
             torch.testing.assert_close(a.state[p][key], moment, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("clip_norm", [0.01, 1e4])
+def test_a_model_of_float64_is_trained_in_float64(model_config, train_config, batch, clip_norm):
+    spec, ids = batch
+    ours, theirs = Matpac(model_config).double(), Matpac(model_config).double()
+    optimizer = make_optimizer(ours, train_config)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, 1e-2, train_config.betas, train_config.eps, train_config.weight_decay)
+    for step in range(3):
+        measured = train_step(ours, optimizer, [(spec.double(), ids)], step, lr=1e-2, clip_norm=clip_norm)
+        out = theirs(spec.double(), ids, step=step)
+        out.loss.backward()
+        theirs.update_teachers(step)
+        torch.nn.utils.clip_grad_norm_(trained, clip_norm)
+        adamw.step()
+        adamw.zero_grad()
+        assert measured.loss.dtype == torch.float64
+        torch.testing.assert_close(measured.loss, out.loss, rtol=1e-6, atol=0)
+    # Where it clips, the scale has float32's digits, and Adam divides small gradients by their own size.
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=1e-5 if clip_norm < 1 else 1e-9)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_with_a_bad_input_leaves_everything_as_it_was(trained, batch, value):
     model, optimizer = trained
