@@ -24,6 +24,7 @@ from torch import Tensor
 from . import distcp
 from .errors import CheckpointError, ConfigError, first_line
 from .files import atomic
+from .nn.vit import sincos_positions
 
 # Official name -> ours, by prefix, longest first. The official code calls the predictor "decoder".
 _PREFIXES = (
@@ -133,11 +134,35 @@ def _count(state: Iterable[str], pattern: str) -> int:
 
 
 def _grid(pos: Tensor, patch_size: int) -> tuple[int, int]:
-    """(frequency, time) patches of positions (1, 1 + N, D): official models have 80 mels."""
+    """(frequency, time) patches of positions (1, 1 + N, D), as their sines tell; without sines, those of 80 mels."""
     tokens, freq = pos.shape[1] - 1, 80 // patch_size
+    if told := _grid_of_sines(pos):
+        return told
     if freq < 1 or tokens % freq:
         raise CheckpointError(f"{tokens} positions are no grid of patches of {patch_size} on 80 mels")
     return freq, tokens // freq
+
+
+def _grid_of_sines(pos: Tensor) -> tuple[int, int] | None:
+    """The grid whose `sincos_positions` these are, or None."""
+    if pos.ndim != 3 or pos.shape[2] % 4 or not pos.is_floating_point() or not is_whole(pos):
+        return None
+    time_code = pos[0, 1:, : pos.shape[2] // 2]  # of the first frequency, of the second, ...
+    again = (time_code[1:] == time_code[:1]).all(-1).nonzero()
+    time = int(again[0]) + 1 if len(again) else len(time_code)
+    if not time or len(time_code) % time:
+        return None
+    freq = len(time_code) // time
+    # They may have been kept in 16 bits.
+    fits = torch.allclose(pos.float(), sincos_positions(pos.shape[2], freq, time).float(), rtol=0, atol=5e-3)
+    return (freq, time) if fits else None
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether it is dense and its memory holds each of its numbers; a pickle may repeat one without end."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 _PER_HEAD = 64  # channels

@@ -315,7 +315,7 @@ class Matpac(nn.Module):
     def official_state_dict(self) -> dict[str, Any]:
         """The state under the official names, teachers nested in `_ema` and `_cls_head_ema`, as fairseq saves it.
 
-        It does not say the front end: what reads it takes MATPAC's.
+        Of the front end it tells the number of mels alone: what reads it takes MATPAC's.
         """
         return checkpoint.to_official_names(self.state_dict())
 

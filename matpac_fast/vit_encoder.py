@@ -266,7 +266,7 @@ def encoder_of(state: Mapping[str, Tensor], sizes: Mapping[str, Any], side: str,
         fits |= {"frontend.patch_embed.proj.weight": torch.empty(width, 1, patch, patch)}
         fits |= {"frontend.patch_embed.proj.bias": torch.empty(width)}
     checkpoint.check_fits(fits, kept, source)
-    if odd := [name for name, tensor in kept.items() if not _is_whole(tensor)]:
+    if odd := [name for name, tensor in kept.items() if not checkpoint.is_whole(tensor)]:
         raise CheckpointError(
             f"{source}: damaged: it holds not all numbers of {odd[0]}, which has {kept[odd[0]].numel()}"
         )
@@ -287,13 +287,6 @@ def sizes_of(config: MatpacConfig) -> dict[str, Any]:
     # What is MATPAC's is not said: the encoder's id is over what is.
     others = {name: value for name, value in front_end.items() if value != getattr(LogMelConfig, name)}
     return {size: getattr(config, size) for size in SIZES} | others
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether it is dense and its memory holds each of its numbers; a pickle may repeat one without end."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _through(block: nn.Module, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:

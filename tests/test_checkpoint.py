@@ -198,6 +198,27 @@ def test_sizes_are_read_from_content(model):
     assert {"n_mels", "n_frames", "mcl_heads", "prototypes", "predictor_depth"} <= set(sizes)
 
 
+@pytest.mark.parametrize(
+    ("n_mels", "n_frames", "patch_size"), [(64, 96, 16), (128, 160, 16), (40, 32, 8), (80, 608, 16), (16, 160, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_grid_is_read_off_the_positions(n_mels, n_frames, patch_size, dtype):
+    """The official training code takes any number of mels, and by the number of tokens 8 x 10 patches may be 5 x 16."""
+    made = Matpac(MatpacConfig(**TINY | dict(n_mels=n_mels, n_frames=n_frames, patch_size=patch_size)))
+    official = made.to(dtype).official_state_dict()
+    assert Matpac.from_official(official, num_heads=2, predictor_heads=2).config == made.config
+
+
+def test_positions_that_are_no_sines_are_of_80_mels(model):
+    ours = checkpoint.from_official_names(model.official_state_dict())
+    pos = ours["frontend.pos_embed"]
+    for other in (torch.randn(pos.shape), torch.zeros(1, 1, 32).expand(pos.shape), pos.flip(1)):
+        sizes = checkpoint.read_sizes(ours | {"frontend.pos_embed": other})
+        assert (sizes["n_mels"], sizes["n_frames"]) == (80, 64)
+    with pytest.raises(CheckpointError, match="23 positions are no grid of patches of 16 on 80 mels"):
+        checkpoint.read_sizes(ours | {"frontend.pos_embed": torch.randn(1, 24, 32)})
+
+
 def test_names_of_blocks_may_say_any_number(model):
     ours = checkpoint.from_official_names(model.official_state_dict())
     far = {name.replace("blocks.1.", "blocks.99999999."): tensor for name, tensor in ours.items()}

@@ -59,7 +59,7 @@ def weights_sizes(source: str | os.PathLike[str], given: Mapping[str, Any] = {})
     Args:
         source: as of `load_weights`.
         given: fields of `MatpacConfig` that are believed where the file does not say them; by default its heads have 64
-            channels each, and its mels are 80, as official.
+            channels each, as official, and its mels are those of its positions.
     """
     path, state, sizes, official = _read(source)
     if sizes is None:
