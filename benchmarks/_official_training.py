@@ -89,7 +89,10 @@ def _stubs() -> dict[str, types.ModuleType]:
 
 
 def load(checkout: Path, config: MatpacConfig) -> nn.Module:
-    """The official model of `config`'s sizes and schedules, in training mode."""
+    """The official model of `config`'s sizes, schedules and temperatures, in training mode."""
+    official_only = dict(head_bottleneck=256, center_of="probabilities", head_ema_past_end="encoder")
+    if other := [name for name, value in official_only.items() if getattr(config, name) != value]:
+        raise ValueError(f"the official model has no other {', '.join(other)} than {official_only}")
     folder = checkout / "training_matpac"
     if not (folder / "models" / "model.py").is_file():
         raise FileNotFoundError(f"{checkout} is no checkout of aurianworld/matpac: it has no training_matpac/models")
@@ -108,13 +111,20 @@ def load(checkout: Path, config: MatpacConfig) -> nn.Module:
     cfg = official.general_config()
     cfg.n_freq, cfg.n_t, cfg.patch_size, cfg.mask_ratio = c.n_mels, c.n_frames, c.patch_size, c.mask_ratio
     cfg.ema_decay, cfg.ema_end_decay, cfg.ema_anneal_end_step = c.ema_start, c.ema_end, c.max_steps
-    cfg.alpha, cfg.use_mcl = c.classification_weight, c.mcl_heads > 0
+    cfg.alpha, cfg.use_mcl = 1 - c.classification_weight, c.mcl_heads > 0  # of 0 and 1 one loss alone comes
     _set(cfg.encoder, embed_dim=c.width, depth=c.depth, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio)
     decoder = dict(decoder_embed_dim=c.predictor_width, decoder_depth=c.predictor_depth)
     _set(cfg.decoder, embed_dim=c.width, decoder_num_heads=c.predictor_heads, mlp_ratio=c.mlp_ratio, **decoder)
     _set(cfg.mcl_heads, embed_dim=c.width, decoder_embed_dim=c.predictor_width, n_head=c.mcl_heads)
+    temperature = dict(temperature_start=c.mcl_temp_start, temperature_end=c.mcl_temp_end)
+    _set(cfg.mcl_heads, decay_rate=c.mcl_temp_decay, **temperature)
     _set(cfg.cls_head_cfg, head_dim_out=c.prototypes, hidden_dim=c.head_hidden, warmup_n_steps=c.teacher_temp_warmup)
-    return official.GeneralModel(cfg, None).train()
+    temperature = dict(warmup_teacher_temp=c.teacher_temp_start, teacher_temp=c.teacher_temp)
+    _set(cfg.cls_head_cfg, ema_decay=c.head_ema_start, ema_end_decay=c.head_ema_end, **temperature)
+    model = official.GeneralModel(cfg, None).train()
+    # Its loss is made without its configuration's values.
+    _set(model.cls_head_loss, student_temp=c.student_temp, center_momentum=c.center_momentum)
+    return model
 
 
 def _set(config: Any, **values: Any) -> None:

@@ -9,7 +9,9 @@ import json
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
+import _official_training
 import _options
 import _timing
 import bench_attention
@@ -23,6 +25,7 @@ from _official_block import Block
 from _timing import Case, summary
 from torch import nn
 
+from matpac_fast.config import MatpacConfig
 from matpac_fast.nn import vit
 from matpac_fast.vit_encoder import Encoder
 
@@ -68,6 +71,35 @@ def test_the_official_block_is_ours_in_numbers_and_torch_s_alone_in_what_runs(fu
     out, kernels = ran(official)
     assert not kernels
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_official_model_is_made_of_the_whole_configuration(tmp_path):
+    """Its own values are others: an MCL temperature that begins at 1 made its loss another one than ours."""
+    models = tmp_path / "training_matpac" / "models"
+    models.mkdir(parents=True)
+    (models / "model.py").write_text(
+        "from types import SimpleNamespace as Some\n"
+        "def general_config():\n"
+        "    return Some(encoder=Some(), decoder=Some(), mcl_heads=Some(), cls_head_cfg=Some())\n"
+        "class GeneralModel:\n"
+        "    def __init__(self, cfg, task):\n"
+        "        self.cfg, self.cls_head_loss = cfg, Some()\n"
+        "    def train(self):\n"
+        "        return self\n"
+    )
+    numbers = dict(width=96, depth=3, num_heads=2, predictor_width=48, predictor_depth=5, predictor_heads=6)
+    numbers |= dict(mask_ratio=0.6, prototypes=24, head_hidden=40, mcl_heads=7, n_frames=64, max_steps=11)
+    numbers |= dict(mcl_temp_start=0.31, mcl_temp_decay=0.32, mcl_temp_end=0.33, student_temp=0.34)
+    numbers |= dict(teacher_temp_start=0.35, teacher_temp=0.36, teacher_temp_warmup=13, center_momentum=0.37)
+    numbers |= dict(ema_start=0.38, ema_end=0.39, head_ema_start=0.41, head_ema_end=0.42)
+    with mock.patch.dict(sys.modules):
+        made = _official_training.load(tmp_path, MatpacConfig(classification_weight=1.0, **numbers))
+        with pytest.raises(ValueError, match="has no other head_bottleneck than"):
+            _official_training.load(tmp_path, MatpacConfig(head_bottleneck=16, **numbers))
+    parts = (made.cfg, *(value for value in vars(made.cfg).values() if isinstance(value, type(made.cfg))))
+    arrived = [value for part in (*parts, made.cls_head_loss) for value in vars(part).values()]
+    assert [name for name, number in numbers.items() if number not in arrived] == []
+    assert made.cfg.alpha == 0  # the classification loss alone
 
 
 def test_the_narrower_limit_is_the_floor():
