@@ -6,8 +6,13 @@ import argparse
 import importlib
 import itertools
 import json
+import os
+import runpy
+import shutil
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -476,3 +481,37 @@ def test_a_file_to_embed_is_as_long_as_it_is_called(minutes, tmp_path):
     soundfile = pytest.importorskip("soundfile", reason="needs soundfile: pip install 'matpac_fast[audio]'")
     importlib.import_module("bench_embed_memory").write(tmp_path / "x.flac", minutes)
     assert soundfile.info(tmp_path / "x.flac").frames == round(60 * minutes * 16_000)
+
+
+REHEARSE = Path(report.__file__).parent / "rehearse" / "run.py"
+
+
+def test_a_rehearsal_says_which_torch_it_needs(monkeypatch, capsys):
+    rehearse = runpy.run_path(str(REHEARSE))
+    monkeypatch.setattr(sys, "argv", ["run.py", "true"])
+    for built, told in ((None, "without CUDA"), ("12.8", "with CUDA 12.8")):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        assert rehearse["main"]() == 2
+        assert f"is built {told}; it takes one with CUDA 13" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_a_rehearsal_plays_what_torch_calls(tmp_path):
+    """A library that calls a function we give and one that we do not, in place of libtorch_cuda.so."""
+    source, folder = tmp_path / "calls.c", tmp_path / "torch" / "lib"
+    source.write_text("int cudaGetDeviceCount(int*), cublasOther(void);\n"
+                      "int calls(int* n) { return cudaGetDeviceCount(n) + cublasOther(); }\n")  # fmt: skip
+    folder.mkdir(parents=True)
+    caller = folder / "libtorch_cuda.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(caller)], check=True)
+    build = tmp_path / "build"
+    build.mkdir()
+    library = runpy.run_path(str(REHEARSE))["build"](folder.parent, build)
+    program = (
+        f"import ctypes; n = ctypes.c_int(); c = ctypes.CDLL({str(caller)!r}); print(c.calls(ctypes.byref(n)), n.value)"
+    )
+    environment = {**os.environ, "LD_PRELOAD": str(library), "REHEARSE_GPUS": "3"}
+    command = [sys.executable, "-c", program, str(caller)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0", "3"]
