@@ -237,9 +237,21 @@ def _computes_bfloat16(index: int | None) -> bool:
 _computes_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
-def fuses(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether an op that is a few functions of torch's runs as a Triton kernel here; `dtype` is that of the tensor."""
+# Elements from which on one of Triton's kernels gains a GPU as much time, 5 ps an element of attention, as launching it
+# takes the host beyond torch's own functions, 35 us (benchmarks/RECORDS.md). Gradients gain more, and training is
+# launched as a CUDA graph.
+_LEAST_LAUNCHED = 7_000_000
+
+
+def fuses(op: str, device: torch.device, dtype: torch.dtype, elements: int | None = None) -> bool:
+    """Whether an op that is a few functions of torch's runs as a Triton kernel here; `dtype` is that of the tensor.
+
+    `elements` of a result, where they are few and nothing is differentiated, leave it to torch.
+    """
     if _forced == "reference" or dtype == torch.float64:
+        return False
+    few = elements is not None and elements < _LEAST_LAUNCHED
+    if few and _forced == "auto" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return False
     if dtype == torch.bfloat16 and device.type == "cuda" and not _computes_bfloat16(device.index):
         return False

@@ -129,6 +129,23 @@ def test_before_ampere_nothing_is_fused_in_bfloat16(machine, gpu, computes):
     assert backend.fuses("add_layer_norm", CUDA, torch.float16)
 
 
+def test_few_numbers_without_gradients_are_left_to_torch(machine):
+    few, enough = backend._LEAST_LAUNCHED - 1, backend._LEAST_LAUNCHED
+
+    def fused(elements):
+        return backend.fuses("attention", CUDA, torch.bfloat16, elements)
+
+    assert fused(few)
+    with torch.no_grad():
+        assert not fused(few)
+        assert fused(enough)
+        assert fused(None)
+        with use_backend("triton"):
+            assert fused(few)
+        machine.patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert fused(few)
+
+
 def test_broken_driver(machine):
     machine.patch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device; nvidia-smi" in refused("cuda")
@@ -360,3 +377,18 @@ def test_no_native_call_when_the_reference_is_forced(monkeypatch):
         assert torch.equal(ops.mask_shuffle(0, 0, index, 5), reference.mask_shuffle(0, 0, index, 5))
     with use_backend("cpp"), pytest.raises(TypeError, match="not callable"):
         ops.mask_shuffle(0, 0, index, 5)
+
+
+def test_attention_and_gelu_say_how_many_numbers_they_make(monkeypatch):
+    asked = []
+
+    def fuses(op, device, dtype, elements=None):
+        asked.append((op, elements))
+        return False
+
+    for name in ("matpac_fast.ops.attention", "matpac_fast.nn.linear"):
+        monkeypatch.setattr(importlib.import_module(name), "fuses", fuses)
+    importlib.import_module("matpac_fast.ops.attention").has_kernel(CUDA, torch.bfloat16, 2, 3, 4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        importlib.import_module("matpac_fast.nn.linear").linear_gelu(torch.nn.Linear(6, 24), torch.randn(2, 5, 6))
+    assert asked == [("attention", 2 * 3 * 4 * 32), ("bias_gelu", 2 * 5 * 24)]

@@ -21,17 +21,19 @@ _NATIVE = (torch.float32, torch.float64, torch.bfloat16)  # what the C++ takes
 _LEAST = 10_000_000
 
 
-def is_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_width: int) -> bool:
-    """Whether Triton's kernels compute `attention` of such a tensor, on a GPU."""
+def is_fused(
+    device: torch.device, dtype: torch.dtype, tokens: int, head_width: int, elements: int | None = None
+) -> bool:
+    """Whether Triton's kernels compute `attention` of such a tensor, on a GPU; `elements` as of `fuses`."""
     fits = dtype in (torch.bfloat16, torch.float16) and 0 < tokens <= MAX_TOKENS and head_width in HEAD_WIDTHS
-    return fits and fuses(_OP, device, dtype)
+    return fits and fuses(_OP, device, dtype, elements)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, b: int, n: int, h: int, d: int) -> bool:
     """Whether `attention` of (B, N, 3, H, d) is one kernel, Triton's or C++, and not torch's own."""
     worthwhile = b * n * n * h * d >= (_LEAST // 4 if dtype == torch.bfloat16 else _LEAST)
     native = dtype in _NATIVE and takes_cpp(_OP, device, worthwhile)
-    return native or is_fused(device, dtype, n, d)
+    return native or is_fused(device, dtype, n, d, b * n * h * d)
 
 
 def _is_native(qkv: Tensor) -> bool:
@@ -126,7 +128,8 @@ def attention(qkv: Tensor) -> Tensor:
     CPU, in all but float16 and from ten million multiply-adds on, a quarter of them in bfloat16, C++ whose scores stay
     in a cache, in float32; bfloat16 is multiplied as such where the CPU can (AVX-512 BF16), else widened. On a GPU, in
     16 bits and for up to 256 tokens with heads of 32 or 64 channels, a Triton kernel that keeps all keys and values of
-    a head on the chip. Everything else is `torch.nn.functional.scaled_dot_product_attention`.
+    a head on the chip; without gradients from seven million numbers of the result on. Everything else is
+    `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         qkv: (B, N, 3, H, d): queries, keys and values; float32, float64, bfloat16 or float16.
