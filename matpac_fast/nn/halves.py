@@ -1,8 +1,9 @@
 """The two halves of a fused block, around its attention: each one autograd function, with its gradients by hand.
 
-Layer by layer, torch and Python need longer between two kernels than a GPU for the kernels of a short crop or a small
-batch, or of a batch that several GPUs share; as two functions a block takes the host a third of that time. They do not
-save memory, and compute what the layers would: to rounding, for the sums of a bias's gradient stay in float32.
+Layer by layer, Python and autograd may need longer from one kernel to the next than a GPU for the kernel; two functions
+a block take the host a quarter less of a step (benchmarks/bench_host.py). Memory and results are those of the layers,
+to rounding: a bias's gradient stays in float32 while it is summed. Autograd brings each gradient to the dtype of what
+it is for.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from ..ops.add_layer_norm import launch_backward as add_layer_norm_backward
 from ..ops.bias_gelu import launch as bias_gelu
 from ..ops.bias_gelu import launch_backward as bias_gelu_backward
 
-# Autograd gives each gradient the dtype of what it is for.
-_Found = Tensor | None
+_Maybe = Tensor | None
 
 
-def norm_linear(x: Tensor, delta: _Found, bias: _Found, norm: nn.LayerNorm, layer: nn.Linear, dtype: torch.dtype):
+def norm_linear(
+    x: Tensor, delta: _Maybe, bias: _Maybe, norm: nn.LayerNorm, layer: nn.Linear, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(x + delta + bias, `layer` of its LayerNorm): a block up to its attention.
 
     Args:
@@ -32,14 +34,13 @@ def norm_linear(x: Tensor, delta: _Found, bias: _Found, norm: nn.LayerNorm, laye
         dtype: 16 bits, of the products.
     """
     args = (x, delta, bias, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias, dtype)
-    if torch.is_grad_enabled():
-        new_x, out = _NormLinear.apply(*args)  # pyright: ignore[reportGeneralTypeIssues]
-    else:
-        new_x, out = _norm_linear(*args)[:2]
+    new_x, out, *_ = (_NormLinear.apply if torch.is_grad_enabled() else _norm_linear)(*args)
     return (x if delta is None else new_x), out
 
 
-def mlp(attended: Tensor, x: Tensor, proj: nn.Linear, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear):
+def mlp(
+    attended: Tensor, x: Tensor, proj: nn.Linear, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear
+) -> tuple[Tensor, Tensor]:
     """(x + proj(attended), the MLP of its LayerNorm without its last bias): a block from its attention on.
 
     Args:
@@ -47,9 +48,8 @@ def mlp(attended: Tensor, x: Tensor, proj: nn.Linear, norm: nn.LayerNorm, fc1: n
         x: (B, N, D) float32 contiguous, the residual stream.
     """
     layers = (proj.weight, proj.bias, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight)
-    if torch.is_grad_enabled():
-        return _Mlp.apply(attended, x, *layers)
-    return _mlp(attended, x, *layers)[:2]
+    new_x, out, *_ = (_Mlp.apply if torch.is_grad_enabled() else _mlp)(attended, x, *layers)
+    return new_x, out
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _norm_linear(
     x: Tensor,
-    delta: _Found,
-    bias: _Found,
+    delta: _Maybe,
+    bias: _Maybe,
     gamma: Tensor,
     beta: Tensor,
     eps: float,
@@ -77,7 +77,7 @@ def _norm_linear(
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: _Found, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, delta: _Maybe, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         new_x, out, *kept = _norm_linear(x, delta, *args)
         ctx.save_for_backward(x if delta is None else new_x, *kept, args[1])
         ctx.delta_dtype = None if delta is None else delta.dtype
@@ -88,12 +88,12 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dnew_x: _Found, dout: _Found) -> tuple[_Found, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dnew_x: _Maybe, dout: _Maybe) -> tuple[_Maybe, ...]:  # type: ignore[override]
         new_x, normed, stats, weight, gamma = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        need_weight, need_bias = ctx.needs_input_grad[6:8]
         grad = normed.new_zeros((len(normed), len(weight))) if dout is None else _rows(dout)
-        dweight = grad.t() @ normed if needed[6] else None
-        dweight_bias = grad.sum(0, dtype=torch.float32) if needed[7] else None
+        dweight = grad.t() @ normed if need_weight else None
+        dweight_bias = grad.sum(0, dtype=torch.float32) if need_bias else None
         dx, ddelta, sums = _of_norm(grad @ weight, dnew_x, new_x, stats, gamma, ctx.delta_dtype)
         if ctx.delta_dtype is None:
             return dx, None, None, sums[0], sums[1], None, dweight, dweight_bias, None
@@ -133,21 +133,21 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dnew_x: _Found, dout: _Found) -> tuple[_Found, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dnew_x: _Maybe, dout: _Maybe) -> tuple[_Maybe, ...]:  # type: ignore[override]
         new_x, attended, normed, stats, h, hidden, proj, fc1, fc2, gamma, fc1_bias = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        need_attended, _, need_proj, _, _, _, _, need_fc1, _, need_fc2 = ctx.needs_input_grad
         grad = torch.zeros_like(attended) if dout is None else _rows(dout)
-        dfc2 = grad.t() @ hidden if needed[9] else None
+        dfc2 = grad.t() @ hidden if need_fc2 else None
         dh, dfc1_bias = bias_gelu_backward(grad @ fc2, h, fc1_bias)
-        dfc1 = dh.t() @ normed if needed[7] else None
+        dfc1 = dh.t() @ normed if need_fc1 else None
         dx, ddelta, sums = _of_norm(dh @ fc1, dnew_x, new_x, stats, gamma, attended.dtype)
-        dproj = ddelta.t() @ attended if needed[2] else None
-        dattended = (ddelta @ proj).view(dx.shape) if needed[0] else None
+        dproj = ddelta.t() @ attended if need_proj else None
+        dattended = (ddelta @ proj).view(dx.shape) if need_attended else None
         return dattended, dx, dproj, sums[2], sums[0], sums[1], None, dfc1, dfc1_bias, dfc2
 
 
 def _of_norm(
-    dnormed: Tensor, dnew_x: _Found, new_x: Tensor, stats: Tensor, gamma: Tensor, delta_dtype: torch.dtype | None
+    dnormed: Tensor, dnew_x: _Maybe, new_x: Tensor, stats: Tensor, gamma: Tensor, delta_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, in its shape, of delta (N, D), empty without one, and of gamma, beta and bias (3, D). A delta
     has another dtype than x, so that its gradient is a tensor of its own."""

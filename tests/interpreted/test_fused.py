@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.flop_counter import FlopCounterMode
 
 from matpac_fast import ops, use_backend
@@ -233,3 +234,17 @@ def test_what_a_half_returns_may_go_unused():
             mine, plain = (torch.autograd.grad(out[index], (x, delta), grad) for out in (ours, theirs))
             for got, expected in zip(mine, plain, strict=True):
                 assert (got - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_a_compiler_sees_the_layers(monkeypatch):
+    model, x = random_transformer(), torch.randn(2, 5, 64)
+    grad, found = torch.randn(2, 5, 64), []
+    with use_backend("triton"), torch.autocast("cpu", torch.float16):
+        for call in (model, torch.compile(model, backend=aot_eager, fullgraph=True)):
+            out = call(x)
+            out.backward(grad)
+            found.append([out.detach(), *(p.grad for p in model.parameters())])
+            model.zero_grad()
+            monkeypatch.setattr(halves, "mlp", None)
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-3 * want.norm()
