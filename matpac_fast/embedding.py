@@ -110,17 +110,23 @@ class Network(Protocol):
     def forward_groups(self, groups: list[Tensor], pool: str, layers: str) -> list[Tensor]: ...
 
 
+def windows_at_once(device: torch.device) -> int:
+    """Windows per forward pass where nobody says: a GPU must have enough of them that the host keeps up with it."""
+    return 16 if device.type == "cpu" else 128
+
+
 def extract(
     network: Network,
     clips: Iterable[Tensor],
     windowing: Windowing,
-    batch_size: int,
+    batch_size: int | None,
     products: torch.dtype | None = None,
 ) -> Iterator[Embeddings]:
     """Embed clips (S,), each checked, resampled and on the device, in order; windows of all share batches.
 
     The network's products are autocast to `products`, or taken in its own dtype.
     """
+    batch_size = windows_at_once(network.device) if batch_size is None else batch_size
     if batch_size < 1 or batch_size % 1:
         raise ConfigError(f"embed: batch_size is {batch_size!r}; expected a whole number, at least 1")
     batches = _Batches(network, windowing, batch_size, products)

@@ -23,7 +23,7 @@ class Stream:
     >>> for found in stream.over(blocks): ...       # or by hand: found = stream.push(block), ..., stream.finish()
     """
 
-    def __init__(self, encoder: Network, sample_rate: int, windowing: Windowing, batch_size: int):
+    def __init__(self, encoder: Network, sample_rate: int, windowing: Windowing, batch_size: int | None):
         self._encoder, self._windowing, self._batch_size = encoder, windowing, batch_size
         self._size, self._hop = self._window()
         rates = sample_rate, encoder.sample_rate

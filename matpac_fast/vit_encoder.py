@@ -307,4 +307,4 @@ def _attention(attention: Attention, x: Tensor, shapes: list[tuple[int, int]]) -
     ):
         qkv = part.reshape(n, length, 3, attention.num_heads, -1)
         out.append(ops.attention(qkv).reshape(n * length, -1))
-    return linear(attention.proj, torch.cat(out))
+    return linear(attention.proj, out[0] if len(out) == 1 else torch.cat(out))

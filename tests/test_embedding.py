@@ -357,3 +357,21 @@ def test_embeddings_are_shown_by_shape_and_times(encoder):
     assert repr(found) == "<Embeddings of shape (3, 160), float32 on cpu, from 0 to 2.5 s, of 0.5 to 1 s each>"
     assert repr(encoder.embed(noise(40_000), SECOND)).endswith("from 0 to 2.5 s, of 2.5 s each>")
     assert "(0, 160), float32 on cpu>" in repr(encoder.stream(SECOND, 1.0).push(noise(8)))
+
+
+def test_windows_at_once_where_nobody_says(monkeypatch):
+    assert embedding.windows_at_once(torch.device("cpu")) == 16
+    assert embedding.windows_at_once(torch.device("cuda", 1)) == 128
+    monkeypatch.setattr(embedding, "windows_at_once", lambda device: 3)
+    encoder = counting()
+    encoder.embed(noise(int(7 * 0.32 * SECOND)), SECOND, temporal_support=0.32)
+    assert encoder.batches == [[(3, 32)], [(3, 32)], [(1, 32)]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 777, SECOND - 1])
+def test_one_sample_that_is_no_number(encoder, bad, at):
+    wave = noise(SECOND)
+    wave[at] = bad
+    with pytest.raises(AudioError, match="NaN or infinite"):
+        encoder.embed(wave, SECOND)

@@ -34,7 +34,7 @@ def main(
     pool: Literal["mean", "none"] = "mean",
     layers: Literal["last", "all"] = "last",
     remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     format: Literal["parquet", "npz", "npy"] = "parquet",
     dtype: Literal["float32", "float16"] = "float32",
@@ -71,7 +71,8 @@ def main(
         remainder: the end of a file that fills no window: keep it as a shorter one, pad it with zeros, merge it into
             the last one, or drop it. A file shorter than one window is always kept, as one short window, also with
             drop; pad fills it up.
-        batch_size: windows per forward pass; halved, with a warning, where memory does not suffice.
+        batch_size: windows per forward pass; halved, with a warning, where memory does not suffice. Default: 16 on a
+            CPU, 128 on a GPU.
         precision: number format that the encoder computes in.
         format: of the shards: parquet; npz, for numpy; npy, to be memory-mapped, with an index in Parquet beside it.
         dtype: number format that the embeddings are stored in.

@@ -98,7 +98,7 @@ def embed_collection(
     pool: str = "mean",
     layers: str = "last",
     remainder: str = "keep",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     workers: int | None = None,
     files_per_shard: int = 256,
     progress: Callable[[Progress], None] = lambda progress: None,

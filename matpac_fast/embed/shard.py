@@ -16,7 +16,7 @@ import numpy as np
 
 from ..audio.ahead import in_order
 from ..audio_encoder import AudioEncoder
-from ..embedding import Embeddings
+from ..embedding import Embeddings, windows_at_once
 from ..errors import AudioError
 from .source import Entry, Source
 from .writer import Rows
@@ -65,8 +65,9 @@ class ShardEmbedder:
     tick: Callable[[Entry, str | None], None]
     within: Callable[[Entry, float], None]
 
-    def __init__(self, encoder: AudioEncoder, options: dict[str, Any], batch_size: int, dtype: str, work: Work):
-        self._encoder, self._options, self._batch_size, self._dtype = encoder, options, batch_size, dtype
+    def __init__(self, encoder: AudioEncoder, options: dict[str, Any], batch_size: int | None, dtype: str, work: Work):
+        self._encoder, self._options, self._dtype = encoder, options, dtype
+        self._batch_size = windows_at_once(encoder.device) if batch_size is None else batch_size
         self.work = work
         # Options that cannot be are named here, before anything is made.
         silence = np.zeros(400, np.float32)

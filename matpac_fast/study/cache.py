@@ -90,7 +90,12 @@ class Cache:
     """The embeddings of one encoder in one view. `encoder_id`: its `id`, where it is at hand; it hashes all weights."""
 
     def __init__(
-        self, root: Path, encoder: AudioEncoder, view: View, batch_size: int = 16, encoder_id: str | None = None
+        self,
+        root: Path,
+        encoder: AudioEncoder,
+        view: View,
+        batch_size: int | None = None,
+        encoder_id: str | None = None,
     ):
         self.encoder, self.view, self.batch_size = encoder, view, batch_size
         self.settings = view.settings(encoder, encoder_id or encoder.id)

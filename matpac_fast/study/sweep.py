@@ -55,7 +55,7 @@ class StudyConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     cost: bool = True
     batch_sizes: tuple[int, ...] = (1, 16)
-    batch_size: int = 16  # for embedding
+    batch_size: int | None = None  # for embedding; as `AudioEncoder.embed` takes it
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0  # of the splits that a task does not have
@@ -71,8 +71,10 @@ class StudyConfig:
             raise ConfigError(f"study: tasks {self.tasks}; expected each once")
         if not self.tasks and not self.cost:
             raise ConfigError("study: neither tasks nor costs; expected something to study")
-        if min(self.batch_sizes, default=0) < 1 or self.batch_size < 1 or self.workers < 1:
-            came = f"batch sizes {self.batch_sizes}, batch size {self.batch_size}, workers {self.workers}"
+        counts = [n for n in (*self.batch_sizes, self.batch_size, self.workers) if n is not None]
+        if not self.batch_sizes or min(counts) < 1:
+            named = {"batch sizes": self.batch_sizes, "batch size": self.batch_size, "workers": self.workers}
+            came = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
             raise ConfigError(f"study: {came}; expected 1 or more of each")
         for name, values in (("temporal support", self.temporal_supports), ("hop", (self.hop,))):
             for seconds in values:

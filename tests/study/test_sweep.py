@@ -357,8 +357,12 @@ def test_without_costs_nothing_is_said_of_the_cheapest(clips, tmp_path):
 
 
 def test_what_came_is_said_of_numbers_below_one():
-    with pytest.raises(ConfigError, match=r"batch sizes \(1, 0\), batch size 16, workers 2; expected 1 or more"):
+    with pytest.raises(ConfigError, match=r"batch sizes \(1, 0\), workers 2; expected 1 or more"):
         StudyConfig(("a",), batch_sizes=(1, 0))
+    with pytest.raises(ConfigError, match=r"batch sizes \(1, 16\), batch size 0, workers 2; expected 1 or more"):
+        StudyConfig(("a",), batch_size=0)
+    with pytest.raises(ConfigError, match=r"batch sizes \(\), workers 2; expected 1 or more"):
+        StudyConfig(("a",), batch_sizes=())
 
 
 @pytest.mark.parametrize(
