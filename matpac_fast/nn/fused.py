@@ -73,7 +73,7 @@ def _in_halves(
     attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
     x, qkv = halves.norm_linear(x, *pending, block.norm1, attn.qkv, dtype)
     b, n, d = x.shape
-    attended = ops.attention(qkv.view(b, n, 3, attn.num_heads, -1))
+    attended = ops.attention(qkv.view(b, n, 3, attn.num_heads, d // attn.num_heads))
     if first_query:
         attended, x = attended[:, first_query:], x[:, first_query:].contiguous()
     x, out = halves.mlp(attended.reshape(x.shape), x, attn.proj, block.norm2, fc1, fc2)

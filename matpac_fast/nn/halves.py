@@ -30,7 +30,8 @@ def norm_linear(
 
     Args:
         x: (B, N, D) float32, the residual stream.
-        delta, bias: (B, N, D) in `dtype` and (D,), a product and the bias that it lacks; neither in a first block.
+        delta, bias: (B, N, D) in `dtype` and (D,), a product and the bias that it lacks, if any; neither in a first
+            block.
         dtype: 16 bits, of the products.
     """
     args = (x, delta, bias, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias, dtype)
@@ -71,7 +72,7 @@ def _norm_linear(
     delta = None if delta is None else _rows(delta)
     new_x, normed, stats = add_layer_norm(_rows(x), delta, bias, gamma, beta, eps, dtype)
     weight = weight.to(dtype)
-    out = F.linear(normed, weight, weight_bias.to(dtype)).view(*x.shape[:-1], -1)
+    out = F.linear(normed, weight, weight_bias.to(dtype)).view(*x.shape[:-1], len(weight))
     return (new_x if delta is None else new_x.view(x.shape)), out, normed, stats, weight
 
 
@@ -97,7 +98,8 @@ class _NormLinear(torch.autograd.Function):
         dx, ddelta, sums = _of_norm(grad @ weight, dnew_x, new_x, stats, gamma, ctx.delta_dtype)
         if ctx.delta_dtype is None:
             return dx, None, None, sums[0], sums[1], None, dweight, dweight_bias, None
-        return dx, ddelta.view(dx.shape), sums[2], sums[0], sums[1], None, dweight, dweight_bias, None
+        dbias = sums[2] if ctx.needs_input_grad[2] else None
+        return dx, ddelta.view(dx.shape), dbias, sums[0], sums[1], None, dweight, dweight_bias, None
 
 
 def _mlp(

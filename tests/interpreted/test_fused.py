@@ -248,3 +248,26 @@ def test_a_compiler_sees_the_layers(monkeypatch):
             monkeypatch.setattr(halves, "mlp", None)
     for got, want in zip(*found, strict=True):
         assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+def same_gradients(model: Transformer, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With halves and layer by layer."""
+    found = []
+    for run in (model, lambda x: through_layers(model, x, monkeypatch)):
+        with use_backend("triton"), torch.autocast("cpu", torch.float16):
+            out = run(x)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+def test_no_sequences(monkeypatch):
+    same_gradients(random_transformer(), torch.randn(0, 5, 64), monkeypatch)
+
+
+def test_an_mlp_without_its_last_bias(monkeypatch):
+    model = random_transformer()
+    model.blocks[0].mlp.fc2.bias = None
+    same_gradients(model, torch.randn(2, 5, 64), monkeypatch)
