@@ -53,7 +53,7 @@ def run(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: int =
     tokens from `first_query` on are queries."""
     dtype = dtype_of_products(x)
     pending: Pending = (None, None)
-    at_once = not torch.compiler.is_compiling() and not is_watched()
+    at_once = type(x) is Tensor and not torch.compiler.is_compiling() and not is_watched()
     for i, block in enumerate(blocks):
         assert isinstance(block, Block)
         run_block = _in_halves if at_once and _has_halves(block) else _block
@@ -62,9 +62,13 @@ def run(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, first_query: int =
 
 
 def _has_halves(block: Block) -> bool:
-    """Whether the layers that `_block` calls may be read too: a user may have put others in their places, as LoRA."""
-    called, read = (block.attn.qkv, block.mlp.fc1), block.attn.proj
-    return all(is_plain(x, nn.Linear) for x in called) and all(x.bias is not None for x in (*called, read))
+    """Whether the layers that `_block` calls may be read too: a user may have put others in their places, as LoRA, or
+    tensors that multiply in their own way, as quantised ones."""
+    called, read = (block.attn.qkv, block.mlp.fc1), (block.attn.proj, block.mlp.fc2, block.norm1, block.norm2)
+    if not all(is_plain(x, nn.Linear) for x in called) or any(x.bias is None for x in (*called, block.attn.proj)):
+        return False
+    weights = (weight for x in (*called, *read) for weight in x._parameters.values() if weight is not None)
+    return all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
 
 
 def _in_halves(

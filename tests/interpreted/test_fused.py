@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from matpac_fast import ops, use_backend
@@ -271,3 +272,28 @@ def test_an_mlp_without_its_last_bias(monkeypatch):
     model = random_transformer()
     model.blocks[0].mlp.fc2.bias = None
     same_gradients(model, torch.randn(2, 5, 64), monkeypatch)
+
+
+class Doubling(torch.nn.Parameter):
+    """A weight whose product is its own affair, as that of quantised ones."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+            return 2 * found if function is F.linear else found
+
+
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_weights_that_multiply_in_their_own_way(layer, monkeypatch):
+    model = random_transformer()
+    for block in model.blocks:
+        block.get_submodule(layer).weight = Doubling(block.get_submodule(layer).weight.data)
+    same_gradients(model, torch.randn(2, 5, 64), monkeypatch)
+
+
+def test_tensors_that_hold_nothing_outside_their_mode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(2, 5, 64)
+    with use_backend("triton"), torch.autocast("cpu", torch.float16):
+        assert random_transformer()(x).shape == (2, 5, 64)
