@@ -250,8 +250,9 @@ def fuses(op: str, device: torch.device, dtype: torch.dtype, elements: int | Non
     """
     if _forced == "reference" or dtype == torch.float64:
         return False
-    few = elements is not None and elements < _LEAST_LAUNCHED
-    if few and _forced == "auto" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    may_leave = _forced == "auto" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    # Compared last: a compiler would guard the number, so compile anew, and torch.export refuse dynamic sizes.
+    if may_leave and elements is not None and elements < _LEAST_LAUNCHED:
         return False
     if dtype == torch.bfloat16 and device.type == "cuda" and not _computes_bfloat16(device.index):
         return False

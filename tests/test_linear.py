@@ -190,3 +190,25 @@ def test_which_cpus_it_is_for(monkeypatch):
         assert not backend.prefers_onednn(torch.device("meta"))
     monkeypatch.undo()
     backend._mkl_lags.cache_clear()
+
+
+def test_a_bfloat16_layer_is_exported_for_any_batch():
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 256).bfloat16()
+
+        def forward(self, x):
+            return linear_gelu(self.layer, x)
+
+    with torch.no_grad():
+        model, x = Layer(), torch.randn(3, 5, 64).bfloat16()
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        x = torch.randn(7, 5, 64).bfloat16()
+        assert torch.equal(exported.module()(x), model(x))
+
+
+def test_a_bfloat16_layer_of_no_inputs():
+    x, layer = torch.empty(2, 3, 0).bfloat16(), nn.Linear(0, 8).bfloat16()
+    torch.testing.assert_close(linear_gelu(layer, x), nn.functional.gelu(layer(x)))

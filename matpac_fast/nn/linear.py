@@ -38,7 +38,7 @@ def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
     """The exact GELU of a linear layer's output; its bias is added with it where a kernel does both."""
     dtype = dtype_of_products(x)
     if dtype.itemsize == 2 and is_plain(layer, nn.Linear) and layer.bias is not None:
-        elements = x.numel() // layer.in_features * layer.out_features
+        elements = x.numel() // max(1, layer.in_features) * layer.out_features
         if fuses("bias_gelu", x.device, dtype, elements):
             return ops.bias_gelu(F.linear(x, layer.weight), layer.bias)
     return F.gelu(linear(layer, x))
