@@ -339,7 +339,7 @@ class AudioEncoder(nn.Module):
 def _extremes(wave: Tensor) -> tuple[float, float]:
     """The least and the largest sample, NaN where there is one."""
     if wave.device.type == "cpu":  # by one thread: torch's would wait for each other beside those that decode
-        samples = wave.numpy()
+        samples = wave.numpy(force=True)  # also of a conjugate's imaginary part
         return float(samples.min()), float(samples.max())
     low, high = torch.stack(wave.aminmax()).tolist()
     return low, high

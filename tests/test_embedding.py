@@ -375,3 +375,9 @@ def test_one_sample_that_is_no_number(encoder, bad, at):
     wave[at] = bad
     with pytest.raises(AudioError, match="NaN or infinite"):
         encoder.embed(wave, SECOND)
+
+
+def test_a_wave_that_is_the_imaginary_part_of_a_conjugate(encoder):
+    """Torch negates it where it is read."""
+    wave = torch.complex(torch.zeros(SECOND), torch.from_numpy(noise(SECOND))).conj().imag
+    assert torch.equal(encoder.embed(wave, SECOND).values, encoder.embed(wave.clone(), SECOND).values)
