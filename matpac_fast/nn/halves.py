@@ -79,8 +79,9 @@ def _norm_linear(
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: _Maybe, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        new_x, out, *kept = _norm_linear(x, delta, *args)
-        ctx.save_for_backward(x if delta is None else new_x, *kept, args[1])
+        new_x, out, normed, *kept = _norm_linear(x, delta, *args)
+        normed = normed if ctx.needs_input_grad[6] else None
+        ctx.save_for_backward(x if delta is None else new_x, normed, *kept, args[1])
         ctx.delta_dtype = None if delta is None else delta.dtype
         if delta is None:
             ctx.mark_non_differentiable(new_x)
@@ -92,7 +93,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, dnew_x: _Maybe, dout: _Maybe) -> tuple[_Maybe, ...]:  # type: ignore[override]
         new_x, normed, stats, weight, gamma = ctx.saved_tensors
         need_weight, need_bias = ctx.needs_input_grad[6:8]
-        grad = normed.new_zeros((len(normed), len(weight))) if dout is None else _rows(dout)
+        grad = weight.new_zeros((len(stats), len(weight))) if dout is None else _rows(dout)
         dweight = grad.t() @ normed if need_weight else None
         dweight_bias = grad.sum(0, dtype=torch.float32) if need_bias else None
         dx, ddelta, sums = _of_norm(grad @ weight, dnew_x, new_x, stats, gamma, ctx.delta_dtype)
@@ -128,21 +129,23 @@ def _mlp(
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attended: Tensor, x: Tensor, *layers: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        new_x, out, *kept = _mlp(attended, x, *layers)
-        ctx.save_for_backward(new_x, *kept, layers[2], layers[6])
+        new_x, out, attended, normed, stats, h, hidden, *weights = _mlp(attended, x, *layers)
+        needs = ctx.needs_input_grad  # a frozen layer's input is for nothing
+        kept = (attended if needs[2] else None, normed if needs[7] else None, hidden if needs[9] else None)
+        ctx.save_for_backward(new_x, *kept, stats, h, *weights, layers[2], layers[6])
         ctx.set_materialize_grads(False)
         return new_x, out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnew_x: _Maybe, dout: _Maybe) -> tuple[_Maybe, ...]:  # type: ignore[override]
-        new_x, attended, normed, stats, h, hidden, proj, fc1, fc2, gamma, fc1_bias = ctx.saved_tensors
+        new_x, attended, normed, hidden, stats, h, proj, fc1, fc2, gamma, fc1_bias = ctx.saved_tensors
         need_attended, _, need_proj, _, _, _, _, need_fc1, _, need_fc2 = ctx.needs_input_grad
-        grad = torch.zeros_like(attended) if dout is None else _rows(dout)
+        grad = h.new_zeros((len(h), len(fc2))) if dout is None else _rows(dout)
         dfc2 = grad.t() @ hidden if need_fc2 else None
         dh, dfc1_bias = bias_gelu_backward(grad @ fc2, h, fc1_bias)
         dfc1 = dh.t() @ normed if need_fc1 else None
-        dx, ddelta, sums = _of_norm(dh @ fc1, dnew_x, new_x, stats, gamma, attended.dtype)
+        dx, ddelta, sums = _of_norm(dh @ fc1, dnew_x, new_x, stats, gamma, h.dtype)
         dproj = ddelta.t() @ attended if need_proj else None
         dattended = (ddelta @ proj).view(dx.shape) if need_attended else None
         return dattended, dx, dproj, sums[2], sums[0], sums[1], None, dfc1, dfc1_bias, dfc2

@@ -297,3 +297,23 @@ def test_tensors_that_hold_nothing_outside_their_mode():
         x = torch.randn(2, 5, 64)
     with use_backend("triton"), torch.autocast("cpu", torch.float16):
         assert random_transformer()(x).shape == (2, 5, 64)
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_halves_keep_what_the_layers_keep(frozen, monkeypatch):
+    model, x, kept = random_transformer(), torch.randn(3, 5, 64, requires_grad=True), []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not re.search(frozen, name))
+    for run in (model, lambda x: through_layers(model, x, monkeypatch)):
+        bytes_of, held = {}, []
+
+        def keep(tensor, bytes_of=bytes_of, held=held):
+            held.append(tensor)  # so that no other takes its place
+            bytes_of[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        graph = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with use_backend("triton"), torch.autocast("cpu", torch.float16), graph:
+            held.append(run(x))
+        kept.append(sum(bytes_of.values()))
+    assert kept[0] <= kept[1]
