@@ -392,3 +392,15 @@ def test_attention_and_gelu_say_how_many_numbers_they_make(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         importlib.import_module("matpac_fast.nn.linear").linear_gelu(torch.nn.Linear(6, 24), torch.randn(2, 5, 6))
     assert asked == [("attention", 2 * 3 * 4 * 32), ("bias_gelu", 2 * 5 * 24)]
+
+
+def test_without_gradients_an_op_passes_autograd_by(monkeypatch):
+    module = importlib.import_module("matpac_fast.ops.attention")
+    qkv = torch.randn(2, 5, 3, 2, 32, requires_grad=True)
+    with use_backend("cpp"):
+        want = ops.attention(qkv)
+        monkeypatch.setattr(module._Attention, "apply", None)
+        with torch.no_grad():
+            assert torch.equal(ops.attention(qkv), want)
+        with pytest.raises(TypeError, match="not callable"):
+            ops.attention(qkv)
