@@ -3,8 +3,8 @@
     python benchmarks/bench_host.py                                   on a GPU
     python benchmarks/rehearse/run.py python benchmarks/bench_host.py      without one, on a machine with torch for CUDA
 
-A step that is no CUDA graph, as those of several GPUs, can be no faster than this. The best of all rounds, which
-take turns.
+A step that is no CUDA graph, as those of several GPUs, can be no faster than this. Kinds of step take turns; of each,
+the round that took least.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
             with use_backend(kind[0]):
                 took = run[kind[1]]()
             if i >= 2:  # kernels compile, Adam makes its moments
-                best[kind] = [min(pair) for pair in zip(best.get(kind, took), took, strict=True)]
+                best[kind] = min(best.get(kind, took), took, key=sum)
     print(f"{options.preset}, batch {options.batch_size}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
     print(f"{'CPU ms a step':24}" + "".join(f"{part:>12}" for part in (*PARTS, "together")))
     for (source, precision), parts in best.items():

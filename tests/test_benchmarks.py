@@ -493,6 +493,10 @@ def test_a_rehearsal_says_which_torch_it_needs(monkeypatch, capsys):
         monkeypatch.setattr(torch.version, "cuda", built)
         assert rehearse["main"]() == 2
         assert f"is built {told}; it takes one with CUDA 13" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(shutil, "which", lambda *args, **options: None)
+    assert rehearse["main"]() == 2
+    assert "nvcc is not on the PATH" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -507,7 +511,7 @@ def test_a_rehearsal_plays_what_torch_calls(tmp_path):
     subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(caller)], check=True)
     build = tmp_path / "build"
     build.mkdir()
-    library = runpy.run_path(str(REHEARSE))["build"](folder.parent, build)
+    library = runpy.run_path(str(REHEARSE))["build"]("nvcc", folder.parent, build)
     program = (
         f"import ctypes; n = ctypes.c_int(); c = ctypes.CDLL({str(caller)!r}); print(c.calls(ctypes.byref(n)), n.value)"
     )

@@ -23,24 +23,25 @@ LIBRARIES = ("cublas", "cusolver", "cusparse", "cufft", "curand", "nccl")
 
 
 def symbols(library: Path, *options: str) -> set[str]:
-    listed = subprocess.run(["nm", "-D", *options, str(library)], check=True, capture_output=True, text=True).stdout
-    return {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+    listed = subprocess.run(["nm", *options, str(library)], check=True, capture_output=True, text=True).stdout
+    return {line.split()[-1].split("@")[0] for line in listed.splitlines() if line}
 
 
-def build(torch_folder: Path, folder: Path) -> Path:
+def build(nvcc: str, torch_folder: Path, folder: Path) -> Path:
     """One library, preloaded in place of the driver and of all that torch calls of CUDA's libraries."""
-    compiler = [shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", "-cudart", "none", "-shared"]
-    compiler += ["-Xcompiler", "-fPIC,-w", "-Xlinker", "-soname,libcuda.so.1"]
-    ours = folder / "ours.so"
-    sources = [str(HERE / name) for name in ("runtime.cpp", "libraries.cpp")]
-    subprocess.run([*compiler, *sources, "-o", str(ours), "-ldl"], check=True)
-    wanted = set().union(*(symbols(found, "--undefined-only") for found in torch_folder.glob("lib/libtorch_cuda*.so")))
-    rest = {name for name in wanted if name.startswith(LIBRARIES)} - symbols(ours, "--defined-only")
+    objects = []
+    for name in ("runtime", "libraries"):
+        objects.append(folder / f"{name}.o")
+        source = str(HERE / f"{name}.cpp")
+        subprocess.run([nvcc, "-c", "-Xcompiler", "-fPIC,-w", source, "-o", str(objects[-1])], check=True)
+    given = set().union(*(symbols(found, "--defined-only") for found in objects))
+    called = set().union(*(symbols(found, "-D", "-u") for found in torch_folder.glob("lib/libtorch_cuda*.so")))
+    rest = sorted(name for name in called - given if name.startswith(LIBRARIES))
     stubs = folder / "stubs.cpp"
-    stubs.write_text('extern "C" {\n' + "".join(f"int {name}() {{ return 0; }}\n" for name in sorted(rest)) + "}\n")
+    stubs.write_text('extern "C" {\n' + "".join(f"int {name}() {{ return 0; }}\n" for name in rest) + "}\n")
     library = folder / "libcuda.so.1"
-    command = [*compiler, *sources, str(stubs), "-o", str(library), "-ldl"]
-    subprocess.run(command, check=True)
+    command = [nvcc, "-cudart", "none", "-shared", "-Xcompiler", "-fPIC,-w", "-Xlinker", "-soname,libcuda.so.1"]
+    subprocess.run([*command, str(stubs), *map(str, objects), "-o", str(library), "-ldl"], check=True)
     (folder / "libcuda.so").symlink_to(library.name)
     return library
 
@@ -55,11 +56,16 @@ def main() -> int:
         built = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         print(f"rehearse: torch {torch.__version__} is built {built}; it takes one with CUDA 13", file=sys.stderr)
         return 2
+    nvcc = shutil.which("nvcc", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
+    if nvcc is None:
+        print("rehearse: nvcc is not on the PATH nor in /usr/local/cuda/bin; install CUDA's toolkit", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        library = build(Path(torch.__file__).parent, folder)
+        library = build(nvcc, Path(torch.__file__).parent, folder)
         paths = {"LD_LIBRARY_PATH": folder, "PYTHONPATH": HERE / "site"}
         environment = {key: f"{path}{os.pathsep}{os.environ.get(key, '')}".rstrip(":") for key, path in paths.items()}
+        # What Triton's launchers are linked with is gone afterwards, and so must they be.
         environment |= {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": name, "TRITON_CACHE_DIR": f"{name}/triton"}
         return subprocess.run(sys.argv[1:], env=os.environ | environment).returncode
 

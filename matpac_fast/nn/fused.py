@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backend import dtype_of_products, fuses
 from ..kernels._limits import MAX_WIDTH
+from ..ops.attention import is_fused
 from . import halves
 from .linear import is_plain, is_watched
 from .vit import Attention, Block, Mlp
@@ -77,11 +78,19 @@ def _in_halves(
     attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
     x, qkv = halves.norm_linear(x, *pending, block.norm1, attn.qkv, dtype)
     b, n, d = x.shape
-    attended = ops.attention(qkv.view(b, n, 3, attn.num_heads, d // attn.num_heads))
+    attended = _attention(qkv.view(b, n, 3, attn.num_heads, d // attn.num_heads))
     if first_query:
         attended, x = attended[:, first_query:], x[:, first_query:].contiguous()
     x, out = halves.mlp(attended.reshape(x.shape), x, attn.proj, block.norm2, fc1, fc2)
     return x, (out, fc2.bias)
+
+
+def _attention(qkv: Tensor) -> Tensor:
+    """`ops.attention`, by a kernel for few numbers too: to leave them to torch would spare the host alone, which
+    launches most steps as one graph."""
+    if is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[-1]):
+        return torch.ops.matpac_fast.attention(qkv, torch.is_grad_enabled() and qkv.requires_grad)[0]
+    return ops.attention(qkv)
 
 
 def _block(block: Block, x: Tensor, pending: Pending, first_query: int, dtype: torch.dtype) -> tuple[Tensor, Pending]:

@@ -1,4 +1,5 @@
-"""What every Python of a rehearsal does first: without cuDNN, which calls the driver in ways of its own."""
+"""What every Python of a rehearsal does first, in place of the machine's own sitecustomize: no cuDNN, which calls the
+driver in ways of its own."""
 
 import torch
 
