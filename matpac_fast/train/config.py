@@ -35,6 +35,8 @@ class TrainConfig:
         stretch_decays: stretch the decays of averages and MCL temperature to the run (see `fit_to_run`); False keeps
             the official decays a step, by which a teacher hardly moves in a short run.
         weight_decay, betas, eps: AdamW's; the decay falls on every parameter, biases and tokens too, as official.
+            fairseq's Adam in Python, which serves where apex is missing, adds eps before the second moment's bias is
+            corrected: of gradients near 1e-5 the first fifty updates differ, while the rate is still near 0.
         clip_norm: largest norm of the whole gradient.
         precision: "float32", "bf16" (autocast; weights, losses and averages stay float32), or "auto": bf16 where the
             device computes in it natively.
