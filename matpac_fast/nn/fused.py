@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backend import dtype_of_products, fuses
 from ..kernels._limits import MAX_WIDTH
-from ..ops.attention import is_fused
+from ..ops.attention import by_kernel, is_fused
 from . import halves
 from .linear import is_plain, is_watched
 from .vit import Attention, Block, Mlp
@@ -88,9 +88,8 @@ def _in_halves(
 def _attention(qkv: Tensor) -> Tensor:
     """`ops.attention`, by a kernel for few numbers too: to leave them to torch would spare the host alone, which
     launches most steps as one graph."""
-    if is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[-1]):
-        return torch.ops.matpac_fast.attention(qkv, torch.is_grad_enabled() and qkv.requires_grad)[0]
-    return ops.attention(qkv)
+    fused = is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[-1])
+    return by_kernel(qkv) if fused else ops.attention(qkv)
 
 
 def _block(block: Block, x: Tensor, pending: Pending, first_query: int, dtype: torch.dtype) -> tuple[Tensor, Pending]:

@@ -34,13 +34,18 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     return once
 
 
-def under_autograd(lib: torch.library.Library, op: str, function: type[torch.autograd.Function]) -> None:
-    """Let `function` differentiate `matpac_fast::op`; where nothing is, the call goes past it, for it takes the host
-    twice as long as a dispatch."""
+def under_autograd(
+    lib: torch.library.Library,
+    op: str,
+    function: type[torch.autograd.Function],
+    differentiated: Callable[..., bool] = lambda *args: torch.is_grad_enabled(),
+) -> None:
+    """Let `function` differentiate `matpac_fast::op`. Where `differentiated`, of the op's arguments, is false the call
+    goes past it, for it takes the host twice as long as a dispatch."""
     overload = getattr(torch.ops.matpac_fast, op).default
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled():
+        if differentiated(*args):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)

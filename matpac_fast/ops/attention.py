@@ -151,4 +151,9 @@ def attention(qkv: Tensor) -> Tensor:
     casts = qkv.device.type == "cpu" and dtype_of_products(qkv) != qkv.dtype  # under autocast torch's own does
     if casts or not has_kernel(qkv.device, qkv.dtype, b, n, h, d):
         return reference.attention(qkv)
+    return by_kernel(qkv)
+
+
+def by_kernel(qkv: Tensor) -> Tensor:
+    """`attention` of what has one."""
     return torch.ops.matpac_fast.attention(qkv, torch.is_grad_enabled() and qkv.requires_grad)[0]

@@ -11,7 +11,7 @@ from .. import reference
 from ..backend import choose, without_autocast
 from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor
-from ._once import once_differentiable
+from ._once import once_differentiable, under_autograd
 from ._prototype_launchers import LAUNCHERS, delta_dtype, mm
 
 _MEANS = ("probabilities", "logits")
@@ -188,18 +188,11 @@ class _PrototypeLoss(torch.autograd.Function):
         return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *[None] * 7
 
 
-def _differentiable(student: Tensor, student_weight: Tensor) -> bool:
+def _differentiable(student: Tensor, student_weight: Tensor, *rest: Any) -> bool:
     return torch.is_grad_enabled() and (student.requires_grad or student_weight.requires_grad)
 
 
-def _autograd(*args: Any) -> _Forward:
-    if _differentiable(*args[:2]):
-        return _PrototypeLoss.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.matpac_fast.prototype_loss(*args)
-
-
-_LIB.impl("prototype_loss", _autograd, "Autograd")
+under_autograd(_LIB, "prototype_loss", _PrototypeLoss, _differentiable)
 
 
 def _temperature(value: float | Tensor, device: torch.device) -> Tensor:
