@@ -6,6 +6,7 @@ JSON, behind `_TOLD`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -206,16 +207,19 @@ def _run(encoder: AudioEncoder, waves: torch.Tensor) -> None:
 
 def _resident(field: str) -> float:
     """VmRSS or VmHWM of this process, MiB."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise ConfigError(f"this system's /proc/self/status has no {field}: memory can be measured on Linux only")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+    raise ConfigError(f"/proc/self/status has no {field}: memory is measured on Linux only; use --no-cost")
 
 
 def _settle() -> float:
     """Give back what is free, let VmHWM start anew, and return what is resident, MiB."""
+    _resident("VmHWM")  # raises where the system does not tell
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _resident("VmRSS")
 

@@ -45,6 +45,18 @@ def test_cost_in_a_fresh_process(encoder_file, tmp_path):
         measure("nobody", 0.6, 1, "cpu")
 
 
+@pytest.mark.parametrize("status", [None, "Name: python"])
+def test_a_system_that_does_not_tell_its_memory_is_told_how_to_go_on(encoder_file, monkeypatch, status):
+    def read_text(path, **options):
+        if status is None:
+            raise FileNotFoundError(path)
+        return status
+
+    monkeypatch.setattr(cost.Path, "read_text", read_text)
+    with pytest.raises(ConfigError, match="no VmHWM: memory is measured on Linux only; use --no-cost"):
+        measure_here(load_encoder(encoder_file, "cpu"), "it", 0.6, 1)
+
+
 def test_the_cost_of_what_only_this_process_knows_says_what_to_do(monkeypatch):
     monkeypatch.setattr(encoder_module, "_registry", dict(encoder_module._registry))
     register_encoder("mine", "no_such_module:load")
