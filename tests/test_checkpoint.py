@@ -118,7 +118,8 @@ def test_what_lies_beside_the_weights_is_skipped(tmp_path, zipped, core):
 
 def test_threads_load_and_what_the_application_allows_stays(tmp_path):
     torch.save({"model": {"w": torch.zeros(1)}, "acc": np.arange(3.0)}, tmp_path / "c.pt")
-    own = [np.dtype, np._core.multiarray._reconstruct, argparse.Namespace, dataclasses.Field]
+    core = np._core if hasattr(np, "_core") else np.core  # of numpy 1
+    own = [np.dtype, core.multiarray._reconstruct, argparse.Namespace, dataclasses.Field]
     with torch.serialization.safe_globals(own):  # half of numpy's: none may be mixed with what is skipped
         before = set(torch.serialization.get_safe_globals())
         interval = sys.getswitchinterval()

@@ -23,7 +23,7 @@ class seeded(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if getattr(func, "__name__", "") in _DRAWING and kwargs.get("generator") is None:
             drawn = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            device = torch.get_default_device() if drawn is None else drawn.device
+            device = torch.empty(0, device=kwargs.get("device")).device if drawn is None else drawn.device
             if device.type != "meta":
                 if device not in self._generators:
                     self._generators[device] = torch.Generator(device).manual_seed(self._seed)

@@ -115,7 +115,10 @@ def test_archives_lie_beside_files_and_may_call_two_members_the_same(files, tmp_
 def test_columns_of_all_types_that_arrow_has_for_bytes_are_read(files, tmp_path, of_bytes, of_path):
     columns = [pa.array([(files / "a.wav").read_bytes()], of_bytes), pa.array(["a.wav"], of_path)]
     table = pa.table({"audio": pa.StructArray.from_arrays(columns, ["bytes", "path"])})
-    pq.write_table(table, tmp_path / "x.parquet")
+    try:
+        pq.write_table(table, tmp_path / "x.parquet")
+    except pa.ArrowNotImplementedError as error:  # views, of pyarrow 17
+        pytest.skip(str(error))
     inside, reason = archives.members(tmp_path / "x.parquet")
     assert ([member.name for member in inside], reason) == (["a.wav"], None)
     assert list(archives.contents(tmp_path / "x.parquet", inside)) == [(files / "a.wav").read_bytes()]

@@ -57,7 +57,8 @@ def test_accuracy_is_scikit_learns():
     weights = torch.from_numpy(random.random((4, 50)))
     found = accuracy(scores, targets, weights)
     for value, w in zip(found, weights, strict=True):
-        assert value.item() == pytest.approx(accuracy_score(targets, scores.argmax(1), sample_weight=w), abs=1e-12)
+        want = accuracy_score(targets.numpy(), scores.argmax(1).numpy(), sample_weight=w.numpy())
+        assert value.item() == pytest.approx(want, abs=1e-12)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
