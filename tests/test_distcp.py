@@ -38,6 +38,7 @@ def text(content: str) -> bytes:
 
 
 PATH, FORM = b"cpathlib\nPosixPath\n", b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+GETATTR = b"cbuiltins\ngetattr\n"
 ABOUT = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
 ATTRIBUTES = b"}" + text("parent") + PATH + text("/evil") + b"\x85Rs"
 
@@ -49,6 +50,8 @@ ATTRIBUTES = b"}" + text("parent") + PATH + text("/evil") + b"\x85Rs"
         (ABOUT + b"N" + ATTRIBUTES + b"\x86b.", "attributes of <class 'torch"),  # of one whose instances may be filled
         (FORM + b"K\x00\x85R" + ATTRIBUTES + b"b.", "attributes of <_MEM_FORMAT_ENCODING"),  # of the one member
         (b"cposix\nmkdir\n.", "posix.mkdir"),
+        (GETATTR + FORM + text("__class__") + b"\x86R.", "'__class__' of <enum '_MEM_FORMAT_ENCODING'>"),
+        (GETATTR + PATH + text("cwd") + b"\x86R.", "'cwd' of <class 'pathlib.PosixPath'>"),
         (b"ctorch\nload\n.", "torch.load"),  # of a module that has names which are data
     ],
 )
@@ -65,6 +68,16 @@ def test_what_describes_no_tensors_is_damaged(folder, content):
     (folder / ".metadata").write_bytes(pickle.dumps(content))
     with pytest.raises(CheckpointError, match=r"\.metadata: damaged: it holds no description of tensors"):
         distcp.load(folder)
+
+
+def test_members_of_an_enum_are_read_as_every_python_writes_them(tmp_path, monkeypatch):
+    """Python 3.11.2, as Debian 12 has it, writes getattr."""
+    by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    dcp.save({"model.w": torch.arange(3.0)}, storage_writer=dcp.FileSystemWriter(tmp_path / "c"))
+    (tmp_path / "c" / "matpac_fast.json").write_text("{}")
+    assert b"getattr" in (tmp_path / "c" / ".metadata").read_bytes()
+    assert distcp.load(tmp_path / "c", "model.")[0]["w"].tolist() == [0, 1, 2]
 
 
 def test_a_genuine_one_is_read_and_any_damage_is_named(folder):
