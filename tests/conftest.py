@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import early  # before torch: it says how threads wait
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from matpac_fast import backend
+
+# No test is timed: a machine may be slow.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 GOLDEN = Path(__file__).parent / "golden"
 

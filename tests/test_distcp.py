@@ -51,7 +51,7 @@ ATTRIBUTES = b"}" + text("parent") + PATH + text("/evil") + b"\x85Rs"
         (FORM + b"K\x00\x85R" + ATTRIBUTES + b"b.", "attributes of <_MEM_FORMAT_ENCODING"),  # of the one member
         (b"cposix\nmkdir\n.", "posix.mkdir"),
         (GETATTR + FORM + text("__class__") + b"\x86R.", "'__class__' of <enum '_MEM_FORMAT_ENCODING'>"),
-        (GETATTR + PATH + text("cwd") + b"\x86R.", "'cwd' of <class 'pathlib.PosixPath'>"),
+        (GETATTR + b"ctorch\nSize\n" + text("numel") + b"\x86R.", "'numel' of <class 'torch.Size'>"),
         (b"ctorch\nload\n.", "torch.load"),  # of a module that has names which are data
     ],
 )

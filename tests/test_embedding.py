@@ -52,7 +52,7 @@ def expected_spans(n: int, size: int, hop: int, remainder: str) -> list[tuple[in
     return spans
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     n=st.one_of(st.integers(1, 40_000), st.integers(1, 900)),
     size=st.sampled_from([0.02, 0.16, 0.25, 0.3337, 0.64, 1.0, 3.0]),

@@ -23,7 +23,7 @@ def test_splitmix64_is_the_references():
     assert int(splitmix64(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF  # first output of the published generator
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(n, key):
     image = permute(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64))
