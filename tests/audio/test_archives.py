@@ -117,8 +117,10 @@ def test_columns_of_all_types_that_arrow_has_for_bytes_are_read(files, tmp_path,
     table = pa.table({"audio": pa.StructArray.from_arrays(columns, ["bytes", "path"])})
     try:
         pq.write_table(table, tmp_path / "x.parquet")
-    except pa.ArrowNotImplementedError as error:  # views, of pyarrow 17
-        pytest.skip(str(error))
+    except pa.ArrowNotImplementedError:
+        if of_bytes != pa.binary_view():
+            raise
+        pytest.skip(f"waits for a pyarrow that writes views to Parquet; this is {pa.__version__}")
     inside, reason = archives.members(tmp_path / "x.parquet")
     assert ([member.name for member in inside], reason) == (["a.wav"], None)
     assert list(archives.contents(tmp_path / "x.parquet", inside)) == [(files / "a.wav").read_bytes()]
