@@ -162,7 +162,7 @@ def shared(rank: int, loop: str, lines: str, folder: Path) -> None:
     ddp = torch.nn.parallel.DistributedDataParallel
     if "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters:
         loop = loop.replace("broadcast_buffers", "forward_sync_buffers")
-    with distributed.join("cpu"):
+    with joining.join("cpu"):
         names = {"DistributedDataParallel": ddp, "dist": dist, "rank": rank, "world": 2}
         run(loop, names)
 

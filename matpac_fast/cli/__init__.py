@@ -99,12 +99,20 @@ def _run(argv: list[str]) -> int:
 
 def _failed(argv: list[str], line: str) -> int:
     _say(argv, line)
+    if _is_one_of_several():
+        from ..train.joining import leave_word
+
+        leave_word(line)
     return FAILED
 
 
+def _is_one_of_several() -> bool:
+    """Whether torchrun started this process beside others; each says what ails it."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _say(argv: list[str], line: str) -> None:
-    # Of the processes that torchrun starts each says what ails it.
-    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
+    rank = f" (rank {os.environ['RANK']})" if _is_one_of_several() else ""
     print(f"{' '.join(['matpac-fast', *argv[:1]])}{rank}: {line}", file=sys.stderr)
 
 

@@ -6,12 +6,9 @@ FSDP cuts the model: then every rank writes its own part of a checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,16 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, MatpacFastError
 from ..nn.ema import local
+from .lifeline import FAILED, Lifeline, PeerError
 
 T = TypeVar("T")
 
-_FAILED = "matpac_fast/failed"  # where the first rank that fails leaves its reason for the others
 _BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in errors that a dead peer causes
-_KEPT: list[Any] = []
-
-
-class PeerError(MatpacFastError, RuntimeError):
-    """Another rank has failed; the message is its reason."""
 
 
 class Ranks:
@@ -38,10 +30,18 @@ class Ranks:
     Attributes:
         device: this rank's.
         rank, world: its number, and how many there are.
+        store, lifeline: those of the process group, where `join` made it.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world: int = 1, store: dist.Store | None = None):
-        self.device, self.rank, self.world, self._store = device, rank, world, store
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        store: dist.Store | None = None,
+        lifeline: Lifeline | None = None,
+    ):
+        self.device, self.rank, self.world, self.store, self.lifeline = device, rank, world, store, lifeline
         self._background: Any = None
         self._host_mesh: Any = None
 
@@ -146,10 +146,10 @@ class Ranks:
         broken = not isinstance(error, MatpacFastError) and any(w in str(error).lower() for w in _BROKEN)
         mine = f"rank {self.rank}: {'lost another rank, which gave no reason' if broken else error}"
         try:
-            if self._store is None or (broken and not self._store.check([_FAILED])):
+            if self.store is None or (broken and not self.store.check([FAILED])):
                 reason = mine
             else:
-                reason = self._store.compare_set(_FAILED, "", mine).decode()
+                reason = self.store.compare_set(FAILED, "", mine).decode()
         except RuntimeError:  # the process that kept the store is gone too
             reason = mine
         return PeerError(reason) if broken else error
@@ -182,57 +182,6 @@ class Votes:
             self._work = None
         flags, self._flags = self._flags.tolist(), torch.zeros(self._n)
         return [flag > 0 for flag in flags]
-
-
-@contextlib.contextmanager
-def join(device: str | torch.device) -> Iterator[Ranks]:
-    """The ranks of this run: those of torchrun's environment variables or of a process group that is there already.
-
-    Raises:
-        ConfigError: no such device here, more ranks on this machine than GPUs, or a process group for GPUs alone.
-    """
-    if dist.is_available() and dist.is_initialized():
-        if "cpu" not in (backends := dist.get_backend_config()):
-            raise ConfigError(
-                f"torch.distributed is initialised with {backends}, which carries nothing between hosts' memories; "
-                'expected init_process_group("cpu:gloo,cuda:nccl")'
-            )
-        yield Ranks(pick_device(device), dist.get_rank(), dist.get_world_size())
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(pick_device(device))
-        return
-    from torch.distributed.rendezvous import rendezvous
-
-    found = pick_device(device)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
-    with _ended_by_signals():
-        store, rank, world = next(rendezvous("env://"))
-        backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, for which
-        # the group's threads may be waiting.
-        _KEPT.append(dist.group.WORLD)
-        ranks = Ranks(found, rank, world, store)
-        ranks.barrier()  # a rank that fails at once must not be gone before the others have connected to it
-    yield ranks
-    # Not where the body raises: taking NCCL down waits for ranks that may be gone. The process ends anyway.
-    dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Meanwhile SIGINT and SIGTERM end the process at once: it waits for ranks that may never come, in C++, where no
-    handler of Python's is called, and torchrun would wait 30 s for it."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -22,10 +22,11 @@ from ..spans import span
 from .begin import begin, make_sampler, name_transform
 from .compiled import blocks, compile_blocks
 from .config import TrainConfig
-from .distributed import Ranks, Votes, distribute, join, whole
+from .distributed import Ranks, Votes, distribute, whole
 from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .graph import GraphedStep
+from .joining import join
 from .logs import Log, Record, Reporter, read_log, versions
 from .memory import freed_memory_kept
 from .oom import advice
@@ -94,6 +95,13 @@ def pretrain(
     """
     with join(device) as ranks, contextlib.ExitStack() as stack:
         run = begun = None
+
+        def last_words(reason: str) -> None:
+            if begun is not None and ranks.first:
+                _tell_failure(begun, run, reason)
+
+        if ranks.lifeline is not None:
+            ranks.lifeline.last_words = last_words
         try:
             # Rank 0's count: where the others do not see its folder, they cannot know the options of the run in it.
             model_config, config, init = ranks.from_first(lambda: (model_config, config, init))
@@ -122,8 +130,7 @@ def pretrain(
             return run.go(stop)
         except Exception as error:
             failure = ranks.failure(error)
-            if begun is not None and ranks.first:
-                _tell_failure(begun, run, failure)
+            last_words(str(failure))
             if failure is error:
                 raise
             raise failure from error
@@ -132,14 +139,14 @@ def pretrain(
                 run.close()
 
 
-def _tell_failure(folder: RunFolder, run: _Run | None, error: Exception) -> None:
+def _tell_failure(folder: RunFolder, run: _Run | None, reason: str) -> None:
     """The log's last line; what fails in telling it, log or reporter, takes not the place of the run's own error."""
     with contextlib.suppress(Exception):
         if run is not None:
-            run.tell({"event": "failed", "step": run.done, "text": str(error)})
+            run.tell({"event": "failed", "step": run.done, "text": reason})
             return
         with contextlib.closing(Log(folder.log)) as log:
-            log.write({"event": "failed", "text": str(error)})
+            log.write({"event": "failed", "text": reason})
 
 
 class _Run:

@@ -17,7 +17,7 @@ from stops import after
 
 from matpac_fast import ops
 from matpac_fast.errors import ConfigError
-from matpac_fast.train import distributed, pretrain, read_log
+from matpac_fast.train import distributed, joining, pretrain, read_log
 from matpac_fast.train import loop as training
 from matpac_fast.train.begin import check_options
 
@@ -163,7 +163,7 @@ def waiting(rank, asked):
         yield from honest(url)
 
     meeting.rendezvous = rendezvous
-    with distributed.join("cpu"):
+    with joining.join("cpu"):
         return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
 

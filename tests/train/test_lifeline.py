@@ -1,0 +1,232 @@
+"""What becomes of the others when a rank ends, falls out of reach, or never comes; and how machines find each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from ranks import free_port, on_ranks
+
+from matpac_fast.train import PeerError, interface, joining, lifeline
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return torch.distributed.HashStore()
+
+
+def together(*calls):
+    """All of them at once, each in a thread -> what they return or raise, in order."""
+    answers: list = [None] * len(calls)
+
+    def answer(n):
+        try:
+            answers[n] = calls[n]()
+        except Exception as error:
+            answers[n] = error
+
+    threads = [threading.Thread(target=answer, args=(n,)) for n in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return answers
+
+
+def test_ranks_of_one_machine_meet_and_part_in_peace(store, monkeypatch):
+    monkeypatch.setattr(lifeline, "_GRACE", 0.0)  # a loss would end this process
+    lines = together(*(lambda rank=rank: lifeline.Lifeline(store, rank, 3) for rank in range(3)))
+    assert [line.address for line in lines] == [None] * 3
+    for line in lines:
+        line.last_words = pytest.fail
+    for line in (lines[1], lines[0], lines[2]):
+        line.close(in_peace=True)
+        time.sleep(0.1)  # for the others to hear it
+
+
+def test_a_stranger_at_the_door_is_no_rank(store):
+    def stranger():
+        port = lifeline._wait_for(store, lifeline._DOOR).split()[0]
+        with socket.create_connection(("127.0.0.1", int(port))) as line:
+            line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            return line.recv(100)
+
+    said = together(lambda: lifeline.Lifeline(store, 0, 2), stranger, lambda: lifeline.Lifeline(store, 1, 2))
+    assert said[1] == b""
+    for line in (said[0], said[2]):
+        line.close(in_peace=True)
+
+
+def test_who_fails_before_it_comes_ends_those_that_wait(store):
+    def fails():
+        time.sleep(0.2)
+        store.compare_set(lifeline.FAILED, "", "rank 2: no corpus")
+
+    waiting = [lambda rank=rank: lifeline.Lifeline(store, rank, 3) for rank in range(2)]
+    assert [str(error) for error in together(*waiting, fails)[:2]] == ["rank 2: no corpus"] * 2
+
+
+def test_who_comes_and_goes_before_all_have_come_is_named(store):
+    def goes():
+        port, password = lifeline._wait_for(store, lifeline._DOOR).split()
+        with socket.create_connection(("127.0.0.1", int(port))) as line:
+            line.sendall(f"{password} 1 node2\n".encode())
+
+    error = together(lambda: lifeline.Lifeline(store, 0, 3), goes)[0]
+    assert isinstance(error, PeerError)
+    assert str(error) == "rank 1 on node2 ended before all had come; its own output says why"
+
+
+def test_who_never_comes_is_waited_for_no_longer_than_half_an_hour(store, monkeypatch):
+    monkeypatch.setattr(lifeline, "_PATIENCE", lifeline.timedelta(seconds=0.2))
+    assert str(together(lambda: lifeline.Lifeline(store, 0, 3))[0]) == "rank 1, 2 of 3 did not come"
+    late = torch.distributed.HashStore()
+    assert str(together(lambda: lifeline.Lifeline(late, 1, 3))[0]).startswith("rank 0 did not come")
+
+
+def test_a_first_rank_behind_closed_ports_is_told_as_such(store):
+    store.set(lifeline._DOOR, f"{free_port()} password")
+    with pytest.raises(PeerError, match=r"rank 0 cannot be reached at 127\.0\.0\.1, port \d+ \(Connection refused\)"):
+        lifeline.Lifeline(store, 1, 2)
+
+
+def lost(rank, folder, how):
+    lifeline._GRACE = 0.5
+    with joining.join("cpu") as ranks:
+        line = ranks.lifeline
+        line.last_words = lambda reason: (folder / f"{rank}").write_text(reason)
+        ranks.barrier()
+        if rank == 1:
+            ranks.store.set(lifeline.FAILED, "rank 1: why") if how == "told" else None
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)  # as a main thread that waits where no exception reaches it
+
+
+@pytest.mark.parametrize(("how", "reason"), [("told", "rank 1: why"), ("mute", "ended and gave no reason")])
+def test_a_process_that_waits_for_a_lost_one_is_ended(tmp_path, how, reason):
+    assert on_ranks(3, lost, tmp_path, how, timeout=30) == {}
+    assert reason in (tmp_path / "0").read_text()
+    assert (tmp_path / "2").exists()  # whose line is to rank 0 alone
+
+
+def failing_early(rank, port):
+    os.environ |= {"MASTER_PORT": str(port)}
+    if rank == 1:
+        joining.leave_word("/nowhere: no corpus")
+        return "left"
+    with joining.join("cpu"):
+        return "joined"
+
+
+def test_a_failure_before_joining_ends_the_others():
+    assert on_ranks(2, failing_early, free_port()) == {0: "PeerError: rank 1: /nowhere: no corpus", 1: "left"}
+
+
+def test_a_failure_of_one_process_is_left_to_nobody(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    joining.leave_word("no one waits")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gloo is told its interface on Linux alone")
+def test_the_interface_of_an_address_is_found():
+    assert interface.interface_of("127.0.0.1") == "lo"
+    assert interface.interface_of("192.0.2.1") is None  # nobody's
+    assert interface.interface_of("2001:db8::1") is None
+    if interface._IPV6.exists() and "00000000000000000000000000000001" in interface._IPV6.read_text():
+        assert interface.interface_of("::1") == "lo"
+
+
+@pytest.mark.parametrize(
+    ("meaning", "loopback"), [("127.0.1.1", True), ("10.1.2.3", False), ("2001:db8::1", False), (None, True)]
+)
+def test_a_machine_that_knows_itself_as_loopback(monkeypatch, meaning, loopback):
+    def getaddrinfo(*_):
+        if meaning is None:
+            raise socket.gaierror
+        return [(socket.AF_INET, None, None, "", (meaning, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert joining._is_known_as_loopback() is loopback
+
+
+ON_A_MACHINE = """
+import socket, sys
+import torch
+from matpac_fast.train import joining, lifeline
+
+lifeline._ASKED_AFTER, lifeline._ASKED_EVERY, lifeline._ASKED, lifeline._GRACE = 1, 1, 2, 0.5
+socket.sethostname(f"machine-{sys.argv[1]}")
+with joining.join("cpu") as ranks:
+    ranks.barrier()
+    print("joined", flush=True)
+    torch.distributed.recv(torch.zeros(1), 1 - ranks.rank)  # which is never sent
+"""
+
+
+@pytest.fixture
+def machines():
+    """The names of two network namespaces with a cable between them, 10.9.8.1 and 10.9.8.2."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("needs Linux, root and iproute2, for two machines on this one")
+    names = [f"matpac{os.getpid()}x{n}" for n in (1, 2)]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.decode()}")
+        ip("link", "add", "mp1", "netns", names[0], "type", "veth", "peer", "name", "mp2", "netns", names[1])
+        for n, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.9.8.{n}/24", "dev", f"mp{n}")
+            for link in ("lo", f"mp{n}"):
+                ip("-n", name, "link", "set", link, "up")
+        yield names
+    finally:
+        for name in names:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("netns", "del", name)
+
+
+def test_machines_named_as_debian_does_train_until_the_cable_is_cut(machines, tmp_path):
+    """Gloo offers the others 127.0.1.1 where it is told no interface; and waits for half an hour on a cut cable."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n127.0.1.1 machine-0 machine-1\n")
+    own = ["unshare", "-um", "sh", "-c", f'mount --bind {hosts} /etc/hosts && exec "$@"', "sh"]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.9.8.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, *own, sys.executable, "-c", ON_A_MACHINE, str(rank)],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, name in enumerate(machines)
+    ]
+    try:
+        said = [process.stdout.readline() for process in started if process.stdout]
+        if said == ["joined\n"] * 2:
+            subprocess.run(["ip", "-n", machines[1], "link", "set", "mp2", "down"], check=True)
+        errors = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert said == ["joined\n"] * 2, errors
+    assert [process.returncode for process in started] == [1, 1], errors
+    assert "matpac_fast (rank 0): rank 1 on machine-1 is out of reach" in errors[0]
+    assert "matpac_fast (rank 1): rank 0 on 10.9.8.1 is out of reach" in errors[1]
