@@ -25,7 +25,7 @@ from matpac_fast.audio.prepare import prepare
 from matpac_fast.checkpoint import find_weights
 from matpac_fast.config import MatpacConfig
 from matpac_fast.model import Matpac
-from matpac_fast.train import TrainConfig, distributed, fit_to_run, pretrain, read_log
+from matpac_fast.train import TrainConfig, fit_to_run, joining, pretrain, read_log
 
 ROOT = Path(__file__).parents[1]
 
