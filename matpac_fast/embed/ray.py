@@ -97,7 +97,7 @@ def embed_collection(
                     options=options,
                 ),
                 batch_size=shards_per_task,
-                concurrency=concurrency,
+                compute=ray.data.ActorPoolStrategy(size=concurrency),
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
             )
