@@ -46,6 +46,7 @@ def test_files_that_failed_are_not_reported_as_embedded(tmp_path, monkeypatch):
 
     data = types.ModuleType("ray.data")
     data.from_items = lambda rows, **_: Here(rows)  # type: ignore[attr-defined]
+    data.ActorPoolStrategy = lambda *, size: size  # type: ignore[attr-defined]
     ray = types.ModuleType("ray")
     ray.data = data  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ray", ray)
