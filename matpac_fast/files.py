@@ -55,7 +55,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
         yield beside
-        os.chmod(beside, mode)  # safetensors leaves a file that its owner alone can read
+        if stat.S_IMODE(os.stat(beside).st_mode) != mode:  # safetensors leaves a file that its owner alone can read
+            with contextlib.suppress(PermissionError):  # of a disk that keeps no permissions
+                os.chmod(beside, mode)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, place)

@@ -26,6 +26,17 @@ def test_a_file_gets_the_permissions_of_any_new_one(tmp_path, umask):
     assert modes == dict.fromkeys(("any", "text", "replaced"), 0o666 & ~umask)
 
 
+def test_a_disk_that_keeps_no_permissions_keeps_the_file(tmp_path, monkeypatch):
+    def chmod(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    with atomic(tmp_path / "file") as beside:
+        beside.unlink()
+        os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors does
+    assert (tmp_path / "file").exists()
+
+
 def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_place_after(tmp_path, monkeypatch):
     """A power cut leaves the old file or the new one, never an empty one."""
     did, fsync, replace = [], os.fsync, os.replace

@@ -94,7 +94,8 @@ class AudioFile:
                 wanted = n if left > n else left + more
                 block = self._file.read(wanted, dtype="float32", always_2d=True)  # (frames, channels)
             except soundfile.LibsndfileError as error:
-                raise self._error(f"damaged: libsndfile says {_plain(error.error_string)}") from None
+                said = self._disk_error() or f"damaged: libsndfile says {_plain(error.error_string)}"
+                raise self._error(said) from None
             if not len(block):
                 break
             self.frames += len(block)
@@ -137,16 +138,18 @@ class AudioFile:
 
     def _check(self) -> None:
         """What can be said before libsndfile is asked, whose own messages about it are vague."""
+        opened = False
         try:
             found = os.stat(self.path)
             if stat.S_ISDIR(found.st_mode):
                 raise self._error("a folder, not an audio file")
             if not stat.S_ISREG(found.st_mode):
                 raise self._error("not a regular file")
-            with open(self.path, "rb"):
-                pass
+            with open(self.path, "rb") as file:
+                opened = True
+                file.read(1)
         except OSError as error:
-            raise self._error(f"cannot be opened: {error.strerror}") from None
+            raise self._error(f"cannot be {'read' if opened else 'opened'}: {error.strerror}") from None
         if found.st_size == 0:
             raise self._error("empty: a file of 0 bytes")
 
@@ -188,7 +191,18 @@ class AudioFile:
             mend = "pip install 'matpac_fast[video]', or convert it, e.g. ffmpeg -i FILE FILE.flac"
             return f"no decoder for {suffix} files: {mend}"
         # For a file that is too short to be an MP3, libsndfile says that it is not there.
-        return "unreadable: no audio" if "not exist" in said else f"unreadable: libsndfile says {_plain(said)}"
+        reason = "no audio" if "not exist" in said else f"libsndfile says {_plain(said)}"
+        return self._disk_error() or f"unreadable: {reason}"
+
+    def _disk_error(self) -> str | None:
+        """What libsndfile takes for damage where it is the disk that fails."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        return None
 
     def _error(self, reason: str) -> AudioError:
         return AudioError(f"{self.path}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -302,6 +303,33 @@ def test_what_is_no_file_is_said_plainly(tmp_path, monkeypatch, good):
     monkeypatch.setattr(decode, "open", refuse, raising=False)  # file modes do not stop root
     with pytest.raises(AudioError, match="cannot be opened: Permission denied"):
         read_audio(tmp_path / "mine.wav")
+
+
+@pytest.mark.parametrize("when", ["opened", "header", "samples"])
+def test_a_disk_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, when):
+    """Where libsndfile gets no bytes it says "Format not recognised", or "System error"."""
+    path, n_opened = tmp_path / "x.wav", 0
+    soundfile.write(path, np.zeros(1_000), 16_000)
+
+    class Failing(io.FileIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def opened(path, *args, **kwargs):
+        nonlocal n_opened
+        n_opened += 1
+        return open(path, "rb") if n_opened == 1 and when != "opened" else Failing(path)
+
+    def read(self, *args, **kwargs):
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(decode, "open", opened, raising=False)
+    if when == "header":
+        path.write_bytes(b"none of its bytes")
+    if when == "samples":
+        monkeypatch.setattr(soundfile.SoundFile, "read", read)
+    with pytest.raises(AudioError, match=r"x\.wav: cannot be read: Input/output error$"):
+        read_audio(path)
 
 
 def test_a_name_that_is_no_utf8_is_read(tmp_path):
