@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..errors import ConfigError, first_line
 from .distributed import Ranks, pick_device
 from .interface import interface_of
-from .lifeline import FAILED, Lifeline, PeerError, reason_left
+from .lifeline import Lifeline, PeerError, leave_reason, reason_left
 
 _KEPT: list[Any] = []
 
@@ -69,7 +69,7 @@ def leave_word(reason: str) -> None:
 
     with contextlib.suppress(Exception):  # with nobody there to hear it
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=10)))
-        store.compare_set(FAILED, "", f"rank {rank}: {reason}")
+        leave_reason(store, f"rank {rank}: {reason}")
 
 
 def _meet(device: torch.device) -> Ranks:
@@ -106,8 +106,7 @@ def _make_group(ranks: Ranks, address: str | None) -> None:
                 f"({first_line(error)}); expected that all can connect to each other on any port. "
                 "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface to use"
             )
-            with contextlib.suppress(RuntimeError):
-                ranks.store.compare_set(FAILED, "", reason)
+            leave_reason(ranks.store, reason)
         raise PeerError(reason) from error
 
 

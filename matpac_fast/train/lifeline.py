@@ -19,10 +19,13 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from ..errors import MatpacFastError
+
+T = TypeVar("T")
 
 FAILED = "matpac_fast/failed"  # where the first rank that fails leaves its reason for the others
 _DOOR, _ADDRESS = "matpac_fast/door", "matpac_fast/address"  # rank 0's port and its password; its address
@@ -148,16 +151,29 @@ class Lifeline:
 
     def _lose(self, rank: str, error: OSError | None) -> None:
         silent = error is not None and error.errno in _SILENT
-        reason = f"{rank} is out of reach: its machine, or the network between, is gone ({error})" if silent else ""
-        if silent and self._rank == 0:  # its machine holds the store, which else may be out of reach as well
-            self._store.compare_set(FAILED, "", reason)
+        reason = f"{rank} ended and gave no reason"
+        if silent:
+            reason = f"{rank} is out of reach: its machine, or the network between, is gone ({error})"
+            if self._rank == 0:  # its machine holds the store, which else may be out of reach as well
+                _within(5.0, lambda: leave_reason(self._store, reason))
         if self._ended.wait(_GRACE):
             return
-        if not silent:
-            reason = reason_left(self._store) or f"{rank} ended and gave no reason"
-        self.last_words(reason)
-        print(f"matpac_fast (rank {self._rank}): {reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread waits in C++ for who will never answer: no exception would reach it
+        try:
+            if not silent:
+                reason = _within(5.0, lambda: reason_left(self._store)) or reason
+            self.last_words(reason)
+            print(f"matpac_fast (rank {self._rank}): {reason}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)  # the main thread waits in C++ for who will never answer: no exception would reach it
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """What the store answers; None where it does not in time: a main thread that waits for it holds its lock."""
+    answers: list[T] = []
+    asking = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else None
 
 
 def reason_left(store: dist.Store) -> str | None:
@@ -166,6 +182,12 @@ def reason_left(store: dist.Store) -> str | None:
         return store.get(FAILED).decode() if store.check([FAILED]) else None
     except RuntimeError:
         return None
+
+
+def leave_reason(store: dist.Store, reason: str) -> None:
+    """For the other ranks, where none has left one before."""
+    with contextlib.suppress(RuntimeError):  # whose process has ended
+        store.compare_set(FAILED, "", reason)
 
 
 def _raise_left(store: dist.Store) -> None:

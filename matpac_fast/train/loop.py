@@ -97,6 +97,8 @@ def pretrain(
         run = begun = None
 
         def last_words(reason: str) -> None:
+            if run is not None and not run.config.shard:  # else it may wait for the part of a rank that is gone
+                run.saver.close()
             if begun is not None and ranks.first:
                 _tell_failure(begun, run, reason)
 

@@ -60,9 +60,16 @@ def test_a_stranger_at_the_door_is_no_rank(store):
         port = lifeline._wait_for(store, lifeline._DOOR).split()[0]
         with socket.create_connection(("127.0.0.1", int(port))) as line:
             line.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            return line.recv(100)
+            said = line.recv(100)
+            gone.set()
+            return said
 
-    said = together(lambda: lifeline.Lifeline(store, 0, 2), stranger, lambda: lifeline.Lifeline(store, 1, 2))
+    def second():
+        gone.wait(10)
+        return lifeline.Lifeline(store, 1, 2)
+
+    gone = threading.Event()
+    said = together(lambda: lifeline.Lifeline(store, 0, 2), stranger, second)
     assert said[1] == b""
     for line in (said[0], said[2]):
         line.close(in_peace=True)
