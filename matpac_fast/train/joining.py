@@ -21,6 +21,7 @@ from .interface import interface_of
 from .lifeline import Lifeline, PeerError, leave_reason, reason_left
 
 _KEPT: list[Any] = []
+_on_its_way = threading.Event()  # from here on the others learn by themselves how this process ends
 
 
 @contextlib.contextmanager
@@ -42,7 +43,11 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(pick_device(device))
         return
-    found = pick_device(device)
+    try:
+        found = pick_device(device)
+    except ConfigError as error:
+        leave_word(str(error))
+        raise
     if found.type == "cuda":
         torch.cuda.set_device(found)
     with _ended_by_signals():
@@ -63,8 +68,8 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
 
 def leave_word(reason: str) -> None:
     """Have a failure before `join` end the other ranks too, who would wait for this one for half an hour."""
-    if _KEPT or dist.is_initialized():
-        return  # they have heard of it
+    if _on_its_way.is_set():
+        return
     from torch.distributed.rendezvous import rendezvous
 
     with contextlib.suppress(Exception):  # with nobody there to hear it
@@ -75,6 +80,7 @@ def leave_word(reason: str) -> None:
 def _meet(device: torch.device) -> Ranks:
     from torch.distributed.rendezvous import rendezvous
 
+    _on_its_way.set()
     try:
         store, rank, world = next(rendezvous("env://"))
         return Ranks(device, rank, world, store, Lifeline(store, rank, world))

@@ -129,15 +129,14 @@ def test_a_process_that_waits_for_a_lost_one_is_ended(tmp_path, how, reason):
 
 def failing_early(rank, port):
     os.environ |= {"MASTER_PORT": str(port)}
-    if rank == 1:
-        joining.leave_word("/nowhere: no corpus")
-        return "left"
-    with joining.join("cpu"):
+    with joining.join("cpu" if rank == 0 else "abacus"):
         return "joined"
 
 
 def test_a_failure_before_joining_ends_the_others():
-    assert on_ranks(2, failing_early, free_port()) == {0: "PeerError: rank 1: /nowhere: no corpus", 1: "left"}
+    reason = "device is 'abacus'; expected auto, cpu, cuda or cuda:N"
+    answers = on_ranks(2, failing_early, free_port())
+    assert answers == {0: f"PeerError: rank 1: {reason}", 1: f"ConfigError: {reason}"}
 
 
 def test_a_failure_of_one_process_is_left_to_nobody(monkeypatch):
