@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, MatpacFastError
 from ..nn.ema import local
-from .lifeline import FAILED, Lifeline, PeerError
+from .lifeline import Lifeline, PeerError, leave_reason, reason_soon
 
 T = TypeVar("T")
 
@@ -143,16 +143,12 @@ class Ranks:
         """`error`, or where another rank's end has caused it, a PeerError with that rank's reason."""
         if self.world == 1 or isinstance(error, PeerError):
             return error
-        broken = not isinstance(error, MatpacFastError) and any(w in str(error).lower() for w in _BROKEN)
-        mine = f"rank {self.rank}: {'lost another rank, which gave no reason' if broken else error}"
-        try:
-            if self.store is None or (broken and not self.store.check([FAILED])):
-                reason = mine
-            else:
-                reason = self.store.compare_set(FAILED, "", mine).decode()
-        except RuntimeError:  # the process that kept the store is gone too
-            reason = mine
-        return PeerError(reason) if broken else error
+        if isinstance(error, MatpacFastError) or not any(word in str(error).lower() for word in _BROKEN):
+            if self.store is not None:
+                leave_reason(self.store, f"rank {self.rank}: {error}")
+            return error
+        reason = self.store and reason_soon(self.store)
+        return PeerError(reason or f"rank {self.rank}: lost another rank, which gave no reason")
 
 
 ALONE = Ranks(torch.device("cpu"))

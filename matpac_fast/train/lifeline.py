@@ -154,8 +154,8 @@ class Lifeline:
         reason = f"{rank} ended and gave no reason"
         if silent:
             reason = f"{rank} is out of reach: its machine, or the network between, is gone ({error})"
-            if self._rank == 0:  # its machine holds the store, which else may be out of reach as well
-                _within(5.0, lambda: leave_reason(self._store, reason))
+        if self._rank == 0:  # who alone knows which rank it is, and whose machine keeps the store
+            _within(5.0, lambda: leave_reason(self._store, reason))
         if self._ended.wait(_GRACE):
             return
         try:
@@ -182,6 +182,14 @@ def reason_left(store: dist.Store) -> str | None:
         return store.get(FAILED).decode() if store.check([FAILED]) else None
     except RuntimeError:
         return None
+
+
+def reason_soon(store: dist.Store, seconds: float = 3.0) -> str | None:
+    """`reason_left`, where this rank has noticed the end of another before rank 0 has told which."""
+    until = time.monotonic() + seconds
+    while (reason := reason_left(store)) is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return reason
 
 
 def leave_reason(store: dist.Store, reason: str) -> None:

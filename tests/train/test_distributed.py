@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from stops import after
 
 from matpac_fast import ops
 from matpac_fast.errors import ConfigError
-from matpac_fast.train import distributed, joining, pretrain, read_log
+from matpac_fast.train import distributed, joining, lifeline, pretrain, read_log
 from matpac_fast.train import loop as training
 from matpac_fast.train.begin import check_options
 
@@ -97,7 +98,7 @@ def failing(rank, corpus, folder, model, config, how):
     [
         ("error", "ValueError: of a sudden", "rank 1: of a sudden"),
         ("memory", "TrainingError: 2 crops at a time do not fit", "rank 1: 2 crops at a time do not fit into the mem"),
-        ("killed", None, "rank 0: lost another rank, which gave no reason"),
+        ("killed", None, f"rank 1 on {socket.gethostname()} ended and gave no reason"),
     ],
 )
 def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, corpus, model_config, train_config, how, own, reason):
@@ -193,7 +194,8 @@ def other_corpus(rank, corpora, folder, model, config):
     return train(rank, corpora[rank], folder, model, config)
 
 
-def test_a_rank_that_has_lost_another_leaves_the_reason_to_who_has_one():
+def test_a_rank_that_has_lost_another_leaves_the_reason_to_who_has_one(monkeypatch):
+    monkeypatch.setattr(distributed, "reason_soon", lambda store: lifeline.reason_soon(store, 0.1))
     store, cpu = torch.distributed.HashStore(), torch.device("cpu")
     first, second = (distributed.Ranks(cpu, rank, 2, store) for rank in range(2))
     lost, full = RuntimeError("gloo: connection closed by peer"), ConfigError("the disk is full")
