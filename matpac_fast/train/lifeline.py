@@ -151,7 +151,7 @@ class Lifeline:
 
     def _lose(self, rank: str, error: OSError | None) -> None:
         silent = error is not None and error.errno in _SILENT
-        reason = f"{rank} ended and gave no reason"
+        reason = f"{rank} ended and gave no reason, as where the system kills it for want of memory"
         if silent:
             reason = f"{rank} is out of reach: its machine, or the network between, is gone ({error})"
         if self._rank == 0:  # who alone knows which rank it is, and whose machine keeps the store

@@ -98,7 +98,7 @@ def failing(rank, corpus, folder, model, config, how):
     [
         ("error", "ValueError: of a sudden", "rank 1: of a sudden"),
         ("memory", "TrainingError: 2 crops at a time do not fit", "rank 1: 2 crops at a time do not fit into the mem"),
-        ("killed", None, f"rank 1 on {socket.gethostname()} ended and gave no reason"),
+        ("killed", None, f"rank 1 on {socket.gethostname()} ended and gave no reason, as where"),
     ],
 )
 def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path, corpus, model_config, train_config, how, own, reason):
