@@ -22,6 +22,7 @@ from .lifeline import Lifeline, PeerError, leave_reason, reason_left
 
 _KEPT: list[Any] = []
 _on_its_way = threading.Event()  # from here on the others learn by themselves how this process ends
+_joined = 0  # times; every rank as often
 
 
 @contextlib.contextmanager
@@ -70,19 +71,25 @@ def leave_word(reason: str) -> None:
     """Have a failure before `join` end the other ranks too, who would wait for this one for half an hour."""
     if _on_its_way.is_set():
         return
-    from torch.distributed.rendezvous import rendezvous
-
     with contextlib.suppress(Exception):  # with nobody there to hear it
-        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=10)))
+        store, rank, _ = _rendezvous(timeout=timedelta(seconds=10))
         leave_reason(store, f"rank {rank}: {reason}")
 
 
-def _meet(device: torch.device) -> Ranks:
+def _rendezvous(**options: Any) -> tuple[dist.Store, int, int]:
+    """The store, rank and world of torchrun's environment variables."""
     from torch.distributed.rendezvous import rendezvous
 
+    store, rank, world = next(rendezvous("env://", **options))
+    return dist.PrefixStore(f"matpac_fast {_joined}", store), rank, world  # what an earlier run has left stays its own
+
+
+def _meet(device: torch.device) -> Ranks:
+    global _joined
     _on_its_way.set()
     try:
-        store, rank, world = next(rendezvous("env://"))
+        store, rank, world = _rendezvous()
+        _joined += 1
         return Ranks(device, rank, world, store, Lifeline(store, rank, world))
     except PeerError:
         raise

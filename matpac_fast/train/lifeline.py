@@ -27,8 +27,8 @@ from ..errors import MatpacFastError
 
 T = TypeVar("T")
 
-FAILED = "matpac_fast/failed"  # where the first rank that fails leaves its reason for the others
-_DOOR, _ADDRESS = "matpac_fast/door", "matpac_fast/address"  # rank 0's port and its password; its address
+FAILED = "failed"  # where the first rank that fails leaves its reason for the others
+_DOOR, _ADDRESS = "door", "address"  # rank 0's port and its password; its address
 _ASKED_AFTER, _ASKED_EVERY, _ASKED = 30, 15, 6  # seconds of silence, between questions; questions: two minutes in all
 _GRACE = 60.0  # seconds in which a process may notice by itself, and save what it is saving
 _PATIENCE = timedelta(minutes=30)  # with ranks that have not started yet; torch's own

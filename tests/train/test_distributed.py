@@ -154,6 +154,23 @@ def test_a_rank_that_fails_before_the_first_step_ends_the_run_with_its_reason(
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["text"] == "rank 1: no room for Adam"
 
 
+def one_after_the_other(rank, corpus, folder, model, config):
+    answers = []
+    for name, steps in (("a", config.steps), ("b", 3), ("c", config.steps)):
+        try:
+            answers.append(train(rank, corpus, folder / name, model, dataclasses.replace(config, steps=steps)))
+        except Exception as error:  # of the second, whose folder holds something else
+            answers.append(type(error).__name__)
+    return answers
+
+
+def test_the_same_processes_train_one_run_after_the_other(tmp_path, corpus, model_config, train_config):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").touch()
+    answers = on_ranks(2, one_after_the_other, corpus, tmp_path, model_config, train_config)
+    assert answers == {0: [(12, True), "ConfigError", (12, True)], 1: [(12, True), "PeerError", (12, True)]}
+
+
 def waiting(rank, asked):
     signal.signal(signal.SIGTERM, lambda *_: None)
     meeting = importlib.import_module("torch.distributed.rendezvous")  # the attribute of this name is its function
