@@ -1,9 +1,9 @@
 """Pre-training: the loop, its configuration, what it draws and what it keeps; and the parts for a loop of one's own."""
 
 from .config import TrainConfig, fit_to_run
-from .distributed import PeerError
 from .logs import Reporter, Reporters, read_log
 from .loop import Probe, Result, pretrain
+from .meeting import PeerError
 from .sampler import Plan, Sampler
 from .schedule import learning_rate
 from .step import make_optimizer

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, MatpacFastError
 from ..nn.ema import local
-from .lifeline import Lifeline, PeerError, leave_reason, reason_soon
+from .lifeline import Lifeline, leave_reason
+from .meeting import PeerError
 
 T = TypeVar("T")
 
@@ -30,18 +31,11 @@ class Ranks:
     Attributes:
         device: this rank's.
         rank, world: its number, and how many there are.
-        store, lifeline: those of the process group, where `join` made it.
+        lifeline: to the others, where `join` made the process group.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-        store: dist.Store | None = None,
-        lifeline: Lifeline | None = None,
-    ):
-        self.device, self.rank, self.world, self.store, self.lifeline = device, rank, world, store, lifeline
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1, lifeline: Lifeline | None = None):
+        self.device, self.rank, self.world, self.lifeline = device, rank, world, lifeline
         self._background: Any = None
         self._host_mesh: Any = None
 
@@ -144,10 +138,10 @@ class Ranks:
         if self.world == 1 or isinstance(error, PeerError):
             return error
         if isinstance(error, MatpacFastError) or not any(word in str(error).lower() for word in _BROKEN):
-            if self.store is not None:
-                leave_reason(self.store, f"rank {self.rank}: {error}")
+            if self.lifeline is not None:
+                leave_reason(self.lifeline.store, f"rank {self.rank}: {error}")
             return error
-        reason = self.store and reason_soon(self.store)
+        reason = self.lifeline and self.lifeline.reason()
         return PeerError(reason or f"rank {self.rank}: lost another rank, which gave no reason")
 
 

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from ..errors import ConfigError, first_line
 from .distributed import Ranks, pick_device
 from .interface import interface_of
-from .lifeline import Lifeline, PeerError, leave_reason, reason_left
+from .lifeline import Lifeline, leave_reason, reason_left
+from .meeting import PeerError, tell
 
 _KEPT: list[Any] = []
 _on_its_way = threading.Event()  # from here on the others learn by themselves how this process ends
-_joined = 0  # times; every rank as often
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
     assert lifeline is not None
     try:
         with _ended_by_signals():
-            _make_group(ranks, lifeline.address)
+            _make_group(ranks, lifeline)
         yield ranks
         # Not where the body raises: taking NCCL down waits for ranks that may be gone. The process ends anyway.
         dist.destroy_process_group()
@@ -71,55 +71,44 @@ def leave_word(reason: str) -> None:
     """Have a failure before `join` end the other ranks too, who would wait for this one for half an hour."""
     if _on_its_way.is_set():
         return
-    with contextlib.suppress(Exception):  # with nobody there to hear it
-        store, rank, _ = _rendezvous(timeout=timedelta(seconds=10))
-        leave_reason(store, f"rank {rank}: {reason}")
-
-
-def _rendezvous(**options: Any) -> tuple[dist.Store, int, int]:
-    """The store, rank and world of torchrun's environment variables."""
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world = next(rendezvous("env://", **options))
-    return dist.PrefixStore(f"matpac_fast {_joined}", store), rank, world  # what an earlier run has left stays its own
+    with contextlib.suppress(Exception):  # with nobody there to hear it
+        store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=10)))
+        tell(store, rank, world, reason)
 
 
 def _meet(device: torch.device) -> Ranks:
-    global _joined
+    from torch.distributed.rendezvous import rendezvous
+
     _on_its_way.set()
     try:
-        store, rank, world = _rendezvous()
-        _joined += 1
-        return Ranks(device, rank, world, store, Lifeline(store, rank, world))
+        store, rank, world = next(rendezvous("env://"))
+        return Ranks(device, rank, world, Lifeline(store, rank, world))
     except PeerError:
         raise
     except RuntimeError as error:
         raise PeerError(f"rank 0 ended before all had joined; its own output says why ({first_line(error)})") from error
 
 
-def _make_group(ranks: Ranks, address: str | None) -> None:
-    """
-    Args:
-        address: this machine's, where there are several.
-    """
-    if address and _is_known_as_loopback() and (name := interface_of(address)):
+def _make_group(ranks: Ranks, lifeline: Lifeline) -> None:
+    if lifeline.address and _is_known_as_loopback() and (name := interface_of(lifeline.address)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, store=ranks.store, rank=ranks.rank, world_size=ranks.world)
+        dist.init_process_group(backend, store=lifeline.store, rank=ranks.rank, world_size=ranks.world)
         # DDP must not be the last to hold the group: it would take it down holding the interpreter's lock, for which
         # the group's threads may be waiting.
         _KEPT.append(dist.group.WORLD)
         ranks.barrier()  # a rank that fails at once must not be gone before the others have connected to it
     except RuntimeError as error:
-        assert ranks.store is not None
-        if (reason := reason_left(ranks.store)) is None:
+        if (reason := reason_left(lifeline.store)) is None:
             reason = (
                 f"rank {ranks.rank} on {socket.gethostname()}: no connection to the other processes "
                 f"({first_line(error)}); expected that all can connect to each other on any port. "
                 "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface to use"
             )
-            leave_reason(ranks.store, reason)
+            leave_reason(lifeline.store, reason)
         raise PeerError(reason) from error
 
 

@@ -11,33 +11,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import selectors
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from ..errors import MatpacFastError
+from .meeting import PATIENCE, Door, PeerError, ends, knock, read, say
 
 T = TypeVar("T")
 
 FAILED = "failed"  # where the first rank that fails leaves its reason for the others
-_DOOR, _ADDRESS = "door", "address"  # rank 0's port and its password; its address
-_ASKED_AFTER, _ASKED_EVERY, _ASKED = 30, 15, 6  # seconds of silence, between questions; questions: two minutes in all
 _GRACE = 60.0  # seconds in which a process may notice by itself, and save what it is saving
-_PATIENCE = timedelta(minutes=30)  # with ranks that have not started yet; torch's own
+_SOON = 3.0  # seconds in which rank 0 has told which rank has gone
 _BYE = b"."
 _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
-
-
-class PeerError(MatpacFastError, RuntimeError):
-    """Another rank has failed; the message is its reason."""
 
 
 class Lifeline:
@@ -45,7 +37,11 @@ class Lifeline:
 
     Where another is lost for good, and this process has not ended by itself a minute later, it is ended, with status 1.
 
+    Args:
+        store: of torchrun, or of another start.
+
     Attributes:
+        store: for these processes alone.
         address: this machine's, as others reach it; None where all ranks are on one.
         last_words: called with the reason before the process is ended.
 
@@ -54,13 +50,14 @@ class Lifeline:
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int):
-        self._store, self._rank = store, rank
+        self._rank = rank
         self._ranks: dict[socket.socket, str] = {}  # at the other ends: "rank 3 on node2"
         self._woken, self._wake = socket.socketpair()
         self._ended = threading.Event()
+        self._lost: str | None = None
         self.last_words: Callable[[str], object] = lambda reason: None
         try:
-            self.address = self._open(world) if rank == 0 else self._call(world)
+            self.store, self.address = self._open(store, world) if rank == 0 else self._call(store)
         except BaseException:
             self._close_all()
             raise
@@ -77,56 +74,61 @@ class Lifeline:
         self._watch.join()
         self._close_all()
 
+    def reason(self) -> str | None:
+        """Why another is gone: what it has left, or the first that failed; or, of what this rank has missed, which.
+
+        Waits a moment, for a collective may notice it before rank 0 has told which."""
+        until = time.monotonic() + _SOON
+        while (left := reason_left(self.store)) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return left or self._lost
+
     def _close_all(self) -> None:
         for line in (*self._ranks, self._woken, self._wake):
             line.close()
 
-    def _open(self, world: int) -> str | None:
-        """Wait for a line from every rank -> the address at which others reach this machine."""
-        password, until = secrets.token_hex(16), time.monotonic() + _PATIENCE.total_seconds()
-        missing = set(range(1, world))
-        with _listening(world) as door, selectors.DefaultSelector() as heard:
-            heard.register(door, selectors.EVENT_READ)
-            self._store.set(_DOOR, f"{door.getsockname()[1]} {password}")
-            while missing:
-                _raise_left(self._store)
-                if time.monotonic() > until:
-                    raise PeerError(f"rank {', '.join(map(str, sorted(missing)))} of {world} did not come")
-                for key, _ in heard.select(timeout=0.5):
-                    if key.fileobj is not door:
-                        _raise_left(self._store)
-                        raise PeerError(f"{key.data} ended before all had come; its own output says why")
-                    line, _ = door.accept()
-                    hello = _read_hello(line)
-                    if len(hello) != 3 or hello[0] != password:
-                        line.close()
-                        continue
-                    missing.discard(int(hello[1]))
-                    self._ranks[line] = f"rank {hello[1]} on {hello[2]}"
-                    heard.register(line, selectors.EVENT_READ, self._ranks[line])
-        addresses = [_ends(line)[0] for line in self._ranks if len(set(_ends(line))) == 2]
-        self._store.set(_ADDRESS, addresses[0] if addresses else "none")
-        return addresses[0] if addresses else None
+    def _open(self, store: dist.Store, world: int) -> tuple[dist.Store, str | None]:
+        """Wait for a line from every rank, and have all go on at once."""
+        until, missing = time.monotonic() + PATIENCE, set(range(1, world))
+        with Door(store, world) as door:
+            try:
+                while missing:
+                    if time.monotonic() > until:
+                        raise PeerError(f"rank {', '.join(map(str, sorted(missing)))} of {world} did not come")
+                    if lost := door.wait(self._ranks):
+                        raise PeerError(f"{self._ranks[lost]} ended before all had come; its own output says why")
+                    for line, hello in door.come():
+                        missing.discard(hello["rank"])
+                        self._ranks[line] = f"rank {hello['rank']} on {hello['host']}"
+                        if "reason" in hello:
+                            raise PeerError(f"rank {hello['rank']}: {hello['reason']}")
+                        say(line, {"wait": True})  # this door is no earlier one
+            except PeerError as error:
+                for line in self._ranks:
+                    say(line, {"reason": str(error)})
+                door.refuse(len(missing), str(error))
+                raise
+        address = next((here for here, there in map(ends, self._ranks) if here != there), None)
+        for line in self._ranks:
+            say(line, {"address": address})
+        return door.store, address
 
-    def _call(self, world: int) -> str | None:
-        host = os.environ.get("MASTER_ADDR", "localhost")  # rank 0's, as torchrun and env:// have it
-        port, password = _wait_for(self._store, _DOOR).split()
-        try:
-            line = socket.create_connection((host, int(port)), timeout=60.0)
-        except OSError as error:
-            raise PeerError(
-                f"rank 0 cannot be reached at {host}, port {port} ({error.strerror or error}); expected that processes "
-                "of all machines may connect to each other on any port"
-            ) from error
+    def _call(self, store: dist.Store) -> tuple[dist.Store, str | None]:
+        line, own_store = knock(store, self._rank, PATIENCE)
+        host = os.environ.get("MASTER_ADDR", "localhost")
         self._ranks[line] = f"rank 0 on {host}"
-        _ask_after(line)
-        line.sendall(f"{password} {self._rank} {socket.gethostname()}\n".encode())
+        line.settimeout(PATIENCE)
+        try:
+            answer = read(line)
+        except OSError:  # too late, or out of reach
+            answer = None
+        if answer is None or "reason" in answer:
+            raise PeerError((answer or {}).get("reason", f"rank 0 on {host} ended before all had come"))
         line.settimeout(None)
-        of_first = _wait_for(self._store, _ADDRESS)
-        here, there = _ends(line)
+        here, there = ends(line)
         if here == there:  # beside rank 0
-            here = of_first
-        return None if of_first == "none" else here
+            here = answer["address"]
+        return own_store, here if answer["address"] else None
 
     def _keep_watch(self) -> None:
         with selectors.DefaultSelector() as heard:
@@ -154,13 +156,14 @@ class Lifeline:
         reason = f"{rank} ended and gave no reason, as where the system kills it for want of memory"
         if silent:
             reason = f"{rank} is out of reach: its machine, or the network between, is gone ({error})"
+        self._lost = reason
         if self._rank == 0:  # who alone knows which rank it is, and whose machine keeps the store
-            _within(5.0, lambda: leave_reason(self._store, reason))
+            _within(5.0, lambda: leave_reason(self.store, reason))
         if self._ended.wait(_GRACE):
             return
         try:
             if not silent:
-                reason = _within(5.0, lambda: reason_left(self._store)) or reason
+                reason = _within(5.0, lambda: reason_left(self.store)) or reason
             self.last_words(reason)
             print(f"matpac_fast (rank {self._rank}): {reason}", file=sys.stderr, flush=True)
         finally:
@@ -184,64 +187,7 @@ def reason_left(store: dist.Store) -> str | None:
         return None
 
 
-def reason_soon(store: dist.Store, seconds: float = 3.0) -> str | None:
-    """`reason_left`, where this rank has noticed the end of another before rank 0 has told which."""
-    until = time.monotonic() + seconds
-    while (reason := reason_left(store)) is None and time.monotonic() < until:
-        time.sleep(0.05)
-    return reason
-
-
 def leave_reason(store: dist.Store, reason: str) -> None:
     """For the other ranks, where none has left one before."""
     with contextlib.suppress(RuntimeError):  # whose process has ended
         store.compare_set(FAILED, "", reason)
-
-
-def _raise_left(store: dist.Store) -> None:
-    if (reason := reason_left(store)) is not None:
-        raise PeerError(reason)
-
-
-def _wait_for(store: dist.Store, key: str) -> str:
-    until, pause = time.monotonic() + _PATIENCE.total_seconds(), 0.01
-    while not store.check([key]):
-        _raise_left(store)
-        if time.monotonic() > until:
-            raise PeerError("rank 0 did not come, or waits for others that did not")
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
-    return store.get(key).decode()
-
-
-def _listening(world: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=world)
-
-
-def _read_hello(line: socket.socket) -> list[str]:
-    """Whoever calls has ten seconds to say who it is; a port is open to all."""
-    line.settimeout(10.0)
-    said = b""
-    with contextlib.suppress(OSError):
-        while not said.endswith(b"\n") and len(said) < 400 and (more := line.recv(400)):
-            said += more
-    line.settimeout(None)
-    _ask_after(line)
-    return said.decode(errors="replace").split()
-
-
-def _ask_after(line: socket.socket) -> None:
-    """Have the kernel ask the other end whether it is there, where it has been silent."""
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    first = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"  # macOS
-    for name, value in ((first, _ASKED_AFTER), ("TCP_KEEPINTVL", _ASKED_EVERY), ("TCP_KEEPCNT", _ASKED)):
-        if hasattr(socket, name):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _ends(line: socket.socket) -> tuple[str, str]:
-    """The addresses of this end and the other; IPv4's as such where the socket is one of IPv6's."""
-    here, there = (str(end[0]).removeprefix("::ffff:") for end in (line.getsockname(), line.getpeername()))
-    return here, there

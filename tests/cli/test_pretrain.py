@@ -368,6 +368,30 @@ def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_pat
     assert read_log(tmp_path / "run" / "log.jsonl")[0]["ranks"] == 2
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the process by /proc")
+def test_torchrun_starts_anew_what_was_killed_and_the_run_goes_on(corpus, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "--max-restarts", "1", "-m", "matpac_fast.cli", "pretrain", corpus]
+    options = ["--out", str(tmp_path / "run"), "--steps", "40", *SMALL, "--save-every", "4"]
+    place = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, **place) as started:
+        children, until = Path(f"/proc/{started.pid}/task/{started.pid}/children"), time.monotonic() + 60
+        while not (tmp_path / "run" / "latest").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        ranks = [int(pid) for pid in children.read_text().split() if b"\0RANK=1\0" in environment(pid)]
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        _, said = started.communicate(timeout=120)
+    assert len(ranks) == 1
+    assert started.returncode == 0, said
+    told = [record["event"] for record in read_log(tmp_path / "run" / "log.jsonl") if "event" in record]
+    assert [event for event in told if event not in ("failed", "stopped", "warning")] == ["start", "resume", "finished"]
+
+
+def environment(pid):
+    return b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+
+
 def test_a_process_that_fails_says_which_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -211,10 +213,10 @@ def other_corpus(rank, corpora, folder, model, config):
     return train(rank, corpora[rank], folder, model, config)
 
 
-def test_a_rank_that_has_lost_another_leaves_the_reason_to_who_has_one(monkeypatch):
-    monkeypatch.setattr(distributed, "reason_soon", lambda store: lifeline.reason_soon(store, 0.1))
-    store, cpu = torch.distributed.HashStore(), torch.device("cpu")
-    first, second = (distributed.Ranks(cpu, rank, 2, store) for rank in range(2))
+def test_a_rank_that_has_lost_another_leaves_the_reason_to_who_has_one():
+    store = torch.distributed.HashStore()
+    line: Any = types.SimpleNamespace(store=store, reason=lambda: lifeline.reason_left(store))
+    first, second = (distributed.Ranks(torch.device("cpu"), rank, 2, line) for rank in range(2))
     lost, full = RuntimeError("gloo: connection closed by peer"), ConfigError("the disk is full")
     assert str(second.failure(lost)) == "rank 1: lost another rank, which gave no reason"
     assert first.failure(full) is full

@@ -13,16 +13,18 @@ import threading
 import time
 
 import pytest
-import torch
+import torch.distributed as dist
 from ranks import free_port, on_ranks
 
-from matpac_fast.train import PeerError, interface, joining, lifeline
+from matpac_fast.train import PeerError, interface, joining, lifeline, meeting
+
+real = socket.create_connection
 
 
 @pytest.fixture
 def store(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    return torch.distributed.HashStore()
+    return dist.HashStore()
 
 
 def together(*calls):
@@ -55,11 +57,17 @@ def test_ranks_of_one_machine_meet_and_part_in_peace(store, monkeypatch):
         time.sleep(0.1)  # for the others to hear it
 
 
+def door(store):
+    """Its address, once rank 0 has opened it, and the password."""
+    while (found := meeting._find_door(store)) is None:
+        time.sleep(0.01)
+    return ("127.0.0.1", found[1]), found[2]
+
+
 def test_a_stranger_at_the_door_is_no_rank(store):
     def stranger():
-        port = lifeline._wait_for(store, lifeline._DOOR).split()[0]
-        with socket.create_connection(("127.0.0.1", int(port))) as line:
-            line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with socket.create_connection(door(store)[0]) as line:
+            line.sendall(b"GET / HTTP/1.1\r\n")
             said = line.recv(100)
             gone.set()
             return said
@@ -75,36 +83,70 @@ def test_a_stranger_at_the_door_is_no_rank(store):
         line.close(in_peace=True)
 
 
-def test_who_fails_before_it_comes_ends_those_that_wait(store):
-    def fails():
-        time.sleep(0.2)
-        store.compare_set(lifeline.FAILED, "", "rank 2: no corpus")
+@pytest.mark.parametrize("earlier", ["gone", "another's by now", "deaf"])
+def test_the_door_of_an_earlier_start_is_knocked_at_in_vain(store, monkeypatch, earlier):
+    """torchrun --max-restarts keeps its store: rank 1 may be back before rank 0, and find the door of the last time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        first = dist.PrefixStore(f"matpac_fast {store.add(meeting._ROUND, 1)}", store)
+        first.set(meeting._DOOR, f"{server.getsockname()[1]} password")
+        first.set(lifeline.FAILED, "rank 1: of the last time")
+        if earlier == "gone":
+            server.close()
+        if earlier == "deaf":
+            monkeypatch.setattr(socket, "create_connection", lambda place, **_: real(place, timeout=0.2))
 
-    waiting = [lambda rank=rank: lifeline.Lifeline(store, rank, 3) for rank in range(2)]
-    assert [str(error) for error in together(*waiting, fails)[:2]] == ["rank 2: no corpus"] * 2
+        def later():
+            time.sleep(0.5)
+            return lifeline.Lifeline(store, 0, 2)
+
+        def another():
+            while earlier == "another's by now":
+                server.accept()[0].close()
+
+        threading.Thread(target=another, daemon=True).start()
+        lines = together(later, lambda: lifeline.Lifeline(store, 1, 2))
+    for line in lines:
+        assert lifeline.reason_left(line.store) is None
+        line.close(in_peace=True)
 
 
-def test_who_comes_and_goes_before_all_have_come_is_named(store):
+@pytest.mark.parametrize("failing", [0, 2])
+def test_who_fails_before_it_comes_ends_those_that_wait(store, failing):
+    others = [lambda rank=rank: lifeline.Lifeline(store, rank, 3) for rank in range(3) if rank != failing]
+    told = together(*others, lambda: meeting.tell(store, failing, 3, "no corpus"))
+    assert [str(error) for error in told] == [f"rank {failing}: no corpus"] * 2 + ["None"]
+
+
+def test_who_comes_and_goes_before_all_have_come_is_named(store, monkeypatch):
     def goes():
-        port, password = lifeline._wait_for(store, lifeline._DOOR).split()
-        with socket.create_connection(("127.0.0.1", int(port))) as line:
-            line.sendall(f"{password} 1 node2\n".encode())
+        place, password = door(store)
+        with socket.create_connection(place) as line:
+            meeting.say(line, {"password": password, "rank": 1, "host": "node2"})
+            return meeting.read(line)
 
-    error = together(lambda: lifeline.Lifeline(store, 0, 3), goes)[0]
-    assert isinstance(error, PeerError)
-    assert str(error) == "rank 1 on node2 ended before all had come; its own output says why"
+    stays = lambda: lifeline.Lifeline(store, 2, 4)  # noqa: E731
+    monkeypatch.setattr(meeting, "_TOLD", 1.0)
+    errors = together(lambda: lifeline.Lifeline(store, 0, 4), stays, goes)
+    assert errors[2] == {"wait": True}
+    assert isinstance(errors[0], PeerError)
+    assert {str(error) for error in errors[:2]} == {
+        "rank 1 on node2 ended before all had come; its own output says why"
+    }
 
 
 def test_who_never_comes_is_waited_for_no_longer_than_half_an_hour(store, monkeypatch):
-    monkeypatch.setattr(lifeline, "_PATIENCE", lifeline.timedelta(seconds=0.2))
+    monkeypatch.setattr(lifeline, "PATIENCE", 0.2)
+    monkeypatch.setattr(meeting, "_TOLD", 0.1)
     assert str(together(lambda: lifeline.Lifeline(store, 0, 3))[0]) == "rank 1, 2 of 3 did not come"
-    late = torch.distributed.HashStore()
-    assert str(together(lambda: lifeline.Lifeline(late, 1, 3))[0]).startswith("rank 0 did not come")
+    nobody = dist.HashStore()
+    assert str(together(lambda: lifeline.Lifeline(nobody, 1, 3))[0]) == "rank 0 did not come"
 
 
-def test_a_first_rank_behind_closed_ports_is_told_as_such(store):
-    store.set(lifeline._DOOR, f"{free_port()} password")
-    with pytest.raises(PeerError, match=r"rank 0 cannot be reached at 127\.0\.0\.1, port \d+ \(Connection refused\)"):
+def test_a_first_rank_behind_closed_ports_is_told_as_such(store, monkeypatch):
+    monkeypatch.setattr(meeting, "_KNOCKING", 0.2)
+    store.add(meeting._ROUND, 1)
+    dist.PrefixStore("matpac_fast 1", store).set(meeting._DOOR, f"{free_port()} password")
+    with pytest.raises(PeerError, match=r"rank 0 cannot be reached at 127\.0\.0\.1, port \d+: Connection refused; exp"):
         lifeline.Lifeline(store, 1, 2)
 
 
@@ -115,7 +157,7 @@ def lost(rank, folder, how):
         line.last_words = lambda reason: (folder / f"{rank}").write_text(reason)
         ranks.barrier()
         if rank == 1:
-            ranks.store.set(lifeline.FAILED, "rank 1: why") if how == "told" else None
+            line.store.set(lifeline.FAILED, "rank 1: why") if how == "told" else None
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)  # as a main thread that waits where no exception reaches it
 
@@ -125,6 +167,22 @@ def test_a_process_that_waits_for_a_lost_one_is_ended(tmp_path, how, reason):
     assert on_ranks(3, lost, tmp_path, how, timeout=30) == {}
     assert reason in (tmp_path / "0").read_text()
     assert (tmp_path / "2").exists()  # whose line is to rank 0 alone
+
+
+def first_lost(rank):
+    with joining.join("cpu") as ranks:
+        ranks.barrier()
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            ranks.barrier()
+        except RuntimeError as error:
+            return str(ranks.failure(error))
+
+
+def test_the_end_of_rank_0_is_known_without_being_told(monkeypatch):
+    monkeypatch.setattr(lifeline, "_SOON", 0.5)
+    assert on_ranks(2, first_lost)[1].startswith("rank 0 on 127.0.0.1 ended and gave no reason, as where")
 
 
 def failing_early(rank, port):
@@ -169,9 +227,9 @@ def test_a_machine_that_knows_itself_as_loopback(monkeypatch, meaning, loopback)
 ON_A_MACHINE = """
 import socket, sys
 import torch
-from matpac_fast.train import joining, lifeline
+from matpac_fast.train import joining, lifeline, meeting
 
-lifeline._ASKED_AFTER, lifeline._ASKED_EVERY, lifeline._ASKED, lifeline._GRACE = 1, 1, 2, 0.5
+meeting._ASKED_AFTER, meeting._ASKED_EVERY, meeting._ASKED, lifeline._GRACE = 1, 1, 2, 0.5
 socket.sethostname(f"machine-{sys.argv[1]}")
 with joining.join("cpu") as ranks:
     ranks.barrier()
