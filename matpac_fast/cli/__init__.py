@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             return _run(argv)
+        except Exception as error:
+            _tell_others(argv, first_line(error))
+            raise
         finally:
             _flush()
     except BrokenPipeError:  # nobody reads on, as behind `| head`; Python would say so once more when it flushes
@@ -99,11 +102,16 @@ def _run(argv: list[str]) -> int:
 
 def _failed(argv: list[str], line: str) -> int:
     _say(argv, line)
-    if _is_one_of_several():
+    _tell_others(argv, line)
+    return FAILED
+
+
+def _tell_others(argv: list[str], line: str) -> None:
+    """Where several processes train together, the others wait for this one."""
+    if argv[:1] == ["pretrain"] and _is_one_of_several():
         from ..train.joining import leave_word
 
         leave_word(line)
-    return FAILED
 
 
 def _is_one_of_several() -> bool:

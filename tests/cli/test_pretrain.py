@@ -395,8 +395,21 @@ def environment(pid):
 def test_a_process_that_fails_says_which_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    told: list[str] = []
+    monkeypatch.setattr("matpac_fast.train.joining.leave_word", told.append)
     assert run(tmp_path / "nowhere", "--out", tmp_path / "run") == cli.FAILED
     assert capsys.readouterr().err.startswith(f"matpac-fast pretrain (rank 1): {tmp_path}/nowhere: no corpus")
+    assert cli.main(["embed", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == cli.FAILED
+    assert capsys.readouterr().err.startswith("matpac-fast embed (rank 1): ")
+    assert [reason.split(":")[0] for reason in told] == [f"{tmp_path}/nowhere"]  # who embeds waits for nobody
+
+    def corpus(path):
+        raise ValueError("of a sudden")
+
+    monkeypatch.setattr("matpac_fast.audio.corpus.Corpus", corpus)
+    with pytest.raises(ValueError, match="of a sudden"):
+        run(tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert told[1:] == ["of a sudden"]
 
 
 def test_a_process_that_does_not_see_the_run_leaves_the_options_to_rank_0(corpus, tmp_path, monkeypatch):
