@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from .meeting import PATIENCE, Door, PeerError, ends, knock, read, say
+from .meeting import PATIENCE, Door, PeerError, address_towards, knock, read, say
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class Lifeline:
                     say(line, {"reason": str(error)})
                 door.refuse(len(missing), str(error))
                 raise
-        address = next((here for here, there in map(ends, self._ranks) if here != there), None)
+        address = next(filter(None, map(address_towards, self._ranks)), None)
         for line in self._ranks:
             say(line, {"address": address})
         return door.store, address
@@ -125,10 +125,8 @@ class Lifeline:
         if answer is None or "reason" in answer:
             raise PeerError((answer or {}).get("reason", f"rank 0 on {host} ended before all had come"))
         line.settimeout(None)
-        here, there = ends(line)
-        if here == there:  # beside rank 0
-            here = answer["address"]
-        return own_store, here if answer["address"] else None
+        # Beside rank 0 it has rank 0's address; and none where all are on one machine.
+        return own_store, answer["address"] and (address_towards(line) or answer["address"])
 
     def _keep_watch(self) -> None:
         with selectors.DefaultSelector() as heard:

@@ -7,6 +7,7 @@ is believed but a rank 0 that answers.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import secrets
@@ -177,7 +178,9 @@ def _ask_after(line: socket.socket) -> None:
             line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def ends(line: socket.socket) -> tuple[str, str]:
-    """The addresses of this end and the other; IPv4's as such where the socket is one of IPv6's."""
+def address_towards(line: socket.socket) -> str | None:
+    """This machine's address, as the other end has it; None where that is on this machine.
+
+    IPv4's as such, where the socket is one of IPv6's. What is called by 127.0.1.1 is answered from 127.0.0.1."""
     here, there = (str(end[0]).removeprefix("::ffff:") for end in (line.getsockname(), line.getpeername()))
-    return here, there
+    return None if here == there or ipaddress.ip_address(here.partition("%")[0]).is_loopback else here

@@ -57,6 +57,15 @@ def test_ranks_of_one_machine_meet_and_part_in_peace(store, monkeypatch):
         time.sleep(0.1)  # for the others to hear it
 
 
+def test_a_machine_that_calls_itself_by_127_0_1_1_is_one_machine(store, monkeypatch):
+    """As MASTER_ADDR means on the first machine, where Debian has set it up."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.1.1" if sys.platform.startswith("linux") else "127.0.0.1")
+    lines = together(*(lambda rank=rank: lifeline.Lifeline(store, rank, 2) for rank in range(2)))
+    assert [line.address for line in lines] == [None] * 2
+    for line in lines:
+        line.close(in_peace=True)
+
+
 def door(store):
     """Its address, once rank 0 has opened it, and the password."""
     while (found := meeting._find_door(store)) is None:
