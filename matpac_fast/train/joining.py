@@ -22,7 +22,7 @@ from .lifeline import Lifeline, leave_reason, reason_left
 from .meeting import PeerError, tell
 
 _KEPT: list[Any] = []
-_on_its_way = threading.Event()  # from here on the others learn by themselves how this process ends
+_heard = threading.Event()  # the others have been told how this process ends, or are on a line that tells them
 
 
 @contextlib.contextmanager
@@ -52,9 +52,7 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
     if found.type == "cuda":
         torch.cuda.set_device(found)
     with _ended_by_signals():
-        ranks = _meet(found)
-    lifeline = ranks.lifeline
-    assert lifeline is not None
+        ranks, lifeline = _meet(found)
     try:
         with _ended_by_signals():
             _make_group(ranks, lifeline)
@@ -69,8 +67,9 @@ def join(device: str | torch.device) -> Iterator[Ranks]:
 
 def leave_word(reason: str) -> None:
     """Have a failure before `join` end the other ranks too, who would wait for this one for half an hour."""
-    if _on_its_way.is_set():
+    if _heard.is_set():
         return
+    _heard.set()
     from torch.distributed.rendezvous import rendezvous
 
     with contextlib.suppress(Exception):  # with nobody there to hear it
@@ -78,13 +77,14 @@ def leave_word(reason: str) -> None:
         tell(store, rank, world, reason)
 
 
-def _meet(device: torch.device) -> Ranks:
+def _meet(device: torch.device) -> tuple[Ranks, Lifeline]:
     from torch.distributed.rendezvous import rendezvous
 
-    _on_its_way.set()
+    _heard.set()
     try:
         store, rank, world = next(rendezvous("env://"))
-        return Ranks(device, rank, world, Lifeline(store, rank, world))
+        lifeline = Lifeline(store, rank, world)
+        return Ranks(device, rank, world, lifeline), lifeline
     except PeerError:
         raise
     except RuntimeError as error:

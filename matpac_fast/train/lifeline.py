@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from .meeting import PATIENCE, Door, PeerError, address_towards, knock, read, say
+from .meeting import PATIENCE, Door, PeerError, address_towards, first_host, knock, read, say
 
 T = TypeVar("T")
 
@@ -115,15 +115,14 @@ class Lifeline:
 
     def _call(self, store: dist.Store) -> tuple[dist.Store, str | None]:
         line, own_store = knock(store, self._rank, PATIENCE)
-        host = os.environ.get("MASTER_ADDR", "localhost")
-        self._ranks[line] = f"rank 0 on {host}"
+        self._ranks[line] = f"rank 0 on {first_host()}"
         line.settimeout(PATIENCE)
         try:
             answer = read(line)
         except OSError:  # too late, or out of reach
             answer = None
         if answer is None or "reason" in answer:
-            raise PeerError((answer or {}).get("reason", f"rank 0 on {host} ended before all had come"))
+            raise PeerError((answer or {}).get("reason", f"{self._ranks[line]} ended before all had come"))
         line.settimeout(None)
         # Beside rank 0 it has rank 0's address; and none where all are on one machine.
         return own_store, answer["address"] and (address_towards(line) or answer["address"])

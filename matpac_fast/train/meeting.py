@@ -91,7 +91,7 @@ class Door:
 
 def knock(store: dist.Store, rank: int, patience: float, reason: str | None = None) -> tuple[socket.socket, dist.Store]:
     """A line to rank 0, which has answered, and the store of its round. With a `reason` it has been told that."""
-    host = os.environ.get("MASTER_ADDR", "localhost")  # rank 0's, as torchrun and env:// have it
+    host = first_host()
     hello = {"rank": rank, "host": socket.gethostname()} | ({} if reason is None else {"reason": reason})
     began, pause, error = time.monotonic(), 0.01, None
     while time.monotonic() - began < (_KNOCKING if error else patience):
@@ -147,6 +147,11 @@ def _find_door(store: dist.Store) -> tuple[dist.Store, int, str] | None:
         return None
     port, password = own_store.get(_DOOR).decode().split()
     return own_store, int(port), password
+
+
+def first_host() -> str:
+    """Rank 0's machine, as torchrun and env:// name it."""
+    return os.environ.get("MASTER_ADDR", "localhost")
 
 
 def say(line: socket.socket, what: dict[str, Any]) -> None:

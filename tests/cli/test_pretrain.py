@@ -368,7 +368,9 @@ def test_torchrun_trains_on_two_processes_and_one_of_them_speaks(corpus, tmp_pat
     assert read_log(tmp_path / "run" / "log.jsonl")[0]["ranks"] == 2
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the process by /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs Linux, whose /proc tells which process is which rank"
+)
 def test_torchrun_starts_anew_what_was_killed_and_the_run_goes_on(corpus, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "--max-restarts", "1", "-m", "matpac_fast.cli", "pretrain", corpus]

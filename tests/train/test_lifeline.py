@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -207,11 +208,24 @@ def test_a_failure_before_joining_ends_the_others():
 
 
 def test_a_failure_of_one_process_is_left_to_nobody(monkeypatch):
+    monkeypatch.setattr(joining, "_heard", threading.Event())
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     joining.leave_word("no one waits")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gloo is told its interface on Linux alone")
+def test_a_failure_is_told_once(monkeypatch):
+    """By `join`, and by the command whose run it ends: a second time nobody would be there to hear it."""
+    told: list[str] = []
+    monkeypatch.setattr(joining, "_heard", threading.Event())
+    monkeypatch.setattr(joining, "tell", lambda store, rank, world, reason: told.append(reason))
+    place = importlib.import_module("torch.distributed.rendezvous")  # the attribute of this name is its function
+    monkeypatch.setattr(place, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    for _ in range(2):
+        joining.leave_word("no corpus")
+    assert told == ["no corpus"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, where alone gloo is told its interface")
 def test_the_interface_of_an_address_is_found():
     assert interface.interface_of("127.0.0.1") == "lo"
     assert interface.interface_of("192.0.2.1") is None  # nobody's
@@ -251,7 +265,9 @@ with joining.join("cpu") as ranks:
 def machines():
     """The names of two network namespaces with a cable between them, 10.9.8.1 and 10.9.8.2."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("needs Linux, root and iproute2, for two machines on this one")
+        pytest.skip(
+            "needs Linux, root and iproute2, for two machines on this one; the tests above take it part by part"
+        )
     names = [f"matpac{os.getpid()}x{n}" for n in (1, 2)]
 
     def ip(*words):
@@ -262,7 +278,7 @@ def machines():
             for name in names:
                 ip("netns", "add", name)
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.decode()}")
+            pytest.skip(f"needs a system that makes network namespaces; this one says {error.stderr.decode()}")
         ip("link", "add", "mp1", "netns", names[0], "type", "veth", "peer", "name", "mp2", "netns", names[1])
         for n, name in enumerate(names, 1):
             ip("-n", name, "addr", "add", f"10.9.8.{n}/24", "dev", f"mp{n}")
