@@ -27,8 +27,8 @@ GOLDEN = Path(__file__).parent / "golden"
 # Worker processes find the functions they are sent under tests.*; last, so that the installed package comes first.
 sys.path.append(str(Path(__file__).parent.parent))
 
-# Triton decides at import whether it interprets, so these run in a pytest process of their own
-# (tests/test_interpreted.py starts it).
+# Triton decides at import whether it interprets, so these run in pytest processes of their own
+# (tests/test_interpreted.py starts them).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
@@ -44,12 +44,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     whole = len(session.items) > 1000 and not config.option.collectonly
     if whole and "test_interpreted_kernels" in names and importlib.util.find_spec("triton"):
         config.stash[early.INTERPRETED] = early.interpreted(config)
+        config.stash[early.FROM_PTX] = early.from_ptx(config)
         if (job := early.compiled_ahead(config)) is not None:
             config.stash[early.COMPILED] = job
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    for key in (early.INTERPRETED, early.COMPILED):
+    for key in (early.INTERPRETED, early.FROM_PTX, early.COMPILED):
         if (job := session.config.stash.get(key, None)) is not None:
             job.end()
 

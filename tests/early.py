@@ -52,6 +52,12 @@ def interpreted(config: pytest.Config) -> Job:
     return Job(config.rootpath, *command, TRITON_INTERPRET="1")
 
 
+def from_ptx(config: pytest.Config) -> Job:
+    """The same tests of what the kernels are compiled to (tests/from_ptx.py)."""
+    folder = triton_cache(config)
+    return Job(config.rootpath, str(HERE / "from_ptx.py"), **{"TRITON_CACHE_DIR": str(folder)} if folder else {})
+
+
 def compiled_ahead(config: pytest.Config) -> Job | None:
     """Fills the cache of tests/test_compile_ahead.py, which finds there what is compiled by then."""
     if (folder := triton_cache(config)) is None:
@@ -66,4 +72,4 @@ def triton_cache(config: pytest.Config) -> Path | None:
     return Path(cache.mkdir("triton")) if cache else None
 
 
-INTERPRETED, COMPILED = pytest.StashKey[Job](), pytest.StashKey[Job]()
+INTERPRETED, FROM_PTX, COMPILED = (pytest.StashKey[Job]() for _ in range(3))

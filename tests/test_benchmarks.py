@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -519,3 +520,18 @@ def test_a_rehearsal_plays_what_torch_calls(tmp_path):
     command = [sys.executable, "-c", program, str(caller)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["0", "3"]
+
+
+def test_kernels_are_counted_from_their_ptx(monkeypatch, capsys):
+    pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[triton]'")
+    emulate = importlib.import_module("emulate")
+    monkeypatch.setattr(sys, "argv", ["emulate.py", "mask_shuffle", "--lines", "1"])
+    emulate.main()
+    kernel, line = capsys.readouterr().out.splitlines()[2:]
+    assert re.match(r"mask_shuffle +48 +\d,\d{3} +8 +1\.00 ", kernel)  # 16 rows of three blocks each
+    assert "mask_shuffle.py:" in line
+    assert "global store" in line  # by rank, which is random
+    monkeypatch.setattr(sys, "argv", ["emulate.py", "log_mell"])
+    with pytest.raises(SystemExit):
+        emulate.main()
+    assert "no kernel is named log_mell; there are add_layer_norm, attention," in capsys.readouterr().err

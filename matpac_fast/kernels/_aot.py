@@ -56,8 +56,8 @@ class Launch:
         signature: Triton type by name of every argument that is no constexpr, e.g. {"x": "*fp32", "n": "i32"}.
         constexprs: value by name of every constexpr; a pointer that the launcher passes as None belongs here too.
         num_warps, num_stages: as launched.
-        divisible: names of the integer arguments that are multiples of 16 in this launch. Pointers are always taken as
-            16-byte aligned, as torch allocates them.
+        divisible: names of the integer arguments that are multiples of 16 in this launch.
+        unaligned: names of the pointers that are no multiples of 16 bytes; torch allocates them aligned.
         capabilities: the architectures that launch this configuration.
         max_registers: the most registers a thread may take; fewer leave room for more blocks on a multiprocessor.
     """
@@ -69,6 +69,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     divisible: tuple[str, ...] = ()
+    unaligned: tuple[str, ...] = ()
     capabilities: tuple[int, ...] = CAPABILITIES
     max_registers: int = 255
 
@@ -119,7 +120,7 @@ def _source(launch: Launch) -> Any:
     divisible = [
         position
         for position, name in enumerate(names)
-        if name in types and (types[name].startswith("*") or name in launch.divisible)
+        if name in types and (name not in launch.unaligned if types[name].startswith("*") else name in launch.divisible)
     ]
     try:
         # Up to Triton 3.2, torch 2.6.

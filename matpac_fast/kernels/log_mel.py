@@ -43,14 +43,14 @@ def _options(n_mels: int, capability: int) -> dict[str, int]:
 
     A warp has 16 frames, for with chained products Triton hands a tile's rows out to all warps, and warps beyond the
     rows would repeat others' work. One stage: with two, these tiles spill. With the sums of more than 96 mels 128
-    frames are more than Blackwell's tensor memory holds, and spill on sm_120.
+    frames are more than Blackwell's tensor memory holds, and beside 32 bins they spill on sm_80 and sm_120.
     """
     wide, narrow = _mels_of(n_mels, capability)
     mels = {"WIDE": wide, "NARROW": narrow, "BLOCK_N": 16}
     if _hopper(capability):
         return {**mels, "BLOCK_F": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
-    frames = 128 if wide + narrow <= 96 else 64
-    return {**mels, "BLOCK_F": frames, "BLOCK_K": 32, "num_warps": frames // 16, "num_stages": 1}
+    frames, bins = (128, 32) if wide + narrow <= 96 else (64, 16)
+    return {**mels, "BLOCK_F": frames, "BLOCK_K": bins, "num_warps": frames // 16, "num_stages": 1}
 
 
 def _mels_of(n_mels: int, capability: int) -> tuple[int, int]:
@@ -108,7 +108,6 @@ def _dot(high, low, table, size, acc):
 def _powers(
     wave,
     start,
-    valid,
     window,
     dft,
     scale,
@@ -124,20 +123,14 @@ def _powers(
     size = SUMS * BINS
     sign = 1.0 - 2.0 * odd
     for first in range(0, SUMS, BLOCK_N):
+        # Past n = 100 the tables are zero. At n = 0 there is no y[400], and y[200] counts once, as y2.
         n = first + tl.arange(0, BLOCK_N)  # [BN]
-        inner = valid[:, None] & (n <= 100)[None, :]
-        # At n = 0 there is no y[400], and y[200] counts once.
-        paired = inner & (n > 0)[None, :]
-        y0 = (
-            tl.load(wave + start[:, None] + n[None, :], inner, 0).to(tl.float32)
-            * tl.load(window + n, n <= 100, 0)[None, :]
-        )
-        y1 = tl.load(wave + start[:, None] + (200 - n)[None, :], inner, 0).to(tl.float32)
-        y1 *= tl.load(window + 200 - n, n <= 100, 0)[None, :]
-        y2 = tl.load(wave + start[:, None] + (200 + n)[None, :], paired, 0).to(tl.float32)
-        y2 *= tl.load(window + 200 + n, n <= 100, 0)[None, :]
-        y3 = tl.load(wave + start[:, None] + (400 - n)[None, :], paired, 0).to(tl.float32)
-        y3 *= tl.load(window + 400 - n, (n <= 100) & (n > 0), 0)[None, :]
+        forwards = wave + start[:, None] + n[None, :]
+        backwards = wave + start[:, None] + tl.minimum(200 - n, 199)[None, :]
+        y0 = tl.load(forwards).to(tl.float32) * tl.load(window + n)[None, :]
+        y1 = tl.load(backwards).to(tl.float32) * tl.load(window + SUMS + n)[None, :]
+        y2 = tl.load(forwards + 200).to(tl.float32) * tl.load(window + 2 * SUMS + n)[None, :]
+        y3 = tl.load(backwards + 200).to(tl.float32) * tl.load(window + 3 * SUMS + n)[None, :]
         even_part, odd_part = (y0 + y3) + sign * (y1 + y2), (y0 - y3) - sign * (y1 - y2)
         table = dft + odd * 4 * size + n[:, None] * BINS + i[None, :]  # [BN, BK]
         high, low = _split(even_part * scale[:, None], tl.float16)
@@ -161,7 +154,9 @@ def _store(out, mel, m, t, n_mels, frames, log_offset, mean, inverse_std):
     tl.store(out + m.to(tl.int64)[None, :] * frames + t[:, None], y.to(out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["frames", "n_mels", "tiles"])
+# Were stride and hop known as multiples of 16, a lane would take four samples of a row, and the warp's loads of single
+# ones, which those that run backwards are, would lie in eight rows: three times the sectors.
+@triton.jit(do_not_specialize=["stride", "hop", "frames", "n_mels", "tiles"])
 def log_mel_fwd_kernel(
     wave,
     out,
@@ -186,15 +181,15 @@ def log_mel_fwd_kernel(
     clip = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles * BLOCK_F
     t = tile + tl.arange(0, BLOCK_F)  # [BF]
-    valid = t < frames
     wave += clip * stride + tile.to(tl.int64) * hop
-    start = tl.arange(0, BLOCK_F) * hop  # [BF], from the tile's first sample
+    # [BF], from the tile's first sample. Past the last frame the tile's first stands in, so that no load has a mask.
+    start = tl.where(t < frames, tl.arange(0, BLOCK_F) * hop, 0)
 
     # The scale: 4 |y| < 2^15 after the two folds.
     top = tl.zeros([BLOCK_F], dtype=tl.float32)
     for first in range(0, 400, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        x = tl.load(wave + start[:, None] + n[None, :], valid[:, None], 0).to(tl.float32)
+        x = tl.load(wave + start[:, None] + n[None, :]).to(tl.float32)
         top = tl.maximum(top, tl.max(tl.abs(x), axis=1))
     exponent = tl.maximum(((top * peak).to(tl.int32, bitcast=True) >> 23) & 255, 13)  # top * peak < 2^(exponent - 126)
     scale = ((266 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(139 - exponent)
@@ -206,7 +201,7 @@ def log_mel_fwd_kernel(
     for step in range(0, 2 * half):  # one loop: two take more registers
         odd = step // half
         i = (step - odd * half) * BLOCK_K + tl.arange(0, BLOCK_K)
-        powers = _powers(wave, start, valid, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
+        powers = _powers(wave, start, window, dft, scale, odd, i, BLOCK_F, BLOCK_N, BLOCK_K)
         high, low = _split(powers * unscale * unscale, tl.bfloat16)
         rows = bank + odd * 2 * BINS * (WIDE + NARROW)
         wide = _mel(wide, high, low, rows, i, 0, WIDE, WIDE + NARROW)
@@ -226,7 +221,8 @@ def _two_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _tables(
     config: LogMelConfig, mels: int, device: torch.device, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Window (400,), DFTs (parity, real and imaginary, term, SUMS, BINS), bank (parity, term, BINS, mels), peak."""
+    """Window at n, 200 - n, 200 + n and 400 - n (4, SUMS), DFTs (parity, real and imaginary, term, SUMS, BINS), bank
+    (parity, term, BINS, mels), peak."""
     window = reference.mel_window(config) * config.gain * scale
     n = torch.arange(SUMS.value, dtype=torch.float64)[:, None]
     once = torch.where(n < 100, 1.0, torch.where(n == 100, 0.5, 0.0))  # n = 100 is folded onto itself
@@ -240,8 +236,11 @@ def _tables(
         padded = torch.zeros(BINS.value, mels, dtype=torch.float64)
         padded[: 101 - odd, : config.n_mels] = bank[:, odd::2].T
         banks.append(_two_terms(padded, torch.bfloat16))
+    at = torch.arange(SUMS.value)
+    windows = torch.stack([window[at], window[200 - at], window[200 + at], window[(400 - at).clamp(max=399)]])
+    windows[1::2, 0] = 0.0
     return (
-        window.to(device, torch.float32),
+        windows.to(device, torch.float32),
         torch.stack(dfts).contiguous().to(device),
         torch.stack(banks).contiguous().to(device),
         float(window.abs().max()),
@@ -294,7 +293,6 @@ def _launch(wave: str, out: str, n_mels: int, capabilities: tuple[int, ...]) -> 
         options,
         num_warps=warps,
         num_stages=stages,
-        divisible=("stride", "hop"),
         capabilities=capabilities,
     )
 

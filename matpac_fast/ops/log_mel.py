@@ -106,11 +106,10 @@ def _plan(
     )
 
 
-def _args(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, ...]) -> Any:
-    from .. import _C
-
+def _arguments(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Those of csrc/ops.h's LogMelArgs, in its order."""
     window, bands, weights, inverse_sums = plan
-    return _C.LogMelArgs(
+    return (
         wave.data_ptr(),
         DTYPE[wave.dtype],
         wave.shape[0],
@@ -128,6 +127,12 @@ def _args(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, .
         config.mean,
         config.std,
     )
+
+
+def _args(wave: Tensor, out: Tensor, config: LogMelConfig, plan: tuple[Tensor, ...]) -> Any:
+    from .. import _C
+
+    return _C.LogMelArgs(*_arguments(wave, out, config, plan))
 
 
 def _launch_cpp(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
