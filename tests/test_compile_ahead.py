@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from matpac_fast import kernels
 from matpac_fast.kernels._aot import SHARED_LIMIT, TENSOR_LIMIT, Cost, Launch, compile_ahead, compiled_ahead
-from matpac_fast.kernels._sass import unwritten_reads
+from matpac_fast.kernels._sass import overwritten_factors, unwritten_reads
 
 MODULES = [
     importlib.import_module(f"matpac_fast.kernels.{module.name}")
@@ -68,6 +68,7 @@ def test_compiles_without_spills(name: str, costs: dict[Key, Future[Cost]], caps
         assert cost.tensor <= TENSOR_LIMIT, f"{where} takes {cost.tensor} columns of tensor memory"
         assert cost.registers <= LAUNCHES[name].max_registers, f"{where} takes {cost.registers} registers"
         assert not cost.unwritten, f"{where} reads registers that nothing has written: {cost.unwritten}"
+        assert not cost.overwritten, f"{where} overwrites factors of products under way: {cost.overwritten}"
 
 
 LISTING = """
@@ -87,6 +88,20 @@ def test_a_register_that_nothing_has_written_is_found() -> None:
     """On one of two ways to the product its factor's descriptor, UR6 and UR7, is not there."""
     assert [line[:4] for line in unwritten_reads(LISTING)] == ["0040"]
     assert unwritten_reads(LISTING.replace("@!P0 BRA `(.L_x_1)", "NOP")) == []
+
+
+WAITS = "        /*0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "told"), [("MOV R30, R2", True), ("LDS.64 R27, [R2]", True), ("MOV R32, R2", False)]
+)
+def test_a_factor_that_is_overwritten_while_it_is_read_is_found(written, told):
+    """R28 to R31 are the product's first factor."""
+    listing = LISTING.replace("EXIT ;", f"{written} ;\n        /*0060*/                   EXIT ;")
+    assert [line[:4] for line in overwritten_factors(listing)] == ["0050"] * told
+    waited = listing.replace("        /*0050*/", WAITS + "        /*0050*/")
+    assert overwritten_factors(waited) == []
 
 
 def test_the_length_of_a_vector_with_a_nan_is_nan() -> None:

@@ -6,6 +6,7 @@ for each supported architecture and bounds registers, shared memory and spills.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-from ._sass import unwritten_reads
+from ._sass import overwritten_factors, unwritten_reads
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA programming guide, table of limits).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -36,6 +38,22 @@ def capability_of(tensor: Tensor) -> int:
 def is_data_centre(capability: int) -> bool:
     """Hopper, or Blackwell of its kind: products come out of shared memory, of which a block has 227 KiB."""
     return 90 <= capability < 120
+
+
+@functools.cache
+def _copies_are_fenced() -> bool:
+    import triton
+
+    return TorchVersion(triton.__version__) >= "3.7.1"
+
+
+def stages(number: int, capability: int) -> int:
+    """`number`, or 1 where a product would read what asynchronous copies brought to shared memory, without a fence: by
+    Triton before 3.7.1, on Hopper and Blackwell of its kind. With one stage nothing is copied asynchronously.
+
+    Source: https://github.com/triton-lang/triton/pull/10537; benchmarks/ptx finds it.
+    """
+    return number if _copies_are_fenced() or not is_data_centre(capability) else 1
 
 
 def by_options(options_of: Callable[[int], Mapping[str, Any]]) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
@@ -77,13 +95,15 @@ class Launch:
 @dataclass(frozen=True)
 class Cost:
     """Read off a compiled kernel: registers a thread, bytes of stack a thread (spills), bytes of shared memory, columns
-    of tensor memory, and on Hopper what reads a register that nothing has written (see _sass.py)."""
+    of tensor memory, and on Hopper the instructions that ptxas got wrong (see _sass.py): those that read a register
+    which nothing has written, and those that overwrite one which a product still reads."""
 
     registers: int
     spills: int
     shared: int
     tensor: int
     unwritten: list[str]
+    overwritten: list[str]
 
 
 def compiled_ahead(launch: Launch, capability: int) -> Any:
@@ -105,9 +125,10 @@ def compile_ahead(launch: Launch, capability: int) -> Cost:
     # Running `ptxas -v` again would not do: Triton chooses among several ptxas and adds flags of its own.
     usage = re.findall(r"\b([A-Z]+):(\d+)", _told("cuobjdump", "--dump-resource-usage", cubin))
     used = {name: int(value) for name, value in usage}
-    unwritten = unwritten_reads(_told("nvdisasm", "-c", cubin)) if capability == 90 else []
+    listing = _told("nvdisasm", "-c", cubin) if capability == 90 else ""
+    wrong = (unwritten_reads(listing), overwritten_factors(listing)) if listing else ([], [])
     tensor = getattr(compiled.metadata, "tmem_size", 0)  # from Triton 3.3 on
-    return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, tensor, unwritten)
+    return Cost(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, tensor, *wrong)
 
 
 def _source(launch: Launch) -> Any:

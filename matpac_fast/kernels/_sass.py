@@ -1,8 +1,10 @@
-"""Find uniform registers that machine code for Hopper reads and nothing has written, in nvdisasm's listing of it.
+"""Find in nvdisasm's listing of machine code for Hopper what ptxas is known to get wrong there.
 
 ptxas 12.8, which Triton 3.6 and 3.7 bring, loses a copy between uniform registers where matrix products on Hopper take
 two tables of different swizzle from one place in shared memory: the product's descriptor is then made of what happens
-to lie there, and it reads anywhere. The PTX is right, so that no interpreter and no bound on registers would tell.
+to lie there, and it reads anywhere. And up to CUDA 13.2 it may give a register that is a product's first factor to
+another value while the product, which is asynchronous, still reads it (https://github.com/triton-lang/triton/pull/11781).
+The PTX is right, so that no interpreter and no bound on registers would tell.
 """
 
 from __future__ import annotations
@@ -37,6 +39,42 @@ def unwritten_reads(listing: str) -> list[str]:
         for (address, text), (reads, _), known in zip(instructions, effects, written, strict=True)
         if known is not None and not reads <= known
     ]
+
+
+def overwritten_factors(listing: str) -> list[str]:
+    """Those instructions that write a register which on some way to them is the factor of a product under way."""
+    instructions, labels = _parse(listing)
+    follows = [list(_successors(i, instructions, labels)) for i in range(len(instructions))]
+    held: list[frozenset[int] | None] = [None] * len(instructions)  # before an instruction, by any way
+    held[0] = frozenset()
+    work, found = [0], set()
+    while work:
+        i = work.pop()
+        before = held[i] or frozenset()
+        _, name, operands = _split(instructions[i][1])
+        after = before
+        if name.startswith("HGMMA"):
+            if factor := re.match(r"R(\d+)", operands[1]):
+                after = before | {int(factor[1]) + k for k in range(4)}
+        elif name.startswith("WARPGROUP.DEPBAR") and operands[-1] == "0x0":  # all products are done
+            after = frozenset()
+        elif _written(name, operands) & before:
+            found.add(i)
+        for j in follows[i]:
+            both = after | (held[j] or frozenset())
+            if held[j] is None or both != held[j]:
+                held[j] = both
+                work.append(j)
+    return [": ".join(instructions[i]) for i in sorted(found)]
+
+
+def _written(name: str, operands: list[str]) -> frozenset[int]:
+    """Registers, not uniform ones, that an instruction writes."""
+    target = re.match(r"R(\d+)", operands[0]) if operands and not name.startswith(("ST", "RED")) else None
+    if target is None:
+        return frozenset()
+    size = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+    return frozenset(int(target[1]) + k for k in range(size))
 
 
 def _parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from ._aot import CAPABILITIES, Launch, by_options, capability_of, is_data_centre
+from ._aot import CAPABILITIES, Launch, by_options, capability_of, is_data_centre, stages
 
 # Near float32 on tensor cores, by three products of TF32; only float32 operands heed it.
 PRECISION = tl.constexpr("tf32x3")
@@ -156,7 +156,9 @@ FWD_PROGRAMS, BWD_PROGRAMS = 132, 264
 
 def _fwd_options(itemsize: int, area: int, capability: int) -> dict[str, int]:
     large = capability == 0 or is_data_centre(capability)  # 0: interpreted
-    options = _FWD[itemsize] if itemsize == 4 or large else _SMALL
+    options = dict(_FWD[itemsize] if itemsize == 4 or large else _SMALL)
+    if itemsize == 2:
+        options["num_stages"] = stages(options["num_stages"], capability)
     block = 1 << max(4, (area - 1).bit_length())
     return {**options, "BLOCK_K": block if block <= options["BLOCK_K"] else min(options["BLOCK_K"], 32)}
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from ._aot import Launch, by_options, capability_of, is_data_centre
+from ._aot import Launch, by_options, capability_of, is_data_centre, stages
 
 # Near float32 on tensor cores, by three products of TF32; only float32 operands heed it.
 PRECISION = "tf32x3"
@@ -28,11 +28,12 @@ SPLIT_ROWS = 2048
 def _options(itemsize: int, capability: int) -> dict[str, Any]:
     """Tile sizes and launch parameters by the bytes of an operand: the largest tiles that spill no registers."""
     if itemsize == 4:
-        tiles = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_D": 16}
+        options = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_D": 16, "num_stages": 3}
     else:
         # Hopper and data-centre Blackwell multiply out of shared memory; elsewhere the operands take registers as well.
-        tiles = {"BLOCK_M": 128, "BLOCK_K": 128 if is_data_centre(capability) else 64, "BLOCK_D": 64}
-    return {**tiles, "PRECISION": PRECISION, "num_warps": 8, "num_stages": 3}
+        columns = 128 if is_data_centre(capability) else 64
+        options = {"BLOCK_M": 128, "BLOCK_K": columns, "BLOCK_D": 64, "num_stages": stages(3, capability)}
+    return {**options, "PRECISION": PRECISION, "num_warps": 8}
 
 
 @triton.jit
