@@ -2,7 +2,7 @@
 
     python benchmarks/emulate.py                          every kernel, for sm_90
     python benchmarks/emulate.py attention --lines 5      and the source lines that take most above the least
-    python benchmarks/emulate.py --capability 120
+    python benchmarks/emulate.py --capability 100
 
 A block's instructions, each counted once a warp; sectors of 32 bytes that its loads and stores of global memory touch,
 and the turns that shared memory's banks take, each over the least that as many bytes could take: 1.00 is a coalesced
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.__name__ for case in (*TRITON, *CUDA)]
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(names)}; all by default")
-    parser.add_argument("--capability", type=int, default=90, choices=(80, 90, 120), help="90 is sm_90")
+    parser.add_argument("--capability", type=int, default=90, choices=(80, 90, 100, 120), help="90 is sm_90")
     parser.add_argument("--lines", type=count, default=0, help="source lines of each kernel")
     options = parser.parse_args()
     if unknown := sorted(set(options.kernels) - set(names)):

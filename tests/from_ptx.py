@@ -13,7 +13,8 @@ FOLDER = Path(__file__).parent / "interpreted"
 RUNS: list[tuple[int, list[str], str]] = [
     (90, [""], "not test_fused and not test_tune and not test_constant and not torch.float16 and not 10000.0"),
     # These multiply matrices by other instructions, with launch options of their own.
-    (80, ["attention", "masked_patch_embed"], "torch.bfloat16 and (output_and_gradient or float64)"),
+    (80, ["masked_patch_embed"], "torch.bfloat16 and float64"),
+    (100, ["attention"], "torch.bfloat16 and output_and_gradient"),
     (120, ["log_mel", "prototype_loss"], "examples or torch.bfloat16-1.0"),
 ]
 

@@ -111,6 +111,8 @@ def write_shared(machine: Machine, place: np.ndarray, data: np.ndarray, those: n
     cells = granules(place, size)
     if machine.pending.products:
         machine.pending.check_write(cells)
+    if machine.tensor_memory is not None:
+        machine.tensor_memory.check_write(cells)
     bytes_of = place[:, None] + np.arange(size)
     changed = (machine.shared[bytes_of] != data).any(1) | machine.fresh[cells].any(1)
     machine.shared[bytes_of] = data

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import access, products
+from . import access, products, tensor_memory
 from .arithmetic import KINDS, operation
 from .machine import Machine
 from .memory import WARP, Fault, Threads
@@ -31,7 +31,7 @@ def _action(instruction: Instruction, kernel: Kernel) -> Action | str:
     if instruction.opcode[:2] in (("bar", "sync"), ("barrier", "sync")):
         return "barrier"
     try:
-        for make in (access.action, products.action, _moves, _across, _computes):
+        for make in (access.action, products.action, tensor_memory.action, _moves, _across, _computes):
             if found := make(instruction, kernel):
                 return _guarded(found, instruction)
     except (ValueError, KeyError, IndexError) as error:
@@ -41,7 +41,7 @@ def _action(instruction: Instruction, kernel: Kernel) -> Action | str:
 
 def _guarded(action: Action, instruction: Instruction) -> Action:
     """Looks, while products are under way, whether their registers are used."""
-    if instruction.opcode[0] == "wgmma":
+    if instruction.opcode[0] in ("wgmma", "tcgen05"):
         return action
     first, *others = instruction.operands or ("",)
     if first.startswith("["):  # an address, which is read
@@ -49,10 +49,12 @@ def _guarded(action: Action, instruction: Instruction) -> Action:
     written, read = (frozenset(re.findall(r"%\w+", text)) for text in (first, " ".join(others)))
     renames = instruction.opcode[0] == "mov"
 
-    def guarded(machine: Machine, who: Threads | None) -> None:
-        if machine.pending.products and not (renames and machine.pending.rename(read, written)):
+    def guarded(machine: Machine, who: Threads | None) -> object:
+        if (machine.pending.products or machine.pending.loads) and not (
+            renames and machine.pending.rename(read, written)
+        ):
             machine.pending.check_registers(written, read)
-        action(machine, who)
+        return action(machine, who)
 
     return guarded
 

@@ -8,6 +8,7 @@ asynchronous copies and products that are used before they are waited for, a bar
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from .memory import WARP, Clock, Fault, Global, Threads, Watch
 from .pending import Pending
 from .report import Report
 from .source import Instruction, Kernel
+
+if TYPE_CHECKING:
+    from .tensor_memory import TensorMemory
 
 POISON = 0x7FC0DEAD7FC0DEAD  # in registers that nothing has written: NaN as a float, no address as an integer
 STEPS = 20_000_000  # instructions: more are a loop without an end
@@ -59,7 +63,7 @@ class Machine:
             kind = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}[width]
             self.registers[name] = np.full(n, POISON & (1 << 8 * width) - 1, kind)
         self.pc = np.zeros(n, np.int64)
-        self.waiting, self.exited = np.zeros(n, bool), np.zeros(n, bool)
+        self.waiting, self.exited, self.asleep = (np.zeros(n, bool) for _ in range(3))
         number = blocks.astype(np.int64)
         self.special = {
             "%tid.x": np.tile(np.arange(threads, dtype=np.uint32), self.blocks),
@@ -73,12 +77,13 @@ class Machine:
             **{f"%{name}": np.ones(n, np.uint32) for name in ("ntid.y", "ntid.z")},
         }
         self.pending = Pending(n)
+        self.tensor_memory: TensorMemory | None = None
 
     def run(self, code: list[Callable[[Machine, Threads | None], object] | str]) -> None:
         """`code`: for each instruction what to call, or "branch", "barrier" or "exit", which are this function's."""
         instructions, labels, steps = self.kernel.instructions, self.kernel.labels, 0
         while True:
-            runnable = ~(self.exited | self.waiting)
+            runnable = ~(self.exited | self.waiting | self.asleep)
             if not runnable.any():
                 if self.exited.all():
                     return
@@ -119,7 +124,11 @@ class Machine:
                             self.pc[self.id if who is None else who] = here + 1
                         break
                     assert not isinstance(action, str)
-                    action(self, those)
+                    sleep = action(self, those)  # those that are to try it again when something has happened
+                    if isinstance(sleep, np.ndarray) and sleep.size:
+                        self.pc[self.id if who is None else who] = here + 1
+                        self.pc[sleep], self.asleep[sleep] = here, True
+                        break
                 except Fault as fault:
                     where = f"{self.kernel.name}: {instruction.text}  ({instruction.source})"
                     raise Fault(f"{fault}\n  in {where}") from None
@@ -159,6 +168,8 @@ class Machine:
         """Those blocks of which every thread waits; a GPU hangs where none does, or where some have left."""
         waiting = self.waiting.reshape(self.blocks, self.threads)
         exited = self.exited.reshape(self.blocks, self.threads)
+        if self.asleep.any() and not waiting.all(1).any():
+            raise Fault(f"{self.kernel.name}: a barrier is waited for that nothing will arrive at")
         stuck = waiting.any(1) & exited.any(1)
         if stuck.any():
             ended = int(exited[stuck][0].sum())

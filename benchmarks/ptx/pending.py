@@ -14,6 +14,7 @@ class Pending:
         self.threads = n
         self.copies: list[tuple[np.ndarray, Threads, np.ndarray, np.ndarray]] = []
         self.committed = np.zeros(n, np.int64)
+        self.loads: list[frozenset[str]] = []  # from tensor memory: the registers that they write
         self.products: list[tuple[np.ndarray, Threads, np.ndarray, frozenset[str], frozenset[str]]] = []
         self.product_groups = np.zeros(n, np.int64)
 
@@ -68,6 +69,9 @@ class Pending:
         """Whether registers that a product is to write get other names: Triton does so before it waits, and ptxas makes
         nothing of it."""
         found = False
+        for i, loaded in enumerate(self.loads):
+            if read and read <= loaded:
+                self.loads[i], found = loaded | written, True
         for i, (group, who, cells, held, into) in enumerate(self.products):
             if read and read <= into:
                 self.products[i] = (group, who, cells, held, into | written)
@@ -75,6 +79,8 @@ class Pending:
         return found
 
     def check_registers(self, written: frozenset[str], read: frozenset[str]) -> None:
+        if any(not loaded.isdisjoint(written | read) for loaded in self.loads):
+            raise Fault("registers are used before they are loaded: tcgen05.wait::ld is missing")
         for _, _, _, held, into in self.products:
             if not (written.isdisjoint(held | into) and read.isdisjoint(into)):
                 raise Fault("the registers of a product under way are used: wgmma.wait_group is missing")

@@ -133,7 +133,7 @@ def _matrix(instruction: Instruction, kernel: Kernel) -> Action:
 # Hopper: a product of four warps, its factors in shared memory, the first one in registers as well
 
 
-def _offsets(descriptor: int, rows: int, depth: int, size: int, turned: bool) -> np.ndarray:
+def offsets(descriptor: int, rows: int, depth: int, size: int, turned: bool) -> np.ndarray:
     """Where a factor's numbers lie, (rows, depth) of `size` bytes each, as its descriptor says. Rows are those of A or
     the columns of B, depth is K, and K's numbers lie next to each other unless it is turned."""
     start, leading, stride = (descriptor >> bit & 0x3FFF for bit in (0, 16, 32))
@@ -181,7 +181,7 @@ def _wgmma(instruction: Instruction, kernel: Kernel) -> Action:
             raise Fault("the threads of a product tell different descriptors")
         values, reads = [], []
         for group, word in zip(groups, words[:, 0], strict=True):
-            offset = _offsets(int(word), rows, depth, size, turned)
+            offset = offsets(int(word), rows, depth, size, turned)
             place, _ = place_of(machine, np.full(offset.size, group[0]), offset.reshape(-1), size)
             if machine.unfenced[granules(place, size)].any():
                 raise Fault("a product reads shared memory before fence.proxy.async")

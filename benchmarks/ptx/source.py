@@ -91,8 +91,11 @@ def _body(lines, kernel: Kernel, files: dict[str, str]) -> None:
         if found := re.match(r"\.loc\s+(\d+) (\d+)", line):
             source = f"{files.get(found[1], found[1])}:{found[2]}"
             continue
-        if found := re.match(r"([\w$]+):\s*(.*)", line):
-            kernel.labels[found[1]] = len(kernel.instructions)
+        if found := re.match(r"([\w$]+):(?!:)\s*(.*)", line):
+            label = found[1]
+            if scopes:
+                scopes[-1][label] = label = f"{label}_scope{braces}"
+            kernel.labels[label] = len(kernel.instructions)
             line = found[2]
         if line.startswith("{"):
             braces += 1
@@ -102,7 +105,7 @@ def _body(lines, kernel: Kernel, files: dict[str, str]) -> None:
         for statement in filter(None, map(str.strip, line.removesuffix("}").split(";"))):
             for scope in reversed(scopes):
                 for name, other in scope.items():
-                    statement = re.sub(re.escape(name) + r"\b", other, statement)
+                    statement = re.sub(r"(?<!\w)" + re.escape(name) + r"\b", other, statement)
             _statement(statement, kernel, source, scopes, braces)
         if closes:
             if not scopes:
@@ -127,7 +130,7 @@ def _statement(text: str, kernel: Kernel, source: str, scopes: list[dict[str, st
         kernel.static_bytes = start + int(found[3])
     elif not text.startswith("."):
         predicate = None
-        if found := re.match(r"@(!?)(%\w+)\s+(.*)", text, re.S):
+        if found := re.match(r"@(!?)(%?\w+)\s+(.*)", text, re.S):
             predicate, text = (found[2], bool(found[1])), found[3]
         name, _, rest = text.partition(" ") if "\t" not in text else text.partition("\t")
         operands = tuple(part.strip() for part in re.split(r",(?![^{\[]*[}\]])", rest.strip()) if part.strip())
