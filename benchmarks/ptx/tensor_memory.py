@@ -1,5 +1,8 @@
 """The products of data-centre Blackwell (tcgen05): one thread asks for them, sums lie in a memory of their own, and a
-barrier in shared memory tells that they are done."""
+barrier in shared memory tells that they are done.
+
+What is waited for is checked; whether a block's barrier lies between two warps that touch tensor memory is not.
+"""
 
 from __future__ import annotations
 
@@ -271,9 +274,8 @@ def _multiply(instruction: Instruction, kernel: Kernel) -> Action:
             raise Fault(f"a product described by {word:#x} is not known here")
         bf16, memory, block = formats[0] == 1, memory_of(machine), thread // machine.threads
         row = np.arange(m)
-        lane = (
-            row if m == 128 else row // 16 * 32 + row % 16
-        )  # of 64 rows each warp has 16, in either half of its lanes
+        # Of 64 rows each warp has 16, in either half of its lanes.
+        lane = row if m == 128 else row // 16 * WARP + row % 16
         if of_tensor_memory:
             column = (a_where & 0xFFFF) + np.arange(depth * size // 4)
             at = np.broadcast_arrays(block, lane[:, None] + (a_where >> 16), column[None, :])
