@@ -186,11 +186,11 @@ def log_mel_fwd_kernel(
     start = tl.where(t < frames, tl.arange(0, BLOCK_F) * hop, 0)
 
     # The scale: 4 |y| < 2^15 after the two folds.
-    top = tl.zeros([BLOCK_F], dtype=tl.float32)
+    peaks = tl.zeros([BLOCK_F, BLOCK_N], dtype=tl.float32)
     for first in range(0, 400, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        x = tl.load(wave + start[:, None] + n[None, :]).to(tl.float32)
-        top = tl.maximum(top, tl.max(tl.abs(x), axis=1))
+        peaks = tl.maximum(peaks, tl.abs(tl.load(wave + start[:, None] + n[None, :]).to(tl.float32)))
+    top = tl.max(peaks, axis=1)
     exponent = tl.maximum(((top * peak).to(tl.int32, bitcast=True) >> 23) & 255, 13)  # top * peak < 2^(exponent - 126)
     scale = ((266 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(139 - exponent)
     unscale = ((exponent - 12) << 23).to(tl.float32, bitcast=True)[:, None]
