@@ -75,11 +75,9 @@ def getter(operand: str, kind: str, kernel: Kernel) -> Getter:
         return lambda m, who: ~plain(m, who)
     if operand.startswith("%"):
         return lambda m, who: (m.special[operand] if who is None else m.special[operand][who]).astype(dtype)
-    constant = np.array([_constant(operand, kind, kernel)], dtype)
-    if operand in kernel.shared:
-        return lambda m, who: constant
     if operand == kernel.dynamic:
-        return lambda m, who: constant + dtype(m.dynamic)
+        return lambda m, who: np.array([m.dynamic], dtype)
+    constant = np.array([_constant(operand, kind, kernel)], dtype)
     return lambda m, who: constant
 
 
@@ -88,8 +86,6 @@ def _constant(text: str, kind: str, kernel: Kernel) -> object:
         return kernel.shared[text]
     if text in kernel.params:
         return kernel.params[text][0]
-    if text == kernel.dynamic:
-        return 0
     if found := re.match(r"0[fF]([0-9A-Fa-f]{8})$", text):
         value = struct.unpack("<f", bytes.fromhex(found[1])[::-1])[0]
         return value if kind[0] == "f" else struct.unpack("<I", struct.pack("<f", value))[0]

@@ -7,6 +7,7 @@ https://docs.nvidia.com/cuda/parallel-thread-execution).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 WIDTHS = {"pred": 1, "8": 1, "16": 2, "32": 4, "64": 8}  # bytes of a register or a value, by the digits of its type
@@ -49,13 +50,9 @@ class Kernel:
 
 def parse(text: str) -> dict[str, Kernel]:
     """Every kernel of a PTX file by its name."""
-    files: dict[str, str] = {}
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]*)"', text, re.M))
     kernels: dict[str, Kernel] = {}
     dynamic = ""
-    lines = iter(re.sub(r"//.*", "", text).splitlines())
-    for line in map(str.strip, lines):
-        if found := re.match(r'\.file\s+(\d+)\s+"(.*?)"', line):
-            files[found[1]] = found[2].rsplit("/", 1)[-1]
     lines = iter(re.sub(r"//.*", "", text).splitlines())
     for line in map(str.strip, lines):
         if found := re.match(r"\.extern \.shared .*?(\S+)\[\];", line):
@@ -69,7 +66,7 @@ def parse(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-def _header(lines, kernel: Kernel) -> None:
+def _header(lines: Iterator[str], kernel: Kernel) -> None:
     """Parameters, up to the brace that opens the body."""
     for line in map(str.strip, lines):
         if line == "{":
@@ -84,7 +81,7 @@ def _header(lines, kernel: Kernel) -> None:
             kernel.params[re.sub(r"\[\d+\]$", "", declared).split()[-1]] = (offset, size)
 
 
-def _body(lines, kernel: Kernel, files: dict[str, str]) -> None:
+def _body(lines: Iterator[str], kernel: Kernel, files: dict[str, str]) -> None:
     scopes: list[dict[str, str]] = []  # of braces within the body: what its own registers are called outside of it
     source, braces = "", 0
     for line in map(str.strip, lines):
