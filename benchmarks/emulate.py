@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import math
 import shutil
 import sys
@@ -177,21 +178,29 @@ def main() -> None:
     if unknown := sorted(set(options.kernels) - set(names)):
         parser.error(f"no kernel is named {unknown[0]}; there are {', '.join(names)}")
     wanted = set(options.kernels or names)
-    if not options.kernels and shutil.which("nvcc") is None:
-        print("nvcc is not on the PATH: the CUDA kernels are left out", file=sys.stderr)
-        wanted -= {case.__name__ for case in CUDA}
+    cuda = {case.__name__ for case in CUDA}
+    if shutil.which("nvcc") is None and wanted & cuda:
+        told = "nvcc is not on the PATH, for the CUDA kernels: install CUDA's toolkit, or put its bin folder there"
+        if options.kernels:
+            parser.error(told)
+        print(told, file=sys.stderr)
+        wanted -= cuda
+    if importlib.util.find_spec("triton") is None and wanted - cuda:
+        parser.error("Triton is not installed: pip install 'matpac_fast[triton]'")
     show = shower(options.lines)
     print(f"sm_{options.capability}; sectors and turns a block, and over the least")
     print(f"{'kernel':30}{'blocks':>7}{'instructions':>12}  " + "".join(f"{kind:>15}" for kind in KINDS))
-    with a_gpu(options.capability, show):
-        for case in TRITON:
-            if case.__name__ in wanted:
-                case()
-    if cuda := [case for case in CUDA if case.__name__ in wanted]:
+    if wanted - cuda:
+        with a_gpu(options.capability, show):
+            for case in TRITON:
+                if case.__name__ in wanted:
+                    case()
+    if wanted & cuda:
         with tempfile.TemporaryDirectory() as folder:
             kernels = CudaKernels(Path(folder), options.capability)
-            for case in cuda:
-                case(kernels, show)
+            for case in CUDA:
+                if case.__name__ in wanted:
+                    case(kernels, show)
 
 
 if __name__ == "__main__":

@@ -535,3 +535,8 @@ def test_kernels_are_counted_from_their_ptx(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         emulate.main()
     assert "no kernel is named log_mell; there are add_layer_norm, attention," in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["emulate.py", "cuda_log_mel"])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit):
+        emulate.main()
+    assert "nvcc is not on the PATH, for the CUDA kernels" in capsys.readouterr().err
