@@ -23,7 +23,7 @@ def action(instruction: Instruction, kernel: Kernel) -> Action | None:
         kind = rest[-1]
         spaces = [each for each in ("param", "shared", "global") if each in rest]
         known = {"param", "shared", "global", "v2", "v4", "volatile", "nc", "L1", "evict_last", "evict_first", kind}
-        if len(spaces) != 1 or set(rest) - known - {"cta"}:
+        if len(spaces) != 1 or set(rest) - known:
             raise ValueError(f"{'.'.join(instruction.opcode)} is not known here")
         first, second = instruction.operands if name == "ld" else reversed(instruction.operands)
         registers = [part.strip() for part in first.strip("{} ").split(",")]

@@ -131,6 +131,7 @@ def _statement(text: str, kernel: Kernel, source: str, scopes: list[dict[str, st
             predicate, text = (found[2], bool(found[1])), found[3]
         name, _, rest = text.partition(" ") if "\t" not in text else text.partition("\t")
         operands = tuple(part.strip() for part in re.split(r",(?![^{\[]*[}\]])", rest.strip()) if part.strip())
-        kernel.instructions.append(Instruction(text, predicate, tuple(name.strip().split(".")), operands, source))
+        opcode = tuple(name.strip().replace("shared::cta", "shared").split("."))  # of one block there is no other
+        kernel.instructions.append(Instruction(text, predicate, opcode, operands, source))
     elif not text.startswith(".pragma"):
         raise ValueError(f"{kernel.name}: unknown directive {text}")

@@ -93,9 +93,9 @@ def backward(grad: Tensor, prediction: Tensor, target: Tensor, stats: Tensor, he
 
 
 def _block(width: int) -> int:
-    # Two columns a lane at least. Of one the compiler makes fma(x, x, y * y) of a square and the first sum with another
-    # lane's: the lanes then differ in a last bit, and chance chooses whose is stored.
-    return 1 << max(6, (width - 1).bit_length())
+    # Eight columns a lane at least. Of one, by Triton 3.8 of four, the compiler makes fma(x, x, y * y) of a square and
+    # its sum with another lane's: the lanes then differ in a last bit, and chance chooses whose is stored.
+    return 1 << max(8, (width - 1).bit_length())
 
 
 _TYPES = dict.fromkeys(("target", "loss", "stats", "grad"), "*fp32") | dict.fromkeys(("prediction", "out"), "*bf16")
