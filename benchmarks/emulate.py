@@ -13,14 +13,13 @@ instruction's name. Triton is needed, and nvcc on the PATH for the CUDA kernels.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,24 +123,6 @@ TRITON = (
 CUDA = (cuda_log_mel, cuda_prototype_loss)
 
 
-@contextlib.contextmanager
-def a_gpu(capability: int, show: Show) -> Iterator[None]:
-    """Triton's launchers take the options of that GPU, and kernels their code for it."""
-    from ptx.triton_kernels import emulated
-
-    modules = [triton(case.__name__) for case in TRITON]
-    asking = [module for module in modules if hasattr(module, "capability_of")]
-    before = [module.capability_of for module in asking]
-    for module in asking:
-        module.capability_of = lambda tensor: capability
-    try:
-        with emulated(capability, show):
-            yield
-    finally:
-        for module, function in zip(asking, before, strict=True):
-            module.capability_of = function
-
-
 def name_of(report: Report) -> str:
     """Of a CUDA kernel what its mangled name has of it."""
     name = report.kernel.name
@@ -191,7 +172,9 @@ def main() -> None:
     print(f"sm_{options.capability}; sectors and turns a block, and over the least")
     print(f"{'kernel':30}{'blocks':>7}{'instructions':>12}  " + "".join(f"{kind:>15}" for kind in KINDS))
     if wanted - cuda:
-        with a_gpu(options.capability, show):
+        from ptx.triton_kernels import emulated
+
+        with emulated(options.capability, show):
             for case in TRITON:
                 if case.__name__ in wanted:
                     case()

@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[triton]'")
 
-import emulate
 import triton
 from ptx import triton_kernels
 from ptx.memory import Fault
@@ -33,7 +32,7 @@ def test_attention(capability):
     qkv = heads()
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4).unbind(0)
     exact = ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2)
-    with emulate.a_gpu(capability, lambda report: None):
+    with triton_kernels.emulated(capability):
         out, _ = attention.forward(qkv, need_lse=False)
     assert (out - exact).abs().max() <= 2**-7 * exact.abs().max()
 
@@ -59,7 +58,7 @@ def test_what_orders_a_product_is_missed(capability, left_out, message, monkeypa
     monkeypatch.setattr(triton_kernels, "parse", without)
     triton_kernels._compiled.cache_clear()
     try:
-        with emulate.a_gpu(capability, lambda report: None), pytest.raises(Fault, match=message):
+        with triton_kernels.emulated(capability), pytest.raises(Fault, match=message):
             attention.forward(heads(), need_lse=True)
     finally:
         triton_kernels._compiled.cache_clear()

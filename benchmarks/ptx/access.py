@@ -79,7 +79,7 @@ def _load_param(machine: Machine, who: Threads | None, where, kind: str, count: 
 
 def place_of(machine: Machine, who: Threads | None, where: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Where in `machine.shared` a block's own addresses lie, and whose they are."""
-    those = machine.id if who is None else who
+    those = machine.those(who)
     if (where % size).any():
         raise Fault(f"shared address {int(where[where % size != 0][0])} is no multiple of {size} bytes")
     if where.size and (int(where.min()) < 0 or int(where.max()) + size > machine.shared_bytes):
@@ -160,7 +160,7 @@ def _fence(machine: Machine, who: Threads | None) -> None:
 
 def _load_global(machine: Machine, who: Threads | None, where, kind: str, count: int) -> list[np.ndarray]:
     dtype = np.dtype(KINDS[kind])
-    those = machine.id if who is None else who
+    those = machine.those(who)
     data = _read_global(machine, where(machine, who).view(np.uint64), count * dtype.itemsize, those)
     return list(data.view(dtype).T)
 
@@ -180,7 +180,7 @@ def _read_global(machine: Machine, start: np.ndarray, size: int, those: np.ndarr
 
 
 def _store_global(machine: Machine, who: Threads | None, where, kind: str, values: list[np.ndarray]) -> None:
-    those = machine.id if who is None else who
+    those = machine.those(who)
     start = where(machine, who).view(np.uint64)
     data = _bytes(values, kind, start.size)
     size = data.shape[1]
@@ -204,12 +204,12 @@ def _store_global(machine: Machine, who: Threads | None, where, kind: str, value
 def _copy(instruction: Instruction, kernel: Kernel) -> Action:
     rest = instruction.opcode[1:]
     if rest[:2] == ("async", "commit_group"):
-        return lambda machine, who: machine.pending.commit_copies(machine.id if who is None else who)
+        return lambda machine, who: machine.pending.commit_copies(machine.those(who))
     if rest[:2] in (("async", "wait_group"), ("async", "wait_all")):
         left = int(instruction.operands[0]) if instruction.operands else 0
 
         def wait(machine: Machine, who: Threads | None) -> None:
-            for those, place, data in machine.pending.wait_copies(machine.id if who is None else who, left):
+            for those, place, data in machine.pending.wait_copies(machine.those(who), left):
                 write_shared(machine, place, data, those)
 
         return wait

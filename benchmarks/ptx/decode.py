@@ -213,7 +213,7 @@ def _across(instruction: Instruction, kernel: Kernel) -> Action | None:
 
 def whole_warps(machine: Machine, who: Threads | None) -> np.ndarray:
     """The threads, a row a warp; a Fault where a warp is not all there."""
-    those = machine.id if who is None else who
+    those = machine.those(who)
     rows = those.reshape(-1, WARP) if those.size % WARP == 0 else those[:0].reshape(0, WARP)
     if not rows.size or (rows != rows[:, :1] // WARP * WARP + np.arange(WARP)).any():
         raise Fault("not all lanes of a warp come here together")

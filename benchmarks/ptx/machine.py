@@ -43,7 +43,7 @@ class Machine:
             raise ValueError(f"{threads} threads a block; expected a multiple of {WARP}, 1024 at most")
         if len(params) < kernel.param_bytes:
             raise ValueError(f"{kernel.name} takes {kernel.param_bytes} bytes of parameters, {len(params)} came")
-        self.kernel, self.grid, self.threads, self.memory, self.report = kernel, grid, threads, memory, report
+        self.kernel, self.threads, self.memory, self.report = kernel, threads, memory, report
         self.blocks = len(blocks)
         n = self.size = self.blocks * threads
         self.id = np.arange(n)
@@ -112,21 +112,21 @@ class Machine:
                         if instruction.predicate is None or self._is_all(those, who):
                             here = target
                             continue
-                        self.pc[self.id if who is None else who] = here + 1
+                        self.pc[self.those(who)] = here + 1
                         self.pc[those] = target
                         break
                     if action == "barrier":
                         self._arrive(instruction, here, those, who)
                         break
                     if action == "exit":
-                        self.exited[self.id if those is None else those] = True
+                        self.exited[self.those(those)] = True
                         if who is None or not self._is_all(those, who):
-                            self.pc[self.id if who is None else who] = here + 1
+                            self.pc[self.those(who)] = here + 1
                         break
                     assert not isinstance(action, str)
                     sleep = action(self, those)  # those that are to try it again when something has happened
                     if isinstance(sleep, np.ndarray) and sleep.size:
-                        self.pc[self.id if who is None else who] = here + 1
+                        self.pc[self.those(who)] = here + 1
                         self.pc[sleep], self.asleep[sleep] = here, True
                         break
                 except Fault as fault:
@@ -134,9 +134,13 @@ class Machine:
                     raise Fault(f"{fault}\n  in {where}") from None
                 here += 1
             else:
-                self.pc[self.id if who is None else who] = here
+                self.pc[self.those(who)] = here
                 if here >= len(code):
                     raise Fault(f"{self.kernel.name} runs past its end")
+
+    def those(self, who: Threads | None) -> Threads:
+        """None stands for all threads, which spares picking them out of every array."""
+        return self.id if who is None else who
 
     def _predicated(self, instruction: Instruction, who: Threads | None) -> Threads | None:
         if instruction.predicate is None:
@@ -160,9 +164,9 @@ class Machine:
     def _arrive(self, instruction: Instruction, here: int, those: Threads | None, who: Threads | None) -> None:
         if instruction.operands and instruction.operands[0] != "0":
             raise ValueError(f"a barrier of its own number is not known here: {instruction.text}")
-        everyone = self.id if who is None else who
+        everyone = self.those(who)
         self.pc[everyone] = here + 1
-        self.waiting[self.id if those is None else those] = True
+        self.waiting[self.those(those)] = True
 
     def _release(self) -> None:
         """Those blocks of which every thread waits; a GPU hangs where none does, or where some have left."""

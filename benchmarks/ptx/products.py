@@ -29,10 +29,10 @@ def action(instruction: Instruction, kernel: Kernel) -> Action | None:
         if rest[0] == "fence":
             return lambda machine, who: None
         if rest[0] == "commit_group":
-            return lambda machine, who: machine.pending.commit_products(machine.id if who is None else who)
+            return lambda machine, who: machine.pending.commit_products(machine.those(who))
         if rest[0] == "wait_group":
             left = int(instruction.operands[0])
-            return lambda machine, who: machine.pending.wait_products(machine.id if who is None else who, left)
+            return lambda machine, who: machine.pending.wait_products(machine.those(who), left)
         return _wgmma(instruction, kernel)
     return None
 
@@ -157,6 +157,20 @@ def offsets(descriptor: int, rows: int, depth: int, size: int, turned: bool) -> 
     return at ^ (at >> 3 & (width - 16))
 
 
+def read_factor(
+    machine: Machine, thread: int, descriptor: int, rows: int, depth: int, size: int, turned: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `thread` finds where a descriptor points: words of 32 bits (rows, depth * size / 4), and their granules."""
+    offset = offsets(descriptor, rows, depth, size, turned).reshape(-1)
+    readers = np.full(offset.size, thread)
+    place, _ = place_of(machine, readers, offset, size)
+    cells = granules(place, size)
+    if machine.unfenced[cells].any():
+        raise Fault("a product reads shared memory before fence.proxy.async")
+    raw = read_shared(machine, place, size, readers)
+    return raw.reshape(rows, depth * size).view(np.uint32), cells.reshape(-1)
+
+
 def _wgmma(instruction: Instruction, kernel: Kernel) -> Action:
     shape = next(part for part in instruction.opcode if re.match(r"m64n\d+k\d+$", part))
     n, depth = map(int, re.findall(r"\d+", shape)[1:])
@@ -181,19 +195,11 @@ def _wgmma(instruction: Instruction, kernel: Kernel) -> Action:
             raise Fault("the threads of a product tell different descriptors")
         values, reads = [], []
         for group, word in zip(groups, words[:, 0], strict=True):
-            offset = offsets(int(word), rows, depth, size, turned)
-            place, _ = place_of(machine, np.full(offset.size, group[0]), offset.reshape(-1), size)
-            if machine.unfenced[granules(place, size)].any():
-                raise Fault("a product reads shared memory before fence.proxy.async")
-            raw = read_shared(machine, place, size, np.full(place.size, group[0]))
-            reads.append(granules(place, size).reshape(-1))
-            machine.shared_watch.read_by_several(reads[-1])
-            values.append(raw.reshape(rows, depth, size))
-        raw = np.ascontiguousarray(np.stack(values))
-        if kind == "tf32":
-            return (raw.view(np.uint32)[..., 0] & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64), reads
-        half = raw.view(np.uint16)[..., 0]
-        return (from_bf16(half) if kind == "bf16" else half.view(np.float16)).astype(np.float64), reads
+            raw, cells = read_factor(machine, group[0], int(word), rows, depth, size, turned)
+            machine.shared_watch.read_by_several(cells)
+            values.append(raw)
+            reads.append(cells)
+        return numbers(np.stack(values), kind).reshape(len(groups), rows, depth), reads
 
     def multiply(machine: Machine, who: Threads | None) -> None:
         warps = decode.whole_warps(machine, who)

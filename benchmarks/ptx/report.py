@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from .source import Instruction, Kernel
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -16,14 +19,6 @@ class Traffic:
     warps: int = 0
     taken: int = 0
     least: int = 0
-
-    def __iadd__(self, other: Traffic) -> Traffic:
-        self.warps, self.taken, self.least = (
-            self.warps + other.warps,
-            self.taken + other.taken,
-            self.least + other.least,
-        )
-        return self
 
 
 @dataclass
@@ -44,31 +39,23 @@ class Report:
 
     def by_kind(self) -> dict[str, Traffic]:
         """By "global load", "global store", "shared load" and "shared store"; an asynchronous copy counts as a load."""
-        found: dict[str, Traffic] = {}
-        for number, traffic in self.traffic.items():
-            if traffic.least:
-                kind = _kind(self.kernel.instructions[number])
-                found[kind] = found.get(kind, Traffic())
-                found[kind] += traffic
-        return found
+        return self._sums(_kind)
 
     def worst(self, count: int) -> list[tuple[str, str, Traffic]]:
         """Source lines whose accesses take most above the least: line, kind and traffic."""
-        found: dict[tuple[str, str], Traffic] = {}
-        for number, traffic in self.traffic.items():
-            instruction = self.kernel.instructions[number]
-            if traffic.least:
-                key = instruction.source, _kind(instruction)
-                found[key] = found.get(key, Traffic())
-                found[key] += traffic
-        above = [(*key, traffic) for key, traffic in found.items() if traffic.taken > traffic.least]
+        sums = self._sums(lambda instruction: (instruction.source, _kind(instruction)))
+        above = [(*key, traffic) for key, traffic in sums.items() if traffic.taken > traffic.least]
         return sorted(above, key=lambda each: each[2].least - each[2].taken)[:count]
 
-    def opcodes(self) -> Counter[str]:
-        """Instructions, as above, by what they are."""
-        found: Counter[str] = Counter()
+    def _sums(self, key: Callable[[Instruction], Key]) -> dict[Key, Traffic]:
+        """Of the instructions that access memory."""
+        found: dict[Key, Traffic] = {}
         for number, traffic in self.traffic.items():
-            found[".".join(self.kernel.instructions[number].opcode)] += traffic.warps
+            if traffic.least:
+                total = found.setdefault(key(self.kernel.instructions[number]), Traffic())
+                total.warps += traffic.warps
+                total.taken += traffic.taken
+                total.least += traffic.least
         return found
 
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from . import decode
 from .access import address, place_of, read_shared, write_shared
-from .arithmetic import from_bf16
 from .machine import Machine
-from .memory import WARP, Fault, Threads, granules
-from .products import names_in, offsets
+from .memory import WARP, Fault, Threads
+from .products import names_in, numbers, read_factor
 from .source import Instruction, Kernel
 
 Action = Callable[[Machine, "Threads | None"], object]
@@ -96,10 +95,6 @@ def action(instruction: Instruction, kernel: Kernel) -> Action | None:
     if rest[0] == "mma":
         return _multiply(instruction, kernel)
     raise ValueError(f"{'.'.join(instruction.opcode)} is not known here")
-
-
-def _those(machine: Machine, who: Threads | None) -> Threads:
-    return machine.id if who is None else who
 
 
 def _elect(instruction: Instruction) -> Action:
@@ -194,7 +189,7 @@ def _commit(machine: Machine, who: Threads | None, where: Callable) -> None:
 
 def _settle(machine: Machine, who: Threads | None) -> None:
     memory, mine = memory_of(machine), np.zeros(machine.size + 1, bool)
-    mine[_those(machine, who)] = True
+    mine[machine.those(who)] = True
     memory.storing[mine[memory.storing]] = -1
 
 
@@ -246,25 +241,10 @@ def _multiply(instruction: Instruction, kernel: Kernel) -> Action:
     b_at, described = decode.getter(second, "u64", kernel), decode.getter(form, "u32", kernel)
     keeps = decode.getter(keep, "pred", kernel)
 
-    def numbers(words: np.ndarray, bf16: bool) -> np.ndarray:
-        """(..., bytes of numbers) -> (..., numbers)"""
-        raw = np.ascontiguousarray(words)
-        if kind == "tf32":
-            return (raw.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-        return (from_bf16(raw.view(np.uint16)) if bf16 else raw.view(np.float16)).astype(np.float64)
-
-    def shared(
-        machine: Machine, thread: int, descriptor: int, rows: int, turned: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def shared(machine: Machine, thread: int, descriptor: int, rows: int, turned: bool):
         swizzle = {0: 0, 2: 1, 4: 2, 6: 3}[descriptor >> 61]  # as Hopper's descriptors have it
         plain = descriptor & (1 << 46) - 1 | swizzle << 62
-        offset = offsets(plain, rows, depth, size, turned)
-        place, _ = place_of(machine, np.full(offset.size, thread), offset.reshape(-1), size)
-        cells = granules(place, size).reshape(-1)
-        if machine.unfenced[cells].any():
-            raise Fault("a product reads shared memory before fence.proxy.async")
-        raw = read_shared(machine, place, size, np.full(place.size, thread))
-        return raw.reshape(rows, depth * size), cells
+        return read_factor(machine, thread, plain, rows, depth, size, turned)
 
     def one(machine: Machine, thread: int, values: tuple[int, ...]) -> None:
         d_at, a_where, descriptor, word, keep_it = values
@@ -272,7 +252,8 @@ def _multiply(instruction: Instruction, kernel: Kernel) -> Action:
         formats = word >> 7 & 7, word >> 10 & 7
         if word >> 4 & 3 != 1 or word & 0x600F or m not in (64, 128) or formats[0] != formats[1]:
             raise Fault(f"a product described by {word:#x} is not known here")
-        bf16, memory, block = formats[0] == 1, memory_of(machine), thread // machine.threads
+        of_numbers = kind if kind == "tf32" else "bf16" if formats[0] == 1 else "f16"
+        memory, block = memory_of(machine), thread // machine.threads
         row = np.arange(m)
         # Of 64 rows each warp has 16, in either half of its lanes.
         lane = row if m == 128 else row // 16 * WARP + row % 16
@@ -280,18 +261,19 @@ def _multiply(instruction: Instruction, kernel: Kernel) -> Action:
             column = (a_where & 0xFFFF) + np.arange(depth * size // 4)
             at = np.broadcast_arrays(block, lane[:, None] + (a_where >> 16), column[None, :])
             memory.check(*(each.reshape(-1) for each in at), reads=True)
-            a, cells = numbers(memory.words[tuple(at)].view(np.uint8), bf16), []
+            words, cells = memory.words[tuple(at)], []
         else:
-            raw, read = shared(machine, thread, a_where, m, bool(word >> 15 & 1))
-            a, cells = numbers(raw, bf16), [read]
-        raw, read = shared(machine, thread, descriptor, n, bool(word >> 16 & 1))
+            words, read = shared(machine, thread, a_where, m, bool(word >> 15 & 1))
+            cells = [read]
+        a = numbers(words, of_numbers).reshape(m, depth)
+        words, read = shared(machine, thread, descriptor, n, bool(word >> 16 & 1))
         columns = slice(d_at & 0xFFFF, (d_at & 0xFFFF) + n)
         at = np.broadcast_arrays(block, lane[:, None] + (d_at >> 16), np.arange(n)[None, :] + columns.start)
         under_way, memory.products = memory.products, []  # products of one thread are done in their order
         memory.check(*(each.reshape(-1) for each in at), reads=bool(keep_it))
         memory.products = under_way
         with np.errstate(all="ignore"):
-            value = a @ numbers(raw, bf16).T
+            value = a @ numbers(words, of_numbers).reshape(n, depth).T
             if keep_it:
                 value = value + memory.words[tuple(at)].view(np.float32)
         memory.words[tuple(at)] = np.ascontiguousarray(value, np.float32).view(np.uint32)
@@ -299,7 +281,7 @@ def _multiply(instruction: Instruction, kernel: Kernel) -> Action:
         memory.products.append(Product(block, columns, np.concatenate([*cells, read])))
 
     def multiply(machine: Machine, who: Threads | None) -> None:
-        those = _those(machine, who)
+        those = machine.those(who)
         columns = [into(machine, who), a_at(machine, who), b_at(machine, who), described(machine, who)]
         columns = [np.broadcast_to(each, those.size) for each in (*columns, keeps(machine, who))]
         for i, thread in enumerate(those.tolist()):

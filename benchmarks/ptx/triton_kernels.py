@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
+import pkgutil
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from matpac_fast import kernels
 from matpac_fast.kernels._aot import Launch, compiled_ahead
 
 from .decode import decode
@@ -31,7 +35,8 @@ OPTIONS = ("num_warps", "num_stages")
 
 @contextlib.contextmanager
 def emulated(capability: int, on_report: Callable[[Report], object] | None = None, **how: Any) -> Iterator[None]:
-    """While it lasts, `kernel[grid](...)` on tensors of the CPU runs for compute capability `capability` (90 is sm_90).
+    """While it lasts, `kernel[grid](...)` on tensors of the CPU runs for compute capability `capability` (90 is sm_90),
+    and the launchers in matpac_fast.kernels choose their options for it.
 
     Args:
         on_report: gets the traffic of each launch.
@@ -47,12 +52,14 @@ def emulated(capability: int, on_report: Callable[[Report], object] | None = Non
         x, y, z = (*grid, 1, 1)[:3]
         _launch(self, bound.arguments, (x, y, z), options, capability, on_report, how)
 
-    before = JITFunction.run
-    JITFunction.run = launch  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        for found in pkgutil.iter_modules(kernels.__path__):
+            if not found.name.startswith("_"):
+                module = importlib.import_module(f"{kernels.__name__}.{found.name}")
+                if hasattr(module, "capability_of"):
+                    stack.enter_context(mock.patch.object(module, "capability_of", return_value=capability))
         yield
-    finally:
-        JITFunction.run = before
 
 
 def _launch(
