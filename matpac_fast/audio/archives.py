@@ -5,19 +5,23 @@ An archive is listed, then read once from its beginning to its end; nothing of i
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import lzma
 import os
 import stat
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import AudioError, first_line
-from ..files import arrow_file
+from ..errors import AudioError, CorpusError, first_line
+from ..files import arrow_file, storable
 from .decode import AUDIO_SUFFIXES, NO_DECODER
 
 ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
@@ -43,7 +47,7 @@ class Member(NamedTuple):
     archive: Path
     name: str
     place: int
-    size: int = 0  # in bytes, where the list of the archive says it
+    size: int  # in bytes, as the list of the archive says; of a row of a Parquet file the mean of its row group
     reason: str = ""  # why it cannot be read, where the list says that
 
     @property
@@ -81,17 +85,23 @@ def members(archive: Path) -> tuple[list[Member], str | None]:
     return found, None
 
 
-def holds_audio(archive: Path) -> bool:
-    """Whether an archive has a member at all, and can be read so far; of a compressed tar file, whether it may have."""
-    try:
-        return next(_listed(archive), None) is not None
-    except AudioError as error:
-        return str(error) == WHY_COMPRESSED
-    except (*_damage(), OSError):
-        return False
+def named(archive: str, inside: Iterable[Member]) -> dict[str, Member]:
+    """The members of an archive by what they are called, "train-00.tar/a.flac", where `archive` is its own name.
+
+    A name that comes again, as a Parquet file may have one for all its rows, goes on with "#2", "#3", ...
+    """
+    found: dict[str, Member] = {}
+    again: Counter[str] = Counter()
+    for member in inside:
+        name = first = f"{archive}/{storable(member.name.encode('utf-8', 'surrogateescape'))}"
+        while name in found:
+            again[first] += 1
+            name = f"{first}#{again[first] + 1}"
+        found[name] = member
+    return found
 
 
-def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
+def contents(archive: Path, wanted: Sequence[Member]) -> Generator[bytes | AudioError, None, None]:
     """The bytes of members of one archive, in its order, one by one; or why there are none."""
     reader, done, reason = _READERS[archive.suffix.lower()](archive, wanted), 0, _CHANGED
     try:
@@ -102,6 +112,29 @@ def contents(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioE
         reason = f"in an archive that cannot be read on: {first_line(error)}"
     for _ in wanted[done:]:
         yield AudioError(reason)
+
+
+@contextlib.contextmanager
+def unpacked(data: bytes, suffix: str) -> Iterator[Path]:
+    """What a member holds as a file of its own for a while, out of which libsndfile and FFmpeg read all they know.
+
+    Raises:
+        CorpusError: no room for it.
+    """
+    path: Path | None = None
+    try:
+        try:
+            handle, name = tempfile.mkstemp(suffix)
+            path = Path(name)
+            with open(handle, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            where = f"{tempfile.tempdir or 'temporary files'}: cannot be written: {error.strerror}"
+            raise CorpusError(f"{where}; make room, or set TMPDIR to another folder") from None
+        yield path
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
 
 
 def _listed(archive: Path) -> Iterator[Member]:
@@ -203,16 +236,26 @@ def _list_parquet(archive: Path) -> Iterator[Member]:
     with arrow_file(archive) as opened, pq.ParquetFile(opened) as file:
         if (column := _audio_column(file)) is None:
             return
+        sizes = _mean_sizes(file, column)
         kind, row = file.schema_arrow.field(column).type, 0
         if (i := kind.get_field_index("path")) < 0 or not _holds(kind.field(i), _TEXT):
-            yield from (Member(archive, f"{row:08d}", row) for row in range(file.metadata.num_rows))
+            yield from (Member(archive, f"{row:08d}", row, size) for row, size in enumerate(sizes))
             return
         for batch in file.iter_batches(columns=[f"{column}.path"]):
             # As bytes, since nothing has checked that they are UTF-8.
             for path in batch.column(0).field("path").cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
                 name = os.path.basename(path.decode("utf-8", "surrogateescape")) if path else ""
-                yield Member(archive, name or f"{row:08d}", row)
+                yield Member(archive, name or f"{row:08d}", row, next(sizes))
                 row += 1
+
+
+def _mean_sizes(file: Any, column: str) -> Iterator[int]:
+    """Of each row the bytes that a row of its group has in the mean: no list says what one by itself has."""
+    for i in range(file.num_row_groups):
+        group = file.metadata.row_group(i)
+        chunks = map(group.column, range(group.num_columns))
+        total = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == f"{column}.bytes")
+        yield from itertools.repeat(total // max(1, group.num_rows), group.num_rows)
 
 
 def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:

@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def prepare(
     progress: Callable[[int, int], None] = lambda done, total: None,
     listing: Callable[[int, int], None] = lambda done, total: None,
 ) -> PrepareReport:
-    """Make a corpus of the audio in a folder, or bring one up to date.
+    """Make a corpus of the audio in a folder or an archive, or bring one up to date.
 
     Run again, it goes on where it was interrupted; where nothing has changed, it writes nothing. Files that are new go
     into new shards. A file whose content changed is decoded again and takes the place of its old clip, whose samples
@@ -76,7 +75,7 @@ def prepare(
 
     Args:
         source: a folder; audio in it and below is found by suffix (see `find_audio`), also in archives, see
-            `archives.members`. A clip's path goes on in its archive: "train-00.tar/a.flac".
+            `archives.members`. A clip's path goes on in its archive: "train-00.tar/a.flac". Or one archive.
         out: the corpus: a new or empty folder, or an earlier one.
         sample_rate: of the corpus, in Hz.
         workers: decoding threads; by default one a core. The result does not depend on it.
@@ -87,7 +86,7 @@ def prepare(
         listing: called before that, after every archive, with how many are listed, of how many.
 
     Raises:
-        AudioError: `source` is no folder, or one that cannot be read.
+        AudioError: `source` is no folder or archive, or a folder that cannot be read.
         CorpusError: no audio in it, or none that can be used; another corpus in `out`, or it cannot be written.
     """
     source, out = Path(source), Path(out)
@@ -104,9 +103,12 @@ def prepare(
     settings = Settings(sample_rate, float(min_seconds), float(silence_db))
     unreadable: list[_Loaded] = []
     also = archives.ARCHIVES | archives.COMPRESSED
-    paths = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)), also)
+    if source.is_file() and archives.is_archive(source):
+        paths, root = [source], source.parent
+    else:
+        paths, root = find_audio(source, lambda *told: unreadable.append(_unreadable(source, *told)), also), source
     status = functools.cache(_status)  # of an archive once
-    found = _found(source, paths, unreadable, status, listing)
+    found = _found(root, paths, unreadable, status, listing)
     if not found and not unreadable:
         looked_for = " ".join(sorted(AUDIO_SUFFIXES | archives.ARCHIVES))
         raise CorpusError(f"{source}: no audio in it; looked for {looked_for}")
@@ -187,13 +189,7 @@ def _found(
         inside, reason = archives.members(path)
         if reason is not None:
             unreadable.append(_Loaded({"path": _key(source, path), "reason": reason}))
-        again: Counter[str] = Counter()  # of each name: a Parquet file may have one for all its rows
-        for member in inside:
-            key = first = f"{_key(source, path)}/{storable(member.name.encode('utf-8', 'surrogateescape'))}"
-            while key in found:
-                again[first] += 1
-                key = f"{first}#{again[first] + 1}"
-            found[key] = member
+        found |= archives.named(_key(source, path), inside)
         done += 1
         listing(done, total)
     return found
@@ -250,15 +246,8 @@ def _load_bytes(
     key: str, data: bytes, suffix: str, settings: Settings, known: str | None, archive: os.stat_result | None
 ) -> _Loaded | None:
     """`_load` of what an archive holds, from a file of its own for as long as it takes."""
-    try:
-        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-            file.write(data)
-            file.flush()
-            return _load(key, Path(file.name), settings, known, archive)
-    except OSError as error:
-        raise CorpusError(
-            f"{tempfile.gettempdir()}: cannot be written: {error.strerror}; make room, or set TMPDIR to another folder"
-        ) from None
+    with archives.unpacked(data, suffix) as path:
+        return _load(key, path, settings, known, archive)
 
 
 def _load(

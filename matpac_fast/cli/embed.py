@@ -1,4 +1,4 @@
-"""`matpac-fast embed`: a folder of audio in, embeddings in Parquet out."""
+"""`matpac-fast embed`: a collection of audio in, embeddings in Parquet out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def main(
     num_heads: int | None = None,
     device: str = "auto",
 ) -> int:
-    """Embed every audio file of a folder or a list, alone or beside other workers.
+    """Embed every audio file of a folder, a list or an archive, alone or beside other workers.
 
     Example: matpac-fast embed ~/audio --temporal-support 2 --out embeddings/
 
@@ -58,8 +58,9 @@ def main(
     files failed; with 3 where more than --max-errors did, or all; with 2 where it could not do its work.
 
     Args:
-        source: folder of audio, searched with all its sub-folders; a text file with one path a line, absolute or
-            relative to the file's own folder; or a corpus that matpac-fast prepare made, also of audio in archives.
+        source: folder of audio, searched with all its sub-folders and in tar, zip and Parquet files; a text file with
+            one path a line, absolute or relative to the file's own folder; one archive; or a corpus that matpac-fast
+            prepare made.
         encoder: a run folder, a checkpoint, an official file, or a name such as passt:FILE. runs/a@teacher is a run's
             teacher, runs/a@20000 its checkpoint of that step, runs/a@layer6 the network up to its sixth layer,
             runs/a@20000@teacher two of these. Default: this package's own pre-trained one.

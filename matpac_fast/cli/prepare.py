@@ -40,7 +40,7 @@ def main(
     Exits with 0, with 2 where nothing could be used.
 
     Args:
-        source: folder of audio or of archives of audio, searched with all its sub-folders.
+        source: folder of audio or of archives of audio, searched with all its sub-folders; or one archive.
         out: folder for the corpus: a new one, or that of an earlier run.
         sample_rate: sample rate of the corpus in Hz; pre-training needs 16000, or the rate of another front end
             (docs/training.md).

@@ -120,8 +120,9 @@ def embed_collection(
     Files that cannot be used are listed with their reason in errors.parquet. Long files stream in bounded memory.
 
     Args:
-        source: a folder; or a list, a text file with one path a line, absolute or relative to the list's folder; or a
-            corpus of `prepare`, whose clips go by the names of their files.
+        source: a folder, with all below and in archives (see `archives.members`; "train-00.tar/a.flac"); or a list, a
+            text file with one path a line, absolute or relative to the list's folder; or one archive; or a corpus of
+            `prepare`, whose clips go by the names of their files.
         out: a folder, made where it is missing; one that holds embeddings of other settings is refused.
         encoder, temporal_support, hop, pool, layers, remainder, batch_size: as `AudioEncoder.embed` takes them.
         workers: decoding threads; by default one a core.
@@ -137,8 +138,9 @@ def embed_collection(
         shards: only these, by number, passing over what others have in hand; for schedulers of their own.
 
     Raises:
-        AudioError: no such folder or list, or no audio in it.
+        AudioError: no such folder, list or archive, or no audio in it.
         ConfigError: an option that cannot be, or `out` holds other embeddings, or other things.
+        CorpusError: a corpus that is damaged; no room for temporary files, which what archives hold is decoded from.
     """
     files, out = open_source(Path(source)), Path(out)
     files.check_rate(encoder.sample_rate)

@@ -10,18 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from ..audio.ahead import in_order
-from ..audio.archives import is_compressed
-from ..audio.decode import folder_reason
+from ..audio.archives import is_archive
 from ..errors import AudioError, ConfigError, first_line
 from ..files import arrow_file, atomic, check_no_file, storable, write_text
-from .source import Entry, Source
+from .source import NO_UTF8, Entry, Source, Tell
 from .writer import Failure, read_errors, shard_path
 
 SETTINGS = "settings.json"
@@ -29,7 +28,6 @@ LEASES = "leases"  # the folder of those who are at work
 _COLUMNS = ("path", "seconds", "bytes", "shard", "reason")
 _TELL_EVERY = 100  # files
 T = TypeVar("T")
-Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
 
 
 @dataclass
@@ -124,45 +122,36 @@ def extend(
     """The manifest with what is new in `source`, and whether that changed it.
 
     Files that are listed stay where they are, so shards that are done stay done; new ones open new shards, the longest
-    first, so that alike lengths share batches, memory is tried at the beginning, and the last shards are the smallest.
+    first, so that alike lengths share batches, memory is tried at the beginning, and the last shards are the smallest;
+    and after them what archives hold, in the order in which it is read.
 
     Raises:
         AudioError: no such folder, or no audio in it.
     """
     before = known or Manifest()
     listed = before.homes()
-    unusable: list[Failure] = []
-
-    def passed_over(folder: Path, error: OSError) -> None:
-        unusable.append((storable(os.path.relpath(folder, source.path)), folder_reason(error)))
-
-    names = source.names(passed_over)
+    found = source.find(workers, tell)
+    unusable = [(storable(name), reason) for name, reason in found.unusable]
+    members = [entry for entry in found.members if entry.path not in listed]
+    inside = {entry.path for entry in found.members}  # a list may name an archive, and also what is in it
     new = []
-    for name in names:
+    for name in found.files:
         try:
             stored = os.fsencode(name).decode("utf-8")
         except UnicodeDecodeError:
-            unusable.append((storable(name), "the name is not UTF-8: rename the file"))
+            unusable.append((storable(name), NO_UTF8))
             continue
-        if stored not in listed:
+        if stored not in listed and stored not in inside:
             new.append(stored)
-    if not listed and not new and not unusable:
+    if not listed and not new and not members and not unusable:
+        where = "folder or below"
         if source.path.is_file():
-            raise AudioError(f"{source.path}: no audio files in this list")
-        packed = next(iter(source.packed), None)
-        mend = f", but in {packed.name}: {_mend(packed)}" if packed else ""
-        raise AudioError(f"{source.path}: no audio files in this folder or below{mend}")
-    for path in source.packed:
-        what = "a compressed tar file" if is_compressed(path) else "an archive of audio"
-        unusable.append((storable(os.path.relpath(path, source.path)), f"{what}: {_mend(path)}"))
+            where = "archive" if is_archive(source.path) else "list"
+        raise AudioError(f"{source.path}: no audio files in this {where}")
     jobs = ((1, partial(source.entry, name)) for name in new)
     entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))
-    shards = before.shards + _cut(entries, files_per_shard, shard_seconds)
-    return Manifest(shards, unusable), bool(new) or unusable != before.unusable or known is None
-
-
-def _mend(archive: Path) -> str:
-    return "unpack it" if is_compressed(archive) else "give the corpus that matpac-fast prepare makes of it"
+    shards = before.shards + _cut(entries + members, files_per_shard, shard_seconds)
+    return Manifest(shards, unusable), bool(new or members) or unusable != before.unusable or known is None
 
 
 def look_over(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from ..audio.ahead import in_order
 from ..audio_encoder import AudioEncoder
 from ..embedding import Embeddings, windows_at_once
 from ..errors import AudioError
-from .source import Entry, Source
+from .source import Entry, Reader, Source
 from .writer import Rows
 
 # A file beyond this is never held as a whole: it streams through the encoder block by block.
@@ -75,14 +75,16 @@ class ShardEmbedder:
         self._shape = tuple(found.values.shape[1:])
         self._whole_only = options["temporal_support"] is None and encoder.native_window is None
 
-    def jobs(self, source: Source, shard: Iterable[Entry]) -> Iterator[Job]:
+    def jobs(self, source: Source, shard: Sequence[Entry]) -> Iterator[Job]:
         """Decoding of a shard's files, for threads."""
         longest = float("inf") if self._whole_only else LONG_SECONDS
         hop = self._options["hop"] or self._options["temporal_support"] or 0.0
         seconds = float(np.clip(self._batch_size * hop, *_BLOCK_SECONDS))  # a block fills a batch, within limits
-        for entry in shard:
-            held = round(min(entry.seconds, longest) * self._encoder.sample_rate) * 4
-            yield held, partial(_read, source, entry.path, self._encoder.sample_rate, longest, seconds)
+        rate = self._encoder.sample_rate
+        readers = source.readers([entry.path for entry in shard])
+        for entry, (held, reader) in zip(shard, readers, strict=True):
+            held += round(min(entry.seconds, longest) * rate) * 4
+            yield held, partial(_read, reader, source.place(entry.path), rate, longest, seconds)
 
     def embed(self, shard: list[Entry], audio: Iterator[Audio], out: Path) -> Rows:
         """The rows of a shard, whose files' audio `audio` gives in their order."""
@@ -159,9 +161,9 @@ def _arrays(found: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return found.start.numpy(), found.end.numpy(), found.values.float().cpu().numpy()
 
 
-def _read(source: Source, name: str, sample_rate: int, longest: float, block_seconds: float) -> Audio:
+def _read(reader: Reader, path: Path, sample_rate: int, longest: float, block_seconds: float) -> Audio:
     """A file's wave; or its blocks, where it is longer than `longest` seconds; or the reason why it has none."""
-    blocks, path = source.blocks(name, sample_rate, block_seconds), source.place(name)
+    blocks = reader(sample_rate, block_seconds)
     head: list[np.ndarray] = []
     samples = 0
     try:

@@ -1,67 +1,115 @@
-"""Where the audio of a collection is: in files, of a folder or a list; or in the clips of a corpus."""
+"""Where the audio of a collection is: in files and archives, of a folder or a list; or in the clips of a corpus."""
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..audio.archives import ARCHIVES, COMPRESSED, holds_audio, is_archive
+from ..audio.ahead import in_order
+from ..audio.archives import ARCHIVES, COMPRESSED, is_archive, unpacked
 from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
-from ..audio.decode import AudioFile, find_audio, read_blocks, resampled
+from ..audio.decode import AudioFile, find_audio, folder_reason, read_blocks, resampled
 from ..errors import AudioError, ConfigError, CorpusError
 from ..files import arrow_file
+from .packed import Content, Listing, Packed, state
 
-PassedOver: TypeAlias = "Callable[[Path, OSError], None]"
+NO_UTF8 = "the name is not UTF-8: rename the file"
+Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
+Blocks: TypeAlias = "Generator[np.ndarray, None, None]"
+Reader: TypeAlias = "Callable[[int, float], Blocks]"  # (sample rate, seconds of a block) -> audio in blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file: `seconds` are what its header says, 0 where that cannot be read."""
+    """A file: `seconds` are what its header says, 0 where that cannot be read; in an archive estimated by its bytes."""
 
     path: str
     seconds: float
     bytes: int
 
 
-class Files:
-    """The audio files of a folder, or of a list. Names are UTF-8, relative to the folder, or to that of the list."""
+class Found(NamedTuple):
+    """What there is in a source: files, UTF-8 or not, as the system has them; in archives; and what cannot be one."""
 
-    packed: Sequence[Path] = ()  # archives of audio in the folder, which are passed over
+    files: list[str]
+    members: list[Entry]  # as their archives have them
+    unusable: list[tuple[str, str]]  # (name, reason), names as the system has them
+
+
+class Files:
+    """The audio of a folder, a list, or an archive. Names are UTF-8, relative to the folder, or to that of the file."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._packed = Packed(self.place)
 
     @property
     def root(self) -> Path:
         """What names are relative to."""
         return self.path.parent if self.path.is_file() else self.path
 
-    def names(self, passed_over: PassedOver) -> list[str]:
-        """As the system has them, UTF-8 or not; `passed_over` is told of folders that cannot be read.
+    def find(self, workers: int, tell: Tell) -> Found:
+        """All there is, archives listed in so many threads.
 
         Raises:
-            AudioError: no such folder, or nothing that could be one or a list.
+            AudioError: no such folder, or nothing that could be one, a list or an archive.
         """
+        names, unusable = self._names()
+        packed = [name for name in names if is_archive(Path(name))]
+        members: list[Entry] = []
+        jobs = ((1, partial(self._members, name)) for name in packed)
+        for done, (name, (inside, reason)) in enumerate(zip(packed, in_order(jobs, workers), strict=True), 1):
+            members += inside
+            if reason is not None:
+                unusable.append((name, reason))
+            tell(done, len(packed))
+        return Found([name for name in names if not is_archive(Path(name))], members, unusable)
+
+    def _names(self) -> tuple[list[str], list[tuple[str, str]]]:
+        """Of files and archives; and of folders that cannot be read, with why."""
+        unusable: list[tuple[str, str]] = []
         if self.path.is_file():
-            return _listed(self.path)
+            return [self.path.name] if is_archive(self.path) else _listed(self.path), unusable
         if self.path.exists() and not self.path.is_dir():  # each worker reads it, and so does the same call again
             raise AudioError(
                 f"{self.path}: neither a folder nor a regular file; a list of paths must be one: save it as a file"
             )
+
+        def passed_over(folder: Path, error: OSError) -> None:
+            unusable.append((os.path.relpath(folder, self.path), folder_reason(error)))
+
         found = find_audio(self.path, passed_over, ARCHIVES | COMPRESSED)
-        self.packed = [path for path in found if is_archive(path) and holds_audio(path)]
-        return [os.path.relpath(path, self.path) for path in found if not is_archive(path)]
+        return [os.path.relpath(path, self.path) for path in found], unusable
+
+    def _members(self, archive: str) -> tuple[list[Entry], str | None]:
+        """What an archive holds, and why that is not all."""
+        try:
+            listing = self._packed.listing(os.fsencode(archive).decode("utf-8"))
+        except UnicodeDecodeError:
+            return [], NO_UTF8
+        return [self._member(listing, name) for name in listing.members], listing.reason
+
+    @staticmethod
+    def _member(listing: Listing, name: str) -> Entry:
+        size = listing.members[name].size
+        return Entry(name, size * listing.seconds_a_byte, size)
 
     def place(self, name: str) -> Path:
         return self.root / local(name)
 
     def entry(self, name: str) -> Entry:
+        if (archive := self._packed.archive(name)) is not None:
+            listing = self._packed.listing(archive)
+            return self._member(listing, name) if name in listing.members else Entry(name, 0.0, 0)
         seconds, size = 0.0, 0
         try:
             size = os.stat(self.place(name)).st_size
@@ -73,6 +121,9 @@ class Files:
 
     def size(self, name: str) -> int | None:
         """In bytes; None where there is no such file, or none that can be reached."""
+        if (archive := self._packed.archive(name)) is not None:
+            member = self._packed.listing(archive).members.get(name)
+            return None if member is None else member.size
         try:
             return os.stat(self.place(name)).st_size
         except OSError:
@@ -94,26 +145,52 @@ class Files:
     def check_rate(self, sample_rate: int) -> None:
         """Files are resampled to any."""
 
-    def blocks(self, name: str, sample_rate: int, block_seconds: float) -> Generator[np.ndarray, None, None]:
-        """`read_blocks` of a file that stays as it is meanwhile. Messages of AudioError begin with its `place`."""
+    def readers(self, names: Sequence[str]) -> Iterator[tuple[int, Reader]]:
+        """What decodes each, in any thread, and the bytes that it holds already.
+
+        Messages of the AudioError that a reader raises begin with the `place` of its name.
+
+        Archives are read while this is iterated, so ask for each when its turn comes.
+        """
+        for archive, group in itertools.groupby(names, self._packed.archive):
+            if archive is None:
+                yield from ((0, partial(self._file, name)) for name in group)
+                continue
+            inside = list(group)
+            with closing(self._packed.contents(archive, inside)) as contents:
+                for name, content in zip(inside, contents, strict=True):
+                    held = 0 if isinstance(content.data, AudioError) else len(content.data)
+                    yield held, partial(self._content, name, content)
+
+    def _file(self, name: str, sample_rate: int, block_seconds: float) -> Blocks:
+        """`read_blocks` of a file that stays as it is meanwhile."""
         path = self.place(name)
-        before = _state(path)
+        before = state(path)
         try:
             yield from read_blocks(path, sample_rate, block_seconds)
         except AudioError as error:
-            if _state(path) != before:
+            if state(path) != before:
                 raise _changed(path) from None
             raise error
         except OSError as error:
             raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
-        if _state(path) != before:
+        if state(path) != before:
             raise _changed(path)
+
+    def _content(self, name: str, content: Content, sample_rate: int, block_seconds: float) -> Blocks:
+        """`read_blocks` of what an archive holds."""
+        place = self.place(name)
+        if isinstance(content.data, AudioError):
+            raise AudioError(f"{place}: {content.data}")
+        with unpacked(content.data, content.suffix) as path:
+            try:
+                yield from read_blocks(path, sample_rate, block_seconds)
+            except AudioError as error:
+                raise AudioError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 class Clips:
     """The clips of a corpus that `prepare` made, by the names that their files had."""
-
-    packed: Sequence[Path] = ()
 
     def __init__(self, path: Path):
         self.path, self.root = path, path
@@ -121,9 +198,9 @@ class Clips:
         # At once: of clips that are replaced while another worker is waited for, the index no longer says the names.
         self._numbers = {name: i for i, name in enumerate(self._corpus.paths)}
 
-    def names(self, passed_over: PassedOver) -> list[str]:
-        """As the system would have them, as those of files."""
-        return sorted(map(local, self._numbers))
+    def find(self, workers: int, tell: Tell) -> Found:
+        """All clips."""
+        return Found(sorted(map(local, self._numbers)), [], [])
 
     def place(self, name: str) -> Path:
         return self.path / name
@@ -150,14 +227,18 @@ class Clips:
                 f"--sample-rate {sample_rate}, or embed the audio itself"
             )
 
-    def blocks(self, name: str, sample_rate: int, block_seconds: float) -> Generator[np.ndarray, None, None]:
-        """A clip, full scale 1, at a rate. Messages of AudioError begin with its `place`."""
+    def readers(self, names: Sequence[str]) -> Iterator[tuple[int, Reader]]:
+        """As those of `Files`."""
+        return ((0, partial(self._clip, name)) for name in names)
+
+    def _clip(self, name: str, sample_rate: int, block_seconds: float) -> Blocks:
+        """A clip, full scale 1, at a rate."""
         if name not in self._numbers:
             raise AudioError(f"{self.place(name)}: no longer in the corpus")
         clip, own = self._numbers[name], self._corpus.sample_rate
         frames, n = int(self._corpus.frames[clip]), max(1, round(block_seconds * own))
 
-        def stored() -> Generator[np.ndarray, None, None]:
+        def stored() -> Blocks:
             for start in range(0, frames, n):
                 samples = self._corpus.gather([clip], [start], min(n, frames - start))[0]
                 yield samples.astype(np.float32) / np.float32(FULL_SCALE)
@@ -220,14 +301,6 @@ def _listed(source: Path) -> list[str]:
         )
     names = (os.fsdecode(line.rstrip(b"\r")) for line in lines)
     return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
-
-
-def _state(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _changed(path: Path) -> AudioError:

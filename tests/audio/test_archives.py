@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
@@ -78,6 +77,10 @@ def test_an_archive_gives_the_clips_of_its_files(files, tmp_path, name, monkeypa
         assert [row[key] for key in same] == [other[key] for key in same]
         mine, theirs = (c.read(c.paths.index(p)) for c, p in zip(corpora, (f"{name}/{there}", n), strict=True))
         np.testing.assert_array_equal(mine, theirs)
+
+    alone = prepare(tmp_path / "packed" / name, tmp_path / "alone")  # the archive itself: the same corpus
+    assert alone.clips == 3
+    assert snapshot(tmp_path / "alone", times=False) == snapshot(tmp_path / "out", times=False)
 
     # Again it reads nothing and writes nothing; once the archive is touched it reads, and decodes nothing.
     before = snapshot(tmp_path / "out")
@@ -291,7 +294,7 @@ def test_a_compressed_tar_file_without_audio_is_none_of_ours(files, tmp_path, ki
     with tarfile.open(tmp_path / "in" / f"code.tar.{kind}", f"w:{kind}") as file:
         file.add(tmp_path / "notes.txt", "notes.txt")
         file.add(files, "folder.wav", recursive=False)
-    assert not archives.holds_audio(tmp_path / "in" / f"code.tar.{kind}")
+    assert archives.members(tmp_path / "in" / f"code.tar.{kind}") == ([], None)
     shutil.copy(files / "a.wav", tmp_path / "in")
     assert prepare(tmp_path / "in", tmp_path / "out").rejected == {}
     monkeypatch.setattr(archives, "_BEGIN", 1000)  # what comes after it may be audio
@@ -367,13 +370,9 @@ def test_a_full_temporary_folder_ends_it_with_what_to_do(files, tmp_path, monkey
     (tmp_path / "in").mkdir()
     tar(files, tmp_path / "in" / "x.tar")
 
-    class Full(io.BytesIO):
-        name = "/tmp/x"
-
-        def write(self, data):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.tempfile, "NamedTemporaryFile", lambda **_: Full())
+    full = tmp_path / "full.wav"
+    full.symlink_to("/dev/full")
+    monkeypatch.setattr(archives.tempfile, "mkstemp", lambda suffix: (os.open(full, os.O_WRONLY), str(full)))
     assert cli.main(["prepare", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert "No space left on device; make room, or set TMPDIR to another folder" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("shards/*"))

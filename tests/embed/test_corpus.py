@@ -113,42 +113,6 @@ def test_a_corpus_that_is_gone_or_unfinished_is_said(audio, tmp_path, encoder, c
         embed_collection(tmp_path / "corpus", tmp_path / "out", encoder)
 
 
-def test_of_archives_it_says_what_to_do(audio, tmp_path, encoder):  # noqa: F811
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.parquet").touch()
-    with pytest.raises(AudioError, match=r"no audio files in this folder or below$"):
-        embed_collection(tmp_path / "in", tmp_path / "out", encoder)
-    with tarfile.open(tmp_path / "in" / "x.tar", "w") as file:
-        file.add(audio / "b.wav", "b.wav")
-    with pytest.raises(AudioError, match=r", but in x\.tar: give the corpus that matpac-fast prepare makes of it$"):
-        embed_collection(tmp_path / "in", tmp_path / "out", encoder)
-    shutil.copy(audio / "c.wav", tmp_path / "in")  # beside files they are what cannot be used
-    for before in (0, 2):
-        report = embed_collection(tmp_path / "in", tmp_path / "out", encoder)
-        assert (report.total, report.before, report.failed) == (2, before + (before == 0), 1)
-    (error,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
-    assert error["path"] == "x.tar"
-    assert error["reason"] == "an archive of audio: give the corpus that matpac-fast prepare makes of it"
-
-
-def test_compressed_tar_files_are_named_too(audio, tmp_path, encoder):  # noqa: F811
-    (tmp_path / "in" / "sub").mkdir(parents=True)
-    (tmp_path / "in" / "sub" / "x.Tar.GZ").touch()
-    with pytest.raises(AudioError, match=r", but in x\.Tar\.GZ: unpack it$"):
-        embed_collection(tmp_path / "in", tmp_path / "out", encoder)
-    shutil.copy(audio / "c.wav", tmp_path / "in")
-    (tmp_path / "in" / "y.tgz").touch()
-    (tmp_path / "in" / "notes.gz").touch()
-    for before in (0, 3):
-        report = embed_collection(tmp_path / "in", tmp_path / "out", encoder)
-        assert (report.total, report.before, report.failed) == (3, before or 2, 2)
-    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
-    assert {error["path"]: error["reason"] for error in errors} == {
-        "sub/x.Tar.GZ": "a compressed tar file: unpack it",
-        "y.tgz": "a compressed tar file: unpack it",
-    }
-
-
 def test_a_clip_that_failed_and_is_gone_since_can_be_tried_again(audio, tmp_path, encoder):  # noqa: F811
     prepare(audio, tmp_path / "corpus", shard_seconds=0.1)  # a shard a clip
     number = Corpus(tmp_path / "corpus").paths.index("c.wav")
@@ -200,16 +164,24 @@ def test_clips_keep_their_names_where_the_corpus_is_prepared_again_meanwhile(aud
     source = open_source(tmp_path / "corpus")
     soundfile.write(audio / "b.wav", np.random.default_rng(2).normal(0, 0.1, RATE), RATE)
     prepare(audio, tmp_path / "corpus")
-    assert source.names(lambda *_: None) == ["b.wav", "c.wav", "sub/a.flac"]
-    assert sum(map(len, source.blocks("b.wav", RATE, 1.0))) == round(2.3 * RATE)
+    assert source.find(1, lambda *_: None).files == ["b.wav", "c.wav", "sub/a.flac"]
+    ((_, read),) = source.readers(["b.wav"])
+    assert sum(map(len, read(RATE, 1.0))) == round(2.3 * RATE)
 
 
-def test_a_locale_that_knows_ascii_alone_loses_no_clip(audio, tmp_path):
+@pytest.mark.parametrize("kind", ["corpus", "archive"])
+def test_a_locale_that_knows_ascii_alone_loses_no_clip(audio, tmp_path, kind):
     os.rename(audio / "b.wav", audio / "\xe9.wav")
-    prepare(audio, tmp_path / "corpus")
+    if kind == "corpus":
+        prepare(audio, tmp_path / "corpus")
+    else:
+        (tmp_path / "corpus").mkdir()
+        with tarfile.open(tmp_path / "corpus" / "\xe0.tar", "w") as file:
+            file.add(audio, "")
+    inside = "" if kind == "corpus" else "\xe0.tar/"
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = ["embed", str(tmp_path / "corpus"), "--out", str(tmp_path / "out"), "--encoder", "untrained-nano"]
     command = [sys.executable, "-m", "matpac_fast.cli", *words, "--device", "cpu"]
     done = subprocess.run(command, env={**os.environ, **ascii_alone}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [row["path"] for row in table(tmp_path / "out")] == ["c.wav", "sub/a.flac", "\xe9.wav"]
+    assert [row["path"] for row in table(tmp_path / "out")] == [inside + n for n in ("c.wav", "sub/a.flac", "\xe9.wav")]

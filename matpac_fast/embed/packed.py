@@ -1,0 +1,122 @@
+"""Audio in the archives of a collection: what there is, by name, and what it holds, read beside those who decode."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ..audio import archives
+from ..audio.ahead import in_order
+from ..audio.decode import AudioFile
+from ..errors import AudioError
+
+_KEPT = 32  # lists of archives, which are made anew where they are needed again
+_TRIED = 4  # members, to learn how many seconds a byte is
+
+
+class Listing:
+    """What an archive held when it was listed: members by their names in the collection, and why that is not all."""
+
+    def __init__(self, name: str, path: Path):
+        self.path, self.state = path, state(path)
+        inside, self.reason = archives.members(path)
+        self.members = archives.named(name, inside)
+
+    @functools.cached_property
+    def seconds_a_byte(self) -> float:
+        """Of the first member that tells; 0 where none does. To ask each would be to read a Parquet file twice."""
+        first = list(itertools.islice(self.members.values(), _TRIED))
+        with contextlib.closing(archives.contents(self.path, first)) as contents:
+            for member, data in zip(first, contents, strict=True):
+                if isinstance(data, AudioError):
+                    continue
+                with (
+                    contextlib.suppress(AudioError),
+                    archives.unpacked(data, member.suffix) as path,
+                    AudioFile(path) as file,
+                ):
+                    if file.seconds:
+                        return file.seconds / len(data)
+        return 0.0
+
+
+class Content(NamedTuple):
+    """A member's bytes, or why there are none; and its suffix, by which a decoder is chosen."""
+
+    data: bytes | AudioError
+    suffix: str = ""
+
+
+class Packed:
+    """The archives of a collection.
+
+    Args:
+        place: where a name of the collection is.
+    """
+
+    def __init__(self, place: Callable[[str], Path]):
+        self._place = place
+        self._archive = functools.lru_cache(_KEPT)(self._new_archive)
+        self._is_folder = functools.lru_cache(_KEPT)(lambda name: place(name).is_dir())
+
+    def archive(self, name: str) -> str | None:
+        """The archive that a name leads into, "train-00.tar" of "train-00.tar/a.flac"; None of a file's own."""
+        end = -1
+        while (end := name.find("/", end + 1)) >= 0:
+            if archives.is_archive(Path(name[:end])) and not self._is_folder(name[:end]):
+                return name[:end]
+        return None
+
+    def listing(self, archive: str) -> Listing:
+        """As it is now. Many threads may ask; one of them makes the list."""
+        return self._archive(archive)()
+
+    def contents(self, archive: str, names: Sequence[str]) -> Generator[Content, None, None]:
+        """What members of one archive hold, read one by one in a thread of its own, some ahead."""
+        listing = self.listing(archive)
+        found = [listing.members.get(name) for name in names]
+        why = f"its archive: {listing.reason}" if listing.reason else "no longer in its archive"
+        missing, read = Content(AudioError(why)), _read(listing, [member for member in found if member])
+        jobs = ((member.size, partial(next, read)) if member else (0, lambda: missing) for member in found)
+        with contextlib.closing(in_order(jobs, 1)) as ahead:
+            yield from ahead
+
+    def _new_archive(self, name: str) -> Callable[[], Listing]:
+        path, lock = self._place(name), threading.Lock()
+        last: Listing | None = None
+
+        def listed() -> Listing:
+            nonlocal last
+            with lock:
+                if last is None or last.state != state(path):
+                    last = Listing(name, path)
+                return last
+
+        return listed
+
+
+def state(path: Path) -> tuple[int, int, int] | None:
+    """By which it is seen that a file has changed."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(listing: Listing, wanted: Sequence[archives.Member]) -> Iterator[Content]:
+    """Members that lie one behind the other in one go: a row of a Parquet file is reached through those before it."""
+    starts = [i for i, member in enumerate(wanted) if i == 0 or member.place <= wanted[i - 1].place]
+    for start, end in itertools.pairwise([*starts, len(wanted)]):
+        run = wanted[start:end]
+        for member, data in zip(run, archives.contents(listing.path, run), strict=True):
+            if state(listing.path) != listing.state:
+                data = AudioError("its archive changed while it was read; try again with --retry-errors")
+            yield Content(data, member.suffix)
