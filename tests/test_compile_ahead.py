@@ -53,7 +53,7 @@ def costs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("name", dict(KEYS))
-def test_compiles_without_spills(name: str, costs: dict[Key, Future[Cost]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiles_as_it_shall(name: str, costs: dict[Key, Future[Cost]], capsys: pytest.CaptureFixture[str]) -> None:
     by_capability = {capability: costs[key, capability].result() for key, capability in KEYS if key == name}
     with capsys.disabled():
         cells = [
@@ -63,7 +63,7 @@ def test_compiles_without_spills(name: str, costs: dict[Key, Future[Cost]], caps
         print(f"\n  {name:<36} | {' | '.join(cells)} ", end="")
     for capability, cost in by_capability.items():
         where = f"{name} for sm_{capability}"
-        assert cost.spills <= SPILLS, f"{where} spills {cost.spills} bytes"
+        assert cost.spills <= max(SPILLS, LAUNCHES[name].max_spills), f"{where} spills {cost.spills} bytes"
         assert cost.shared <= SHARED_LIMIT[capability], f"{where} takes {cost.shared} bytes of shared memory"
         assert cost.tensor <= TENSOR_LIMIT, f"{where} takes {cost.tensor} columns of tensor memory"
         assert cost.registers <= LAUNCHES[name].max_registers, f"{where} takes {cost.registers} registers"

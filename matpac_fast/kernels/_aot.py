@@ -78,6 +78,7 @@ class Launch:
         unaligned: names of the pointers that are no multiples of 16 bytes; torch allocates them aligned.
         capabilities: the architectures that launch this configuration.
         max_registers: the most registers a thread may take; fewer leave room for more blocks on a multiprocessor.
+        max_spills: the most bytes a thread may spill, with a reason.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Launch:
     unaligned: tuple[str, ...] = ()
     capabilities: tuple[int, ...] = CAPABILITIES
     max_registers: int = 255
+    max_spills: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ def test_near_float32_on_the_official_examples(golden, entry):
         (1, 400, LogMelConfig(n_mels=1, hop=7)),
         (3, 1_234, LogMelConfig(hop=523, n_mels=17)),
         (1, 11_000, LogMelConfig(n_mels=128, bank="htk")),
+        (1, 400 + 126 * 160, LogMelConfig()),  # a frame less than a tile
+        (1, 400 + 127 * 160, LogMelConfig()),  # a tile
+        (2, 401 + 128 * 160, LogMelConfig(n_mels=128)),  # a frame more, and a sample
         (1, 2_000, LogMelConfig(n_mels=65, bank="kaldi", window="povey", gain=32768.0, mean=15.4, std=13.1)),
     ],
 )
@@ -63,6 +66,13 @@ def test_int16_strided_and_empty():
     assert torch.equal(run((wave / 32768)[::2]), want[::2])
     assert torch.equal(run((wave / 32768).T.contiguous().T), want)
     assert run(torch.empty(0, 1_000)).shape == (0, 80, 4)
+
+
+def test_more_clips_than_one_launch_takes(monkeypatch):
+    wave = noise(5, 1_000)
+    want = run(wave)
+    monkeypatch.setattr("matpac_fast.kernels.log_mel.CLIPS", 2)
+    assert torch.equal(run(wave), want)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-30, 1e15])
