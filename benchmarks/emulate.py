@@ -1,12 +1,13 @@
 """What each kernel does, counted without a GPU: its PTX run instruction by instruction on the model's shapes.
 
     python benchmarks/emulate.py                          every kernel, for sm_90
-    python benchmarks/emulate.py attention --lines 5      and the source lines that take most above the least
+    python benchmarks/emulate.py attention --lines 5      and the source lines that take most
     python benchmarks/emulate.py --capability 100
 
 A block's instructions, each counted once a warp; sectors of 32 bytes that its loads and stores of global memory touch,
 and the turns that shared memory's banks take, each over the least that as many bytes could take: 1.00 is a coalesced
-access, or one without a bank conflict. A race, a barrier missing, or an access to what is nobody's ends it with the
+access, or one without a bank conflict. `--lines` names the lines with the most instructions and which these are, and
+those that take most above the least. A race, a barrier missing, or an access to what is nobody's ends it with the
 instruction's name. Triton is needed, and nvcc on the PATH for the CUDA kernels.
 """
 
@@ -143,6 +144,8 @@ def shower(lines: int) -> Show:
             f"{name_of(report):30}{report.blocks:>7,}{report.warps / report.blocks:>12,.0f}  {''.join(cells)}",
             flush=True,
         )
+        for source, instructions, kinds in report.busiest(lines):
+            print(f"    {source:26}{instructions / report.blocks:>12,.0f}  {kinds}")
         for source, kind, traffic in report.worst(lines):
             print(f"    {source:30} {kind:13} {traffic.taken:>12,} for {traffic.least:,}")
 

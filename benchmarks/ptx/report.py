@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -46,6 +47,15 @@ class Report:
         sums = self._sums(lambda instruction: (instruction.source, _kind(instruction)))
         above = [(*key, traffic) for key, traffic in sums.items() if traffic.taken > traffic.least]
         return sorted(above, key=lambda each: each[2].least - each[2].taken)[:count]
+
+    def busiest(self, count: int) -> list[tuple[str, int, str]]:
+        """Source lines that take most instructions: line, instructions counted as `warps`, and which these are."""
+        lines: dict[str, Counter[str]] = {}
+        for number, traffic in self.traffic.items():
+            instruction = self.kernel.instructions[number]
+            lines.setdefault(instruction.source, Counter())[".".join(instruction.opcode[:2])] += traffic.warps
+        found = sorted(lines.items(), key=lambda line: -line[1].total())[:count]
+        return [(line, kinds.total(), ", ".join(kind for kind, _ in kinds.most_common(5))) for line, kinds in found]
 
     def _sums(self, key: Callable[[Instruction], Key]) -> dict[Key, Traffic]:
         """Of the instructions that access memory."""
