@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import math
 import os
 import re
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -25,6 +28,7 @@ from matpac_fast.audio.prepare import prepare
 from matpac_fast.checkpoint import find_weights
 from matpac_fast.config import MatpacConfig
 from matpac_fast.model import Matpac
+from matpac_fast.tasks import folder
 from matpac_fast.train import TrainConfig, fit_to_run, joining, pretrain, read_log
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +58,31 @@ def test_the_ops_page():
     assert names["masked"].shape == (4, 134, 192)
     assert names["mean"].shape == (2048,)
     assert names["prototypes"].grad is not None
+
+
+def test_a_data_set_of_parquet_files_becomes_a_task(tmp_path, monkeypatch):
+    """As Hugging Face writes them: what a number stands for is in the metadata."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    label = {"names": ["dog", "rain, light"], "_type": "ClassLabel"}
+    about = {"info": {"features": {"audio": {"_type": "Audio"}, "label": label, "fold": {"dtype": "int64"}}}}
+    for split in ("train", "validation", "test"):
+        rows = []
+        for i in range(40):
+            soundfile.write("clip.flac", np.random.default_rng(i).normal(0, 0.1, 1600), 16_000)
+            audio = {"bytes": Path("clip.flac").read_bytes(), "path": None if i == 0 else f"{i}.flac"}
+            rows.append({"audio": audio, "label": i % 2, "fold": 1})
+        table = pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(about)})
+        pq.write_table(table, f"data/{split}-00000-of-00001.parquet", row_group_size=30)
+    run(next(code for code in blocks("docs/study.md") if "parquet" in code), {})
+    task = folder.load("my-task")
+    (fold,) = task.folds
+    assert task.classes == ("dog", "rain, light")
+    assert [len(part) for part in (fold.train, fold.valid, fold.test)] == [40, 40, 40]
+    assert [task.paths[i].name for i in fold.test[:2]] == [
+        f"test-00000-of-00001-{n}" for n in ("000000", "000001.flac")
+    ]
+    assert task.targets[fold.test].tolist() == [0, 1] * 20
 
 
 def test_the_readme():
