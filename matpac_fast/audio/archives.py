@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import AudioError, CorpusError, first_line
 from ..files import arrow_file, storable
@@ -165,18 +165,30 @@ def _is_audio(name: str) -> bool:
 def _list_tar(archive: Path) -> Iterator[Member]:
     with open(archive, "rb") as raw:
         begin = raw.read(tarfile.BLOCKSIZE)
-    if begin.startswith(_MAGIC) and b"ustar" not in begin:  # a first file may be called BZh.wav
-        raise AudioError(WHY_COMPRESSED)
-    with tarfile.open(archive, "r:", encoding="utf-8") as file:
-        while (info := file.next()) is not None:
-            file.members.clear()  # type: ignore[attr-defined] - where tarfile keeps all that it has met
-            if not info.isdir() and _is_audio(info.name):
-                yield Member(archive, info.name, info.offset_data, info.size, _not_there(info))
-        # tarfile takes a header that is cut off, or is none, for the end; there zeros have to be.
-        with open(archive, "rb") as raw:
-            raw.seek(file.offset)
-            if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"after {file.offset} bytes comes neither a file nor the end")
+        if begin.startswith(_MAGIC) and b"ustar" not in begin:  # a first file may be called BZh.wav
+            raise AudioError(WHY_COMPRESSED)
+        start: int | None = 0
+        while start is not None:  # for tarfile the end of the first is the end, where `cat` has joined several
+            raw.seek(start)
+            with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8") as file:
+                while (info := file.next()) is not None:
+                    file.members.clear()  # type: ignore[attr-defined] - where tarfile keeps all that it has met
+                    if not info.isdir() and _is_audio(info.name):
+                        yield Member(archive, info.name, info.offset_data, info.size, _not_there(info))
+                # tarfile takes a header that is cut off, or is none, for the end; there zeros have to be.
+                raw.seek(file.offset)
+                if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"after {file.offset} bytes comes neither a file nor the end")
+            start = _after_zeros(raw)
+
+
+def _after_zeros(file: BinaryIO) -> int | None:
+    """Where the block begins that holds the next byte which is not zero; None where there is none."""
+    while block := file.read(1 << 16):
+        if rest := block.lstrip(b"\0"):
+            at = file.tell() - len(rest)
+            return at - at % tarfile.BLOCKSIZE
+    return None
 
 
 def _not_there(info: tarfile.TarInfo) -> str:

@@ -107,6 +107,24 @@ def test_archives_lie_beside_files_and_may_call_two_members_the_same(files, tmp_
     assert (sorted(rows(tmp_path / "out" / "index.parquet")), report.rejected) == (want, {})
 
 
+@pytest.mark.parametrize("between", [0, 10_240 * 200])
+def test_tar_files_that_cat_has_joined_are_read_to_the_last(files, tmp_path, between):
+    (tmp_path / "in").mkdir()
+    tar(files, tmp_path / "one.tar")
+    tar(files, tmp_path / "two.tar", ("b.flac", "notes.txt"))
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.tar", "two.tar"))
+    (tmp_path / "in" / "x.tar").write_bytes(one + bytes(between) + two)
+    report = prepare(tmp_path / "in", tmp_path / "out")
+    want = ["x.tar/a.wav", "x.tar/b.flac", "x.tar/b.flac#2", "x.tar/deep/c.OGG"]
+    index = rows(tmp_path / "out" / "index.parquet")
+    assert (sorted(index), report.rejected) == (want, {})
+    assert index["x.tar/b.flac#2"]["sha256"] == index["x.tar/b.flac"]["sha256"]
+    (tmp_path / "in" / "x.tar").write_bytes(one + two[:2_000])
+    assert list(prepare(tmp_path / "in", tmp_path / "cut").rejected) == ["damaged", "truncated"]
+    (tmp_path / "in" / "x.tar").write_bytes(one + b"something else")
+    assert prepare(tmp_path / "in", tmp_path / "odd").rejected == {"damaged": 1}
+
+
 @pytest.mark.parametrize(
     ("of_bytes", "of_path"),
     [
