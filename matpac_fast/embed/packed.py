@@ -47,6 +47,21 @@ class Listing:
         return 0.0
 
 
+class _Archive:
+    """An archive, whose list is made when it is asked for, and anew when it has changed."""
+
+    def __init__(self, name: str, path: Path):
+        self._name, self._path, self._lock = name, path, threading.Lock()
+        self._last: Listing | None = None
+
+    def listing(self) -> Listing:
+        """Many threads may ask; one of them makes the list."""
+        with self._lock:
+            if self._last is None or self._last.state != state(self._path):
+                self._last = Listing(self._name, self._path)
+            return self._last
+
+
 class Content(NamedTuple):
     """A member's bytes, or why there are none; and its suffix, by which a decoder is chosen."""
 
@@ -62,8 +77,7 @@ class Packed:
     """
 
     def __init__(self, place: Callable[[str], Path]):
-        self._place = place
-        self._archive = functools.lru_cache(_KEPT)(self._new_archive)
+        self._archive = functools.lru_cache(_KEPT)(lambda name: _Archive(name, place(name)))
         self._is_folder = functools.lru_cache(_KEPT)(lambda name: place(name).is_dir())
 
     def archive(self, name: str) -> str | None:
@@ -75,8 +89,8 @@ class Packed:
         return None
 
     def listing(self, archive: str) -> Listing:
-        """As it is now. Many threads may ask; one of them makes the list."""
-        return self._archive(archive)()
+        """As it is now."""
+        return self._archive(archive).listing()
 
     def contents(self, archive: str, names: Sequence[str]) -> Generator[Content, None, None]:
         """What members of one archive hold, read one by one in a thread of its own, some ahead."""
@@ -87,19 +101,6 @@ class Packed:
         jobs = ((member.size, partial(next, read)) if member else (0, lambda: missing) for member in found)
         with contextlib.closing(in_order(jobs, 1)) as ahead:
             yield from ahead
-
-    def _new_archive(self, name: str) -> Callable[[], Listing]:
-        path, lock = self._place(name), threading.Lock()
-        last: Listing | None = None
-
-        def listed() -> Listing:
-            nonlocal last
-            with lock:
-                if last is None or last.state != state(path):
-                    last = Listing(name, path)
-                return last
-
-        return listed
 
 
 def state(path: Path) -> tuple[int, int, int] | None:
