@@ -26,6 +26,7 @@ constexpr int kFrames = 32;  // a tile's: the lanes of a warp
 constexpr int kWarps = 16;   // a row each; two such blocks fit on a multiprocessor of 228 or 164 KB
 constexpr int kThreads = kWarps * 32;
 constexpr int kFetchRows = 3, kFetchTurns = 5;  // a piece of the samples: a hop of 160 makes a tile one piece
+static_assert(kFetchRows == kFrames / kWarps + 1);
 
 // Arithmetic on one float a lane.
 struct Lane {
@@ -180,9 +181,25 @@ struct Samples {
 
 template <typename Fn>
 MATPAC_HD void each_sample(const Plan& plan, const Tile& tile, int thread, int piece, const Fn& each) {
-  const int first_row = piece / plan.column_pieces * kFetchRows * kWarps + thread / kFrames;
-  const int column = piece % plan.column_pieces * kFetchTurns * kFrames + thread % kFrames;
-  const int span = (tile.frames(plan) - 1) * plan.hop + kSize;
+  constexpr int kHop = kFetchTurns * kFrames, kPitch = kHop | 1;
+  const int warp = thread / kFrames, lane = thread % kFrames, frames = tile.frames(plan);
+  if (plan.hop == kHop && frames == kFrames) {  // as nearly always: all distances are known to the compiler
+    constexpr int kWhole = kFrames / kWarps;    // rows of a warp that are there to their end
+    MATPAC_UNROLL
+    for (int i = 0; i <= kWhole; ++i) {
+      const int row = warp + i * kWarps, end = (kFrames - 1) * kHop + kSize - row * kHop;
+      if (i == kWhole && end <= 0) return;
+      MATPAC_UNROLL
+      for (int j = 0; j < kFetchTurns; ++j) {
+        const int column = lane + j * kFrames;
+        if (i < kWhole || column < end) each(i, j, row * kHop + column, row * kPitch + column);
+      }
+    }
+    return;
+  }
+  const int first_row = piece / plan.column_pieces * kFetchRows * kWarps + warp;
+  const int column = piece % plan.column_pieces * kHop + lane;
+  const int span = (frames - 1) * plan.hop + kSize;
   MATPAC_UNROLL
   for (int i = 0; i < kFetchRows; ++i) {
     const int row = first_row + i * kWarps, in_tile = span - row * plan.hop;
