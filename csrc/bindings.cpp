@@ -1,5 +1,6 @@
 // pybind11 and nothing else: integers in, pointers out, the GIL released in CPU functions.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <utility>
@@ -115,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<matpac::LogMelArgs>(m, "LogMelArgs").def(py::init(&log_mel_args));
   m.def("log_mel_cpu", &matpac::log_mel_cpu, py::arg("args"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("log_mel_places", &matpac::log_mel_places);
   m.def("log_mel_emulated", &matpac::log_mel_emulated, py::arg("args"), py::arg("blocks"), py::arg("backwards"));
 #ifdef MATPAC_FAST_WITH_CUDA
   m.def("log_mel_cuda", [](const matpac::LogMelArgs& args, int device, Address stream) {

@@ -38,6 +38,7 @@ constexpr int kBins = 201;
 constexpr int kRows = 16;     // DFTs of 25 points
 constexpr int kColumns = 13;  // DFTs of 16 points; the first is of real numbers
 constexpr int kRowPoints = 25;
+constexpr int kColumnPoints = 16;
 
 // Sample a of row b.
 constexpr MATPAC_HD int sample_of(int b, int a) { return (16 * a + 25 * b) % kSize; }
@@ -53,6 +54,9 @@ constexpr MATPAC_HD int bin_of(int column, int j) {
   const int k = (176 * residue_of(column) + 225 * j) % kSize;
   return k > kSize / 2 ? kSize - k : k;
 }
+
+// Where the power of a column's output j lies on CUDA, in rows of a power each.
+constexpr MATPAC_HD int place_of(int column, int j) { return column * kColumnPoints + j; }
 
 // A constant in every lane.
 template <typename N>

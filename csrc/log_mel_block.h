@@ -7,8 +7,8 @@
 // lane four frames of one. Between the steps lies a barrier:
 //   put      the tile's samples, fetched one tile ahead
 //   rows     window and 25-point DFTs, samples -> spectrum
-//   columns  16-point DFTs, spectrum -> powers, which take the memory of the samples
-//   mels     banded mel, logarithm, normalisation, one coalesced store
+//   columns  16-point DFTs, spectrum -> powers, which take the memory of the samples, in the columns' order
+//   mels     banded mel, whose weights come with the places of their powers, logarithm, normalisation, one store
 #pragma once
 
 #include <cstdint>
@@ -101,13 +101,13 @@ struct Plan {
   // Floats that the samples and, later, the powers take.
   int sample_floats() const {
     const int samples = sample_rows() * pitch;
-    const int powers = kBins * kFrames;
+    const int powers = kColumns * kColumnPoints * kFrames;
     return samples > powers ? samples : powers;
   }
   int shared_bytes() const;
 };
 
-// Tables of a block, filled once: how a row takes a sample, two samples a load, and where a column's powers go.
+// A table of a block, filled once: how a row takes a sample, two samples a load.
 struct Tap {
   float window;
   int32_t offset;  // from the frame's first sample, in bytes: one addition a sample
@@ -116,27 +116,21 @@ struct alignas(16) Taps {
   Tap pair[2];
 };
 constexpr int kTaps = (kRowPoints + 1) / 2;  // a row's
-struct alignas(16) Places {
-  int32_t at[4];
-};
 
 struct Shared {
   Taps* taps;       // [b][a / 2]
-  Places* places;   // [column][j / 4]
   float* spectrum;  // [b][i][frame]
-  float* samples;   // sample q * hop + r of frame f at (f + q) * pitch + r; then the powers [bin][frame]
+  float* samples;   // sample q * hop + r of frame f at (f + q) * pitch + r; then the powers [column][j][frame]
 
   explicit MATPAC_HD Shared(void* memory) {
     taps = static_cast<Taps*>(memory);
-    places = reinterpret_cast<Places*>(taps + kRows * kTaps);
-    spectrum = reinterpret_cast<float*>(places + kColumns * 4);
+    spectrum = reinterpret_cast<float*>(taps + kRows * kTaps);
     samples = spectrum + kRows * kRowPoints * kFrames;
   }
 };
 
 inline int Plan::shared_bytes() const {
-  return int(kRows * kTaps * sizeof(Taps) + kColumns * 4 * sizeof(Places) +
-             sizeof(float) * (kRows * kRowPoints * kFrames + sample_floats()));
+  return int(kRows * kTaps * sizeof(Taps) + sizeof(float) * (kRows * kRowPoints * kFrames + sample_floats()));
 }
 
 // One tile of the wave. A block takes some that follow each other: the next one is found without a division.
@@ -165,9 +159,6 @@ MATPAC_HD void fill_tables(const Plan& plan, const Shared& shared, int thread) {
     Tap& tap = shared.taps[b * kTaps + a / 2].pair[a % 2];
     tap.window = float(plan.args.window[n] * scale);
     tap.offset = int(sizeof(float)) * (q * plan.pitch + (n - q * plan.hop));
-  }
-  for (int i = thread; i < kColumns * 16; i += kThreads) {
-    shared.places[i / 4].at[i % 4] = bin_of(i / 16, i % 16) * kFrames;
   }
 }
 
@@ -258,10 +249,9 @@ MATPAC_HD void columns(const Shared& shared, int thread) {
   const int lane = thread % kFrames, c = thread / kFrames;
   if (c >= kColumns) return;
   const float* spectrum = shared.spectrum + lane;
-  float* powers = shared.samples + lane;
+  float* powers = shared.samples + place_of(c, 0) * kFrames + lane;
   const auto entry = [=](int b, int i) { return spectrum[(b * kRowPoints + i) * kFrames]; };
-  const Places* places = shared.places + c * 4;
-  const auto put = [=](int j, float value) { powers[places[j / 4].at[j % 4]] = value; };
+  const auto put = [=](int j, float value) { powers[j * kFrames] = value; };
   if (c == 0) {
     column_real<Lane>([=](int b) { return entry(b, 0); }, put);
   } else {
@@ -269,14 +259,18 @@ MATPAC_HD void columns(const Shared& shared, int thread) {
   }
 }
 
-// Bins of a mel and its weights come in fours, as many for the four mels of a warp: one load brings four weights, one a
-// bin's powers of four frames.
+// Bins of a mel come in fours, as many for the four mels of a warp: one load brings four weights, one where the bins'
+// powers are, one a bin's powers of four frames.
 constexpr int kFour = 4;
-struct alignas(16) Band {
-  int32_t first, fours, weights, unused;
+struct alignas(8) Band {
+  int32_t fours, first;  // how many, and where they begin
 };
 struct alignas(16) Four {
   float at[kFour];
+};
+struct Bins {
+  Four weights;
+  alignas(16) int32_t places[kFour];  // place_of
 };
 
 // kWide values a store.
@@ -301,7 +295,7 @@ MATPAC_HD void mels(const Plan& plan, const Shared& shared, const Tile& tile, in
   const int lane = thread % kFrames, frame = lane % (kFrames / kFour) * kFour, left = tile.frames(plan) - frame;
   if (left <= 0) return;
   const float* powers = shared.samples + frame;
-  const Four* all_weights = static_cast<const Four*>(args.weights);
+  const Bins* all_bins = static_cast<const Bins*>(args.weights);
   const Band* bands = reinterpret_cast<const Band*>(args.bands);
   const int first = thread / kFrames * kFour + lane / (kFrames / kFour);
   Out* out =
@@ -309,19 +303,18 @@ MATPAC_HD void mels(const Plan& plan, const Shared& shared, const Tile& tile, in
   MATPAC_NO_UNROLL
   for (int m = first; m < args.n_mels; m += kWarps * kFour, out += kWarps * kFour * args.frames) {
     const Band band = bands[m];
-    const float* power = powers + band.first * kFrames;
-    const Four* weights = all_weights + band.weights;
+    const Bins* bins = all_bins + band.first;
     float mel[kFour];
     MATPAC_UNROLL
     for (int i = 0; i < kFour; ++i) mel[i] = plan.log_offset;
     MATPAC_NO_UNROLL
-    for (int fours = band.fours; fours > 0; --fours, power += kFour * kFrames, ++weights) {
-      const Four w = *weights;
+    for (int fours = band.fours; fours > 0; --fours, ++bins) {
+      const Bins four = *bins;
       MATPAC_UNROLL
       for (int j = 0; j < kFour; ++j) {
-        const Four p = *reinterpret_cast<const Four*>(power + j * kFrames);
+        const Four p = *reinterpret_cast<const Four*>(powers + four.places[j] * kFrames);
         MATPAC_UNROLL
-        for (int i = 0; i < kFour; ++i) mel[i] = Lane::fma(p.at[i], w.at[j], mel[i]);
+        for (int i = 0; i < kFour; ++i) mel[i] = Lane::fma(p.at[i], four.weights.at[j], mel[i]);
       }
     }
     float y[kFour];

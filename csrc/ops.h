@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace matpac {
 
@@ -31,10 +32,12 @@ struct LogMelArgs {
   void* out;  // (batch, n_mels, frames) contiguous; float64 for a float64 wave, else float32 (on CUDA also bfloat16)
   DType out_dtype;
   const double* window;  // (400,)
-  // (n_mels, 3): the first bin of a mel, how many, where its weights begin. For CUDA (n_mels, 4), aligned to 16 bytes:
-  // the first bin, how many fours of bins, where their weights begin, in fours, and nothing.
+  // (n_mels, 3): the first bin of a mel, how many, where its weights begin. For CUDA (n_mels, 2): how many fours of
+  // bins, and which of all mels' is the first.
   const int32_t* bands;
-  const void* weights;       // all mels', one after the other; float64 for a float64 wave, else float32
+  // All mels', one after the other; float64 for a float64 wave, else float32. For CUDA (fours, 8), aligned to 16 bytes:
+  // four float32, and as int32 the places of these bins' powers, as log_mel_places has them.
+  const void* weights;
   const void* inverse_sums;  // (n_mels,) 1 / the sum of a mel's weights, of the same type
   int n_mels;
   double log_offset, mean, std;
@@ -42,6 +45,8 @@ struct LogMelArgs {
 void log_mel_cpu(const LogMelArgs& args, int threads);
 // On CUDA: not for float64; one float32 transform for every frame.
 void log_mel_cuda(const LogMelArgs& args, int device, void* stream);
+// Of each of the 201 bins.
+std::vector<int> log_mel_places();
 // The CUDA kernel run block by block on the host, its threads in one order or the other, for tests.
 void log_mel_emulated(const LogMelArgs& args, int blocks, bool backwards);
 

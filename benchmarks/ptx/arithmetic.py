@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 KINDS = {
-    "f32": np.float32, "f64": np.float64, "s16": np.int16, "s32": np.int32, "s64": np.int64, "u8": np.uint8,
-    "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32,
-    "b64": np.uint64, "bf16": np.uint16, "f16": np.float16, "bf16x2": np.uint32, "f16x2": np.uint32, "f32x2": np.uint64,
-    "pred": np.bool_,
+    "f32": np.float32, "f64": np.float64, "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
+    "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "b8": np.uint8, "b16": np.uint16,
+    "b32": np.uint32, "b64": np.uint64, "bf16": np.uint16, "f16": np.float16, "bf16x2": np.uint32, "f16x2": np.uint32,
+    "f32x2": np.uint64, "pred": np.bool_,
 }  # fmt: skip
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 

@@ -118,12 +118,14 @@ def _computes(instruction: Instruction, kernel: Kernel) -> Action | None:
         return None
     function, kinds, result = found
     values = [getter(operand, kind, kernel) for operand, kind in zip(operands, kinds, strict=True)]
-    dtype = KINDS[result]
+    dtype = stored = np.dtype(KINDS[result])
+    if dtype.kind in "iu" and dtype.itemsize < kernel.registers.get(target, 0):  # by its sign or with zeros
+        stored = np.dtype(f"{dtype.kind}{kernel.registers[target]}")
 
     def compute(machine: Machine, who: Threads | None) -> None:
         with np.errstate(all="ignore"):
             value = np.asarray(function(*(value(machine, who) for value in values)))
-        put(machine, target, who, value.astype(dtype, copy=False))
+        put(machine, target, who, value.astype(dtype, copy=False).astype(stored, copy=False))
 
     return compute
 

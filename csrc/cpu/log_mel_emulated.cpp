@@ -42,6 +42,16 @@ void emulate(const Plan& plan, int blocks, bool backwards) {
 
 }  // namespace
 
+std::vector<int> log_mel_places() {
+  std::vector<int> places(kBins);
+  for (int column = 0; column < kColumns; ++column) {
+    for (int j = 0; j < (column == 0 ? kColumnPoints / 2 + 1 : kColumnPoints); ++j) {
+      places[size_t(bin_of(column, j))] = place_of(column, j);
+    }
+  }
+  return places;
+}
+
 void log_mel_emulated(const LogMelArgs& args, int blocks, bool backwards) {
   const Plan plan(args);
   const bool narrow = args.out_dtype == DType::bfloat16;

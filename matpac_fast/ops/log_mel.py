@@ -21,7 +21,7 @@ from ._once import once_differentiable, under_autograd
 _WAVE_DTYPES = (torch.float32, torch.float64, torch.int16)
 # A block of the CUDA kernel keeps 32 frames of samples; with longer hops than this they would not fit into the 99 KiB
 # of shared memory of sm_86, 89 and 120 (csrc/log_mel_block.h counts them).
-_CUDA_HOP = 347
+_CUDA_HOP = 353
 
 
 def _check(wave: Tensor, config: LogMelConfig, dtype: torch.dtype | None) -> torch.dtype:
@@ -81,7 +81,8 @@ def _plan(
     mels', one after the other; inverse_sums (n_mels,): 1 / the sum of a mel's weights.
 
     With `fours`, as the CUDA kernel wants it, four mels at a time have as many bins, a multiple of four, some of weight
-    0, and bands are (n_mels, 4): its first bin, how many fours, where their weights begin, in fours, and 0.
+    0. Bands are then (n_mels, 2): how many fours, and where they begin; and weights (fours, 8) int32: the bits of four
+    in float32, and where the kernel puts the powers of their bins.
     """
     window = reference.mel_window(config) * config.gain
     bank = reference.mel_bank(config)
@@ -89,19 +90,26 @@ def _plan(
     for row in bank:
         bins = row.nonzero()[:, 0].tolist()
         spans.append((bins[0], bins[-1] - bins[0] + 1) if bins else (0, 0))
-    bands, weights, start = [], [], 0
+    bands, weights, indices, start = [], [], [], 0
     for m, (row, (first, count)) in enumerate(zip(bank, spans, strict=True)):
         if fours:
             count = max(count for _, count in spans[m - m % 4 :][:4])
             count += -count % 4
             first = min(first, len(row) - count)
-        bands.append((first, count // 4, start // 4, 0) if fours else (first, count, start))
+        bands.append((count // 4, start // 4) if fours else (first, count, start))
         weights.append(row[first : first + count])
+        indices += range(first, first + count)
         start += count
+    flat = torch.cat(weights).to(dtype)
+    if fours:
+        from .. import _C
+
+        places = torch.tensor(_C.log_mel_places(), dtype=torch.int32)[indices]
+        flat = torch.cat([flat.view(torch.int32).view(-1, 4), places.view(-1, 4)], dim=1)
     return (
         window.to(device),
         torch.tensor(bands, dtype=torch.int32, device=device),
-        torch.cat(weights).to(device, dtype),
+        flat.to(device),
         (1 / bank.sum(dim=1)).to(device, dtype),
     )
 

@@ -246,7 +246,7 @@ def test_the_cuda_kernel_block_by_block(config):
     )
 
 
-@pytest.mark.parametrize("hop", [1, 31, 32, 33, 159, 161, 320, 347])
+@pytest.mark.parametrize("hop", [1, 31, 32, 33, 159, 161, 320, 353])
 def test_the_cuda_kernel_reads_a_tile_of_any_hop(hop):
     config, wave = LogMelConfig(hop=hop), noise(2, 40 * hop + 437)
     out = run_emulated(wave, config, torch.float32, blocks=2, backwards=False)
@@ -265,20 +265,20 @@ def test_the_cuda_kernel_stores_any_number_of_frames(dtype):
 def test_the_cuda_kernels_table_is_the_bank():
     for n_mels in (4, 7, 80, 128):
         config = LogMelConfig(n_mels=n_mels)
-        _, bands, weights, _ = op_module._plan(config, torch.float32, torch.device("cpu"), fours=True)
-        bank = torch.zeros(n_mels, 201)
-        for row, (first, fours, start, _) in zip(bank, bands.tolist(), strict=True):
-            assert 0 <= first <= 201 - 4 * fours  # never reads beyond the powers
-            row[first : first + 4 * fours] = weights[4 * start : 4 * (start + fours)]
-        assert torch.equal(bank, reference.mel_bank(config).float())
-        for four in bands[:, 1].split(4):  # of one warp
+        _, bands, bins, _ = op_module._plan(config, torch.float32, torch.device("cpu"), fours=True)
+        bank = torch.zeros(n_mels, 13 * 16)
+        for row, (fours, first) in zip(bank, bands.tolist(), strict=True):
+            weights, places = bins[first : first + fours].split(4, dim=1)
+            row[places.flatten().long()] = weights.contiguous().view(torch.float32).flatten()
+        assert torch.equal(bank[:, _C.log_mel_places()], reference.mel_bank(config).float())
+        for four in bands[:, 0].split(4):  # of one warp
             assert (four == four[0]).all()
 
 
 def shared_bytes(hop: int) -> int:
-    """Of the CUDA kernel, as csrc/log_mel_block.h lays its memory out: tables, spectrum, samples or powers."""
+    """Of the CUDA kernel, as csrc/log_mel_block.h lays its memory out: table, spectrum, samples or powers."""
     samples = (32 + 399 // hop) * (hop | 1)
-    return 16 * 13 * 16 + 13 * 4 * 16 + 4 * (16 * 25 * 32 + max(samples, 201 * 32))
+    return 16 * 13 * 16 + 4 * (16 * 25 * 32 + max(samples, 13 * 16 * 32))
 
 
 def test_the_cuda_kernel_fits_into_the_shared_memory_of_every_gpu(monkeypatch):
@@ -291,14 +291,14 @@ def test_the_cuda_kernel_fits_into_the_shared_memory_of_every_gpu(monkeypatch):
     monkeypatch.setattr(op_module.backend, "_forced", "auto")
     monkeypatch.setattr(op_module.backend, "unavailable", missing.__getitem__)
     wave = noise(1, 1_000)
-    assert op_module._choose(wave, LogMelConfig(hop=347)) == "cuda"
-    assert op_module._choose(wave, LogMelConfig(hop=348)) == "triton"
-    assert op_module._choose(wave, LogMelConfig(hop=348, n_mels=129)) == "reference"
+    assert op_module._choose(wave, LogMelConfig(hop=353)) == "cuda"
+    assert op_module._choose(wave, LogMelConfig(hop=354)) == "triton"
+    assert op_module._choose(wave, LogMelConfig(hop=354, n_mels=129)) == "reference"
     missing["triton"] = "not installed"
-    assert op_module._choose(wave, LogMelConfig(hop=348)) == "reference"
+    assert op_module._choose(wave, LogMelConfig(hop=354)) == "reference"
     monkeypatch.setattr(op_module.backend, "_forced", "cuda")
-    with pytest.raises(BackendError, match="'cuda' is forced .* hops of at most 347 samples, not 348"):
-        op_module._choose(wave, LogMelConfig(hop=348))
+    with pytest.raises(BackendError, match="'cuda' is forced .* hops of at most 353 samples, not 354"):
+        op_module._choose(wave, LogMelConfig(hop=354))
 
 
 def test_the_cuda_kernel_on_what_is_not_finite():
