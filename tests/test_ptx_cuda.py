@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +145,25 @@ def test_every_architecture_gives_the_same(cuda, tmp_path, capability):
     student, teacher = torch.randn(2, 3, 2048, generator=torch.Generator().manual_seed(0))
     mine, theirs = (prototype_loss(kernels, student, teacher, torch.zeros(2048)) for kernels in (other, cuda))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_runtime_that_is_there_already_is_left_alone(tmp_path):
+    """As a torch built with CUDA loads one, for all that comes later: on a machine without a GPU it would refuse, and
+    on one with a GPU it would launch."""
+    source, library = tmp_path / "other.cu", tmp_path / "other.so"
+    source.write_text("cudaError_t CUDARTAPI cudaGetDevice(int*) { return cudaErrorInsufficientDriver; }\n")
+    subprocess.run(["nvcc", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC", source, "-o", library], check=True)
+    code = (
+        "import ctypes, pathlib, sys; ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL); import emulate; "
+        "emulate.cuda_log_mel(emulate.CudaKernels(pathlib.Path(sys.argv[2])), lambda report: print(report.blocks))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, library, tmp_path / "kernels"],
+        cwd=Path(__file__).parents[1] / "benchmarks",
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == ["1"], found.stderr
 
 
 @pytest.mark.parametrize("name", ["log_mel", "prototype_loss"])

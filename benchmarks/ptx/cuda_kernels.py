@@ -53,7 +53,9 @@ class CudaKernels:
             self.kernels[name] = list(parse((kept / f"{name}.ptx").read_text()).values())
         library = folder / "kernels.so"
         runtime = str(HERE / "runtime.cpp")
-        subprocess.run([*common, "-shared", "-cudart", "none", runtime, *objects, "-o", str(library)], check=True)
+        # A torch built with CUDA lends its runtime's names to all that is loaded later: here these are ours.
+        link = ["-shared", "-cudart", "none", "-Xlinker", "-Bsymbolic"]
+        subprocess.run([*common, *link, runtime, *objects, "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))
         self._processors = processors
         self._decoded: dict[str, tuple[Kernel, list]] = {}
