@@ -55,9 +55,6 @@ constexpr MATPAC_HD int bin_of(int column, int j) {
   return k > kSize / 2 ? kSize - k : k;
 }
 
-// Where the power of a column's output j lies on CUDA, in rows of a power each.
-constexpr MATPAC_HD int place_of(int column, int j) { return column * kColumnPoints + j; }
-
 // A constant in every lane.
 template <typename N>
 MATPAC_HD typename N::Value constant(double value) {

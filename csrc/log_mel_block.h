@@ -28,6 +28,9 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kFetchRows = 3, kFetchTurns = 5;  // a piece of the samples: a hop of 160 makes a tile one piece
 static_assert(kFetchRows == kFrames / kWarps + 1);
 
+// Where the powers of a column's output j lie, in tiles of one bin.
+constexpr MATPAC_HD int place_of(int column, int j) { return column * kColumnPoints + j; }
+
 // Arithmetic on one float a lane.
 struct Lane {
   using Scalar = float;

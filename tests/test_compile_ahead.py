@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for every supported architecture, without spills and within its shared memory."""
+"""Every Triton kernel compiles for every supported architecture, within its shared memory, and spills no more than its
+launch says, which is nothing but for one."""
 
 from __future__ import annotations
 

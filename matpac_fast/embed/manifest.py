@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from ..audio.ahead import in_order
 from ..audio.archives import is_archive
 from ..errors import AudioError, ConfigError, first_line
-from ..files import arrow_file, atomic, check_no_file, storable, write_text
-from .source import NO_UTF8, Entry, Source, Tell
+from ..files import arrow_file, atomic, check_no_file, write_text
+from .source import Entry, Source, Tell
 from .writer import Failure, read_errors, shard_path
 
 SETTINGS = "settings.json"
@@ -130,28 +130,17 @@ def extend(
     """
     before = known or Manifest()
     listed = before.homes()
-    found = source.find(workers, tell)
-    unusable = [(storable(name), reason) for name, reason in found.unusable]
-    members = [entry for entry in found.members if entry.path not in listed]
-    inside = {entry.path for entry in found.members}  # a list may name an archive, and also what is in it
-    new = []
-    for name in found.files:
-        try:
-            stored = os.fsencode(name).decode("utf-8")
-        except UnicodeDecodeError:
-            unusable.append((storable(name), NO_UTF8))
-            continue
-        if stored not in listed and stored not in inside:
-            new.append(stored)
-    if not listed and not new and not members and not unusable:
+    found = source.find(listed, workers, tell)
+    if not listed and not any(found):
         where = "folder or below"
         if source.path.is_file():
             where = "archive" if is_archive(source.path) else "list"
         raise AudioError(f"{source.path}: no audio files in this {where}")
-    jobs = ((1, partial(source.entry, name)) for name in new)
-    entries = sorted(_counted(in_order(jobs, workers), len(new), tell), key=lambda entry: (-entry.seconds, entry.path))
-    shards = before.shards + _cut(entries + members, files_per_shard, shard_seconds)
-    return Manifest(shards, unusable), bool(new or members) or unusable != before.unusable or known is None
+    jobs = ((1, partial(source.entry, name)) for name in found.files)
+    looked_at = _counted(in_order(jobs, workers), len(found.files), tell)
+    entries = sorted(looked_at, key=lambda entry: (-entry.seconds, entry.path)) + found.members
+    changed = bool(entries) or found.unusable != before.unusable or known is None
+    return Manifest(before.shards + _cut(entries, files_per_shard, shard_seconds), found.unusable), changed
 
 
 def look_over(

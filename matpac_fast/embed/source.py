@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,9 @@ from ..audio.archives import ARCHIVES, COMPRESSED, is_archive, unpacked
 from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
 from ..audio.decode import AudioFile, find_audio, folder_reason, read_blocks, resampled
 from ..errors import AudioError, ConfigError, CorpusError
-from ..files import arrow_file
+from ..files import arrow_file, storable
 from .packed import Content, Listing, Packed, state
 
-NO_UTF8 = "the name is not UTF-8: rename the file"
 Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
 Blocks: TypeAlias = "Generator[np.ndarray, None, None]"
 Reader: TypeAlias = "Callable[[int, float], Blocks]"  # (sample rate, seconds of a block) -> audio in blocks
@@ -38,11 +37,11 @@ class Entry:
 
 
 class Found(NamedTuple):
-    """What there is in a source: files, UTF-8 or not, as the system has them; in archives; and what cannot be one."""
+    """What is new in a source: files; what archives hold, in their order; and all that cannot be a file, with why."""
 
     files: list[str]
-    members: list[Entry]  # as their archives have them
-    unusable: list[tuple[str, str]]  # (name, reason), names as the system has them
+    members: list[Entry]
+    unusable: list[tuple[str, str]]
 
 
 class Files:
@@ -57,25 +56,34 @@ class Files:
         """What names are relative to."""
         return self.path.parent if self.path.is_file() else self.path
 
-    def find(self, workers: int, tell: Tell) -> Found:
-        """All there is, archives listed in so many threads.
+    def find(self, known: Container[str], workers: int, tell: Tell) -> Found:
+        """What is not `known`, archives listed in so many threads.
 
         Raises:
             AudioError: no such folder, or nothing that could be one, a list or an archive.
         """
         names, unusable = self._names()
-        packed = [name for name in names if is_archive(Path(name))]
+        files: list[str] = []
+        packed: list[str] = []
+        for name in names:
+            try:
+                stored = os.fsencode(name).decode("utf-8")
+            except UnicodeDecodeError:
+                unusable.append((storable(name), "the name is not UTF-8: rename the file"))
+                continue
+            (packed if is_archive(Path(stored)) else files).append(stored)
         members: list[Entry] = []
-        jobs = ((1, partial(self._members, name)) for name in packed)
-        for done, (name, (inside, reason)) in enumerate(zip(packed, in_order(jobs, workers), strict=True), 1):
-            members += inside
+        jobs = ((1, partial(self._members, archive, known)) for archive in packed)
+        for done, (archive, (new, reason)) in enumerate(zip(packed, in_order(jobs, workers), strict=True), 1):
+            members += new
             if reason is not None:
-                unusable.append((name, reason))
+                unusable.append((archive, reason))
             tell(done, len(packed))
-        return Found([name for name in names if not is_archive(Path(name))], members, unusable)
+        inside = {entry.path for entry in members}  # a list may name an archive, and also what is in it
+        return Found([name for name in files if name not in known and name not in inside], members, unusable)
 
     def _names(self) -> tuple[list[str], list[tuple[str, str]]]:
-        """Of files and archives; and of folders that cannot be read, with why."""
+        """Of files and archives, UTF-8 or not, as the system has them; and of folders that cannot be read, with why."""
         unusable: list[tuple[str, str]] = []
         if self.path.is_file():
             return [self.path.name] if is_archive(self.path) else _listed(self.path), unusable
@@ -85,18 +93,15 @@ class Files:
             )
 
         def passed_over(folder: Path, error: OSError) -> None:
-            unusable.append((os.path.relpath(folder, self.path), folder_reason(error)))
+            unusable.append((storable(os.path.relpath(folder, self.path)), folder_reason(error)))
 
         found = find_audio(self.path, passed_over, ARCHIVES | COMPRESSED)
         return [os.path.relpath(path, self.path) for path in found], unusable
 
-    def _members(self, archive: str) -> tuple[list[Entry], str | None]:
-        """What an archive holds, and why that is not all."""
-        try:
-            listing = self._packed.listing(os.fsencode(archive).decode("utf-8"))
-        except UnicodeDecodeError:
-            return [], NO_UTF8
-        return [self._member(listing, name) for name in listing.members], listing.reason
+    def _members(self, archive: str, known: Container[str]) -> tuple[list[Entry], str | None]:
+        """What is new in an archive, and why that is not all."""
+        listing = self._packed.listing(archive)
+        return [self._member(listing, name) for name in listing.members if name not in known], listing.reason
 
     @staticmethod
     def _member(listing: Listing, name: str) -> Entry:
@@ -198,9 +203,9 @@ class Clips:
         # At once: of clips that are replaced while another worker is waited for, the index no longer says the names.
         self._numbers = {name: i for i, name in enumerate(self._corpus.paths)}
 
-    def find(self, workers: int, tell: Tell) -> Found:
-        """All clips."""
-        return Found(sorted(map(local, self._numbers)), [], [])
+    def find(self, known: Container[str], workers: int, tell: Tell) -> Found:
+        """Clips that are not `known`."""
+        return Found(sorted(name for name in self._numbers if name not in known), [], [])
 
     def place(self, name: str) -> Path:
         return self.path / name

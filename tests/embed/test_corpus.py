@@ -164,7 +164,7 @@ def test_clips_keep_their_names_where_the_corpus_is_prepared_again_meanwhile(aud
     source = open_source(tmp_path / "corpus")
     soundfile.write(audio / "b.wav", np.random.default_rng(2).normal(0, 0.1, RATE), RATE)
     prepare(audio, tmp_path / "corpus")
-    assert source.find(1, lambda *_: None).files == ["b.wav", "c.wav", "sub/a.flac"]
+    assert source.find((), 1, lambda *_: None).files == ["b.wav", "c.wav", "sub/a.flac"]
     ((_, read),) = source.readers(["b.wav"])
     assert sum(map(len, read(RATE, 1.0))) == round(2.3 * RATE)
 
