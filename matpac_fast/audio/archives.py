@@ -1,6 +1,7 @@
 """Audio inside tar files, as WebDataset has it, zip files, and Parquet files, as data sets on Hugging Face are.
 
-An archive is listed, then read once from its beginning to its end; nothing of it is unpacked to disk as a whole.
+An archive is listed, then read once from its beginning to its end; nothing of it is unpacked to disk as a whole. What
+a tar file holds lies there as it is, and is read where it is wanted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from ..errors import AudioError, CorpusError, first_line
 from ..files import arrow_file, storable
@@ -30,7 +31,9 @@ COMPRESSED = frozenset({".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 WHY_COMPRESSED = "a compressed tar file: unpack it, or pack it again without compression"
 _BEGIN = 2**26  # bytes of a compressed tar file, unpacked, in which audio is looked for
 _ROWS = 16  # of a Parquet file, read at a time
-_BUFFER = 1 << 20  # bytes; without it, or with pre_buffer, pyarrow reads the column of a whole row group at once
+_BUFFER = (
+    1 << 20
+)  # bytes read at a time; without it, or with pre_buffer, pyarrow reads the column of a whole row group at once
 # What a column of audio may be made of, in Arrow's words.
 _BYTES = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view")
@@ -54,6 +57,17 @@ class Member(NamedTuple):
     def suffix(self) -> str:
         """By which a decoder is chosen; "" where it is none of audio."""
         return os.path.splitext(self.name)[1] if _is_audio(self.name) else ""
+
+
+class Extent(NamedTuple):
+    """Bytes that lie in an archive as they are, and are not read before they are wanted."""
+
+    archive: Path
+    place: int
+    size: int
+
+
+Data: TypeAlias = "bytes | Extent"
 
 
 def is_archive(path: Path) -> bool:
@@ -101,8 +115,8 @@ def named(archive: str, inside: Iterable[Member]) -> dict[str, Member]:
     return found
 
 
-def contents(archive: Path, wanted: Sequence[Member]) -> Generator[bytes | AudioError, None, None]:
-    """The bytes of members of one archive, in its order, one by one; or why there are none."""
+def contents(archive: Path, wanted: Sequence[Member]) -> Generator[Data | AudioError, None, None]:
+    """What members of one archive hold, in its order, one by one; or why that cannot be had."""
     reader, done, reason = _READERS[archive.suffix.lower()](archive, wanted), 0, _CHANGED
     try:
         for data in reader:
@@ -115,10 +129,11 @@ def contents(archive: Path, wanted: Sequence[Member]) -> Generator[bytes | Audio
 
 
 @contextlib.contextmanager
-def unpacked(data: bytes, suffix: str) -> Iterator[Path]:
+def unpacked(data: Data, suffix: str) -> Iterator[Path]:
     """What a member holds as a file of its own for a while, out of which libsndfile and FFmpeg read all they know.
 
     Raises:
+        AudioError: it can no longer be read out of its archive.
         CorpusError: no room for it.
     """
     path: Path | None = None
@@ -127,7 +142,8 @@ def unpacked(data: bytes, suffix: str) -> Iterator[Path]:
             handle, name = tempfile.mkstemp(suffix)
             path = Path(name)
             with open(handle, "wb") as file:
-                file.write(data)
+                for block in [data] if isinstance(data, bytes) else _blocks(data):
+                    file.write(block)
         except OSError as error:
             where = f"{tempfile.tempdir or 'temporary files'}: cannot be written: {error.strerror}"
             raise CorpusError(f"{where}; make room, or set TMPDIR to another folder") from None
@@ -135,6 +151,21 @@ def unpacked(data: bytes, suffix: str) -> Iterator[Path]:
     finally:
         if path is not None:
             path.unlink(missing_ok=True)
+
+
+def _blocks(extent: Extent) -> Iterator[bytes]:
+    try:
+        with open(extent.archive, "rb") as file:
+            file.seek(extent.place)
+            left = extent.size
+            while left:
+                block = file.read(min(left, _BUFFER))
+                if not block:
+                    raise AudioError(_CHANGED)
+                left -= len(block)
+                yield block
+    except OSError as error:
+        raise AudioError(f"cannot be read from its archive: {first_line(error)}") from None
 
 
 def _listed(archive: Path) -> Iterator[Member]:
@@ -200,19 +231,15 @@ def _not_there(info: tarfile.TarInfo) -> str:
     return "" if info.isreg() else "not a regular file"
 
 
-def _read_tar(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
-    with open(archive, "rb") as file:
-        end = os.fstat(file.fileno()).st_size
-        for member in wanted:
-            if member.reason:
-                yield AudioError(member.reason)
-                continue
-            if not 0 <= member.size <= end - member.place:  # no memory is asked for what a damaged header says
-                yield AudioError("truncated: its archive ends before it")
-                continue
-            file.seek(member.place)
-            data = file.read(member.size)
-            yield data if len(data) == member.size else AudioError(_CHANGED)
+def _read_tar(archive: Path, wanted: Sequence[Member]) -> Iterator[Extent | AudioError]:
+    end = os.stat(archive).st_size
+    for member in wanted:
+        if member.reason:
+            yield AudioError(member.reason)
+        elif not 0 <= member.size <= end - member.place:
+            yield AudioError("truncated: its archive ends before it")
+        else:
+            yield Extent(archive, member.place, member.size)
 
 
 def _list_zip(archive: Path) -> Iterator[Member]:
@@ -323,7 +350,7 @@ _LISTERS: dict[str, Callable[[Path], Iterator[Member]]] = {
     ".zip": _list_zip,
     ".parquet": _list_parquet,
 }
-_READERS: dict[str, Callable[[Path, Sequence[Member]], Iterator[bytes | AudioError]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[Member]], Iterator[Data | AudioError]]] = {
     ".tar": _read_tar,
     ".zip": _read_zip,
     ".parquet": _read_parquet,

@@ -214,10 +214,8 @@ def _jobs(
             continue
         wanted: list[archives.Member] = [found[key] for key in keys]  # type: ignore[misc]
         for key, member, data in zip(keys, wanted, archives.contents(file, wanted), strict=True):
-            if isinstance(data, AudioError):
-                yield 0, partial(_Loaded, {"path": key, "reason": str(data)})
-            else:
-                yield len(data), partial(_load_bytes, key, data, member.suffix, settings, store.sha256(key), todo[key])
+            job = partial(_load_member, key, data, member.suffix, settings, store.sha256(key), todo[key])
+            yield member.size, job
 
 
 def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: float) -> None:
@@ -242,12 +240,22 @@ def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: float) -> None
     store.reject(rows)
 
 
-def _load_bytes(
-    key: str, data: bytes, suffix: str, settings: Settings, known: str | None, archive: os.stat_result | None
+def _load_member(
+    key: str,
+    data: archives.Data | AudioError,
+    suffix: str,
+    settings: Settings,
+    known: str | None,
+    archive: os.stat_result | None,
 ) -> _Loaded | None:
     """`_load` of what an archive holds, from a file of its own for as long as it takes."""
-    with archives.unpacked(data, suffix) as path:
-        return _load(key, path, settings, known, archive)
+    try:
+        if isinstance(data, AudioError):
+            raise data
+        with archives.unpacked(data, suffix) as path:
+            return _load(key, path, settings, known, archive)
+    except AudioError as error:
+        return _Loaded({"path": key, "reason": str(error)})
 
 
 def _load(

@@ -43,7 +43,7 @@ class Listing:
                     AudioFile(path) as file,
                 ):
                     if file.seconds:
-                        return file.seconds / len(data)
+                        return file.seconds / path.stat().st_size
         return 0.0
 
 
@@ -63,10 +63,21 @@ class _Archive:
 
 
 class Content(NamedTuple):
-    """A member's bytes, or why there are none; and its suffix, by which a decoder is chosen."""
+    """What a member holds, or why that cannot be had."""
 
-    data: bytes | AudioError
-    suffix: str = ""
+    data: archives.Data | AudioError
+    suffix: str = ""  # by which a decoder is chosen
+    listing: Listing | None = None
+
+    def check(self) -> None:
+        """To be called once `data` is read: raise AudioError where it may be something else that was read."""
+        if self.listing is not None and state(self.listing.path) != self.listing.state:
+            raise AudioError("its archive changed while it was read; try again with --retry-errors")
+
+    @property
+    def held(self) -> int:
+        """Bytes that are in memory."""
+        return len(self.data) if isinstance(self.data, bytes) else 0
 
 
 class Packed:
@@ -118,6 +129,4 @@ def _read(listing: Listing, wanted: Sequence[archives.Member]) -> Iterator[Conte
     for start, end in itertools.pairwise([*starts, len(wanted)]):
         run = wanted[start:end]
         for member, data in zip(run, archives.contents(listing.path, run), strict=True):
-            if state(listing.path) != listing.state:
-                data = AudioError("its archive changed while it was read; try again with --retry-errors")
-            yield Content(data, member.suffix)
+            yield Content(data, member.suffix, listing)

@@ -164,8 +164,7 @@ class Files:
             inside = list(group)
             with closing(self._packed.contents(archive, inside)) as contents:
                 for name, content in zip(inside, contents, strict=True):
-                    held = 0 if isinstance(content.data, AudioError) else len(content.data)
-                    yield held, partial(self._content, name, content)
+                    yield content.held, partial(self._content, name, content)
 
     def _file(self, name: str, sample_rate: int, block_seconds: float) -> Blocks:
         """`read_blocks` of a file that stays as it is meanwhile."""
@@ -184,14 +183,15 @@ class Files:
 
     def _content(self, name: str, content: Content, sample_rate: int, block_seconds: float) -> Blocks:
         """`read_blocks` of what an archive holds."""
-        place = self.place(name)
-        if isinstance(content.data, AudioError):
-            raise AudioError(f"{place}: {content.data}")
-        with unpacked(content.data, content.suffix) as path:
-            try:
+        place, path = self.place(name), None
+        try:
+            if isinstance(content.data, AudioError):
+                raise content.data
+            with unpacked(content.data, content.suffix) as path:
+                content.check()
                 yield from read_blocks(path, sample_rate, block_seconds)
-            except AudioError as error:
-                raise AudioError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
+        except AudioError as error:
+            raise AudioError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 class Clips:

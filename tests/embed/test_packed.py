@@ -17,9 +17,11 @@ import soundfile
 
 from matpac_fast import cli
 from matpac_fast.audio import archives
+from matpac_fast.audio.decode import read_blocks
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.embed.extract import embed_collection
 from matpac_fast.embed.packed import Packed
+from matpac_fast.embed.source import Files
 from matpac_fast.errors import AudioError, CorpusError
 from tests.audio.packed import NAMES, PACKERS, cut_tar, flipped_parquet, half_parquet, headless_tar, tar, tar_gz
 from tests.embed import crew
@@ -170,30 +172,51 @@ def test_it_goes_on_with_what_is_new_and_tells_what_changed_or_is_gone(files, tm
     assert (report.changed, report.gone) == ([], ["x.tar/a.wav", "x.tar/b.flac"])
 
 
-def test_an_archive_that_is_replaced_meanwhile_gives_no_wrong_rows(files, tmp_path, monkeypatch):
-    tar(files, tmp_path / "in" / "x.tar", ("a.wav", "b.flac"))
-    real = archives._read_tar
+@pytest.mark.parametrize("name", PACKERS)
+def test_an_archive_that_is_replaced_meanwhile_gives_no_wrong_rows(files, tmp_path, name):
+    pack = PACKERS[name]
+    pack(files, tmp_path / "in" / name, ("a.wav", "b.flac"))
+    source = Files(tmp_path / "in")
+    names = [f"{name}/a.wav", f"{name}/b.flac"]
+    readers = source.readers(names)
 
-    def replaced(archive, wanted):
-        for i, data in enumerate(real(archive, wanted)):
-            if i == 1:
-                tar(files, archive, ("b.flac", "a.wav"))
-            yield data
+    def read(reader) -> np.ndarray:
+        return np.concatenate(list(reader(RATE, 1.0)))
 
-    monkeypatch.setitem(archives._READERS, ".tar", replaced)
-    names = ["x.tar/a.wav", "x.tar/b.flac"]
-    first, second = Packed(lambda name: tmp_path / "in" / name).contents("x.tar", names)
-    assert (first.data, first.suffix) == ((files / "a.wav").read_bytes(), ".wav")
-    assert str(second.data) == "its archive changed while it was read; try again with --retry-errors"
-    monkeypatch.undo()
-    packed = Packed(lambda name: tmp_path / "in" / name)
-    assert packed.listing("x.tar") is packed.listing("x.tar")
-    tar(files, tmp_path / "in" / "x.tar", ("b.flac",))  # and what was listed before is listed anew
-    (gone, there) = packed.contents("x.tar", names)
-    assert str(gone.data) == "no longer in its archive"
-    assert there.data == (files / "b.flac").read_bytes()
-    (tmp_path / "in" / "x.tar").unlink()
-    assert "its archive: cannot be read: No such file" in str(next(packed.contents("x.tar", names)).data)
+    def want(name: str) -> np.ndarray:
+        return np.concatenate(list(read_blocks(files / name, RATE, 1.0)))
+
+    (_, first), (_, second) = readers
+    np.testing.assert_array_equal(read(first), want("a.wav"))
+    pack(files, tmp_path / "in" / name, ("b.flac", "a.wav"))  # while it is read
+    with pytest.raises(AudioError, match=f"{name}/b.flac: its archive changed while it was read; try again with"):
+        read(second)
+    ((_, first), (_, second)) = source.readers(names)  # and what was listed before is listed anew
+    np.testing.assert_array_equal(read(first), want("a.wav"))
+    np.testing.assert_array_equal(read(second), want("b.flac"))
+    pack(files, tmp_path / "in" / name, ("b.flac",))
+    ((_, first), (_, second)) = source.readers(names)
+    with pytest.raises(AudioError, match=f"{name}/a.wav: no longer in its archive"):
+        read(first)
+    np.testing.assert_array_equal(read(second), want("b.flac"))
+    (tmp_path / "in" / name).unlink()
+    with pytest.raises(AudioError, match=f"{name}/a.wav: its archive: cannot be read: No such file"):
+        read(next(source.readers(names))[1])
+
+
+def test_a_tar_file_that_shrinks_while_it_is_read_is_a_reason(files, tmp_path):
+    tar(files, tmp_path / "x.tar", ("a.wav",))
+    inside, _ = archives.members(tmp_path / "x.tar")
+    (extent,) = archives.contents(tmp_path / "x.tar", inside)
+    assert isinstance(extent, archives.Extent)
+    os.truncate(tmp_path / "x.tar", 1000)
+    unpacked = archives.unpacked(extent, ".wav")
+    with pytest.raises(AudioError, match="no longer in its archive"), unpacked:
+        pass
+    (tmp_path / "x.tar").unlink()
+    unpacked = archives.unpacked(extent, ".wav")
+    with pytest.raises(AudioError, match="cannot be read from its archive: .*No such file"), unpacked:
+        pass
 
 
 def test_each_archive_is_listed_once_by_however_many_threads(files, tmp_path, monkeypatch):
