@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -32,18 +33,24 @@ class Container:
         self._path, self._error = path, av.FFmpegError
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         try:
-            self._container = av.open(os.fspath(path), options=options)
+            # A title in no UTF-8 is none of our business, and no damage.
+            self._container = av.open(os.fspath(path), options=options, metadata_errors="replace")
         except (self._error, UnicodeEncodeError) as error:
             raise AudioError(f"{path}: unreadable: FFmpeg says {_plain(error)}") from None
-        if not self._container.streams.audio:
+        streams = self._container.streams.audio
+        coded = streams[0].codec_context if streams else None  # None of a codec that FFmpeg does not know
+        if coded is None or not coded.sample_rate or not coded.channels:
             self._container.close()
-            raise AudioError(f"{path}: no sound track")
-        stream = self._container.streams.audio[0]
-        self.samplerate = int(stream.rate or 0)
-        self.channels = int(stream.channels or 0)
+            raise AudioError(
+                f"{path}: unreadable: its sound has a codec that FFmpeg lacks, or states no rate or channels"
+                if streams
+                else f"{path}: no sound track"
+            )
+        stream, self.samplerate, self.channels = streams[0], coded.sample_rate, coded.channels
         length = stream.duration * stream.time_base if stream.duration and stream.time_base else None
         self.seconds = float(length) if length else None
-        self._resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=self.samplerate)
+        # Packed: of eight planes or more PyAV 18.1 does not find the end, and the process dies.
+        self._resampler = av.AudioResampler(format="flt", layout=stream.layout, rate=self.samplerate)
         self._read = 0
         self._decoded = self._decode(stream)
         self._rest = np.empty((0, self.channels), np.float32)
@@ -67,11 +74,11 @@ class Container:
 
     def _decode(self, stream: Any) -> Iterator[np.ndarray]:
         try:
-            for frame in self._container.decode(stream):
+            for frame in itertools.chain(self._container.decode(stream), [None]):  # None: what is left
                 for converted in self._resampler.resample(frame):
-                    yield converted.to_ndarray().T
-            for converted in self._resampler.resample(None):
-                yield converted.to_ndarray().T
+                    if (converted.layout.nb_channels, converted.sample_rate) != (self.channels, self.samplerate):
+                        raise ValueError("its channels or its rate change")
+                    yield converted.to_ndarray().reshape(-1, self.channels)
         except (self._error, ValueError) as error:
             raise AudioError(f"{self._path}: damaged: FFmpeg says {_plain(error)}") from None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
+import soundfile
 
 from matpac_fast.audio.decode import AudioFile, read_audio, read_blocks
 from matpac_fast.errors import AudioError
@@ -88,3 +91,73 @@ def test_what_ends_early_and_decodes_well_is_seen_by_its_length(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(AudioError, match=r"a.mp4: truncated: 10\.\d s of 20\.\d s are missing"):
         read_audio(path)
+
+
+@pytest.mark.parametrize("channels", [3, 6, 8])
+def test_many_channels_are_those_of_the_file(tmp_path, channels):
+    wave = np.random.default_rng(0).standard_normal((16_000, channels)) / 20
+    soundfile.write(tmp_path / "a.flac", wave, 16_000)
+    with av.open(str(tmp_path / "a.flac")) as source, av.open(str(tmp_path / "a.mka"), "w") as file:
+        stream = file.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                file.mux(packet)
+    with AudioFile(tmp_path / "a.mka") as opened:
+        assert opened.channels == channels
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.mka"), read_audio(tmp_path / "a.flac"))
+
+
+def test_a_title_may_be_in_any_bytes(tmp_path):
+    path = write(tmp_path / "a.m4a")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.m4a"), "w") as file:
+        file.metadata["title"] = "TITLE"
+        stream = file.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                file.mux(packet)
+    named = (tmp_path / "b.m4a").read_bytes()
+    assert b"TITLE" in named
+    (tmp_path / "b.m4a").write_bytes(named.replace(b"TITLE", b"TIT\xe9E"))
+    np.testing.assert_array_equal(read_audio(tmp_path / "b.m4a"), read_audio(path))
+
+
+def test_a_codec_that_is_not_known_is_a_reason(tmp_path):
+    data = write(tmp_path / "a.mkv").read_bytes()
+    assert b"A_AAC" in data
+    (tmp_path / "b.mkv").write_bytes(data.replace(b"A_AAC", b"A_XYZ"))
+    with pytest.raises(AudioError, match=r"b.mkv: unreadable: its sound has a codec that FFmpeg lacks"):
+        read_audio(tmp_path / "b.mkv")
+
+
+def test_channels_that_change_are_a_reason(tmp_path):
+    """Two streams of AAC, stereo and mono, one after the other."""
+    stereo, mono = ((tmp_path / f"{name}.aac") for name in ("stereo", "mono"))
+    for path in (stereo, mono):
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("aac", rate=16_000, layout=path.stem)
+            for i in range(40):
+                block = np.zeros((2 if path == stereo else 1, 1024), np.float32)
+                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=path.stem)
+                frame.sample_rate, frame.pts = 16_000, 1024 * i
+                for packet in stream.encode(frame):
+                    file.mux(packet)
+            for packet in stream.encode(None):
+                file.mux(packet)
+    (tmp_path / "both.aac").write_bytes(stereo.read_bytes() + mono.read_bytes())
+    with pytest.raises(AudioError, match=r"both.aac: damaged: FFmpeg says"):
+        read_audio(tmp_path / "both.aac")
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "a.mkv", "a.avi", "a.flv"])
+def test_damage_is_an_audio_error_and_nothing_else(tmp_path, name):
+    data = write(tmp_path / name, seconds=0.3).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for at in rng.integers(0, len(data), 8) if rng.random() < 0.5 else rng.integers(0, min(600, len(data)), 4):
+            damaged[at] = rng.integers(256)
+        (tmp_path / name).write_bytes(damaged)
+        with contextlib.suppress(AudioError):
+            read_audio(tmp_path / name)
