@@ -87,6 +87,11 @@ def storable(name: str | bytes | os.PathLike[str]) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def local(name: str) -> str:
+    """A file's name, which is UTF-8 where it is stored, as Python calls that file in whatever locale."""
+    return os.fsdecode(name.encode("utf-8"))
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, all of it or none; of a name that is not UTF-8, its odd bytes as \\udcNN."""
     with atomic(path) as beside:

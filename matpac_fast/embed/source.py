@@ -19,7 +19,7 @@ from ..audio.archives import ARCHIVES, COMPRESSED, is_archive, unpacked
 from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
 from ..audio.decode import AudioFile, find_audio, folder_reason, read_blocks, resampled
 from ..errors import AudioError, ConfigError, CorpusError
-from ..files import arrow_file, storable
+from ..files import arrow_file, local, storable
 from .packed import Content, Listing, Packed, state
 
 Tell: TypeAlias = "Callable[[int, int], None]"  # (files looked at, of how many)
@@ -286,11 +286,6 @@ def _is_index(path: Path) -> bool:
             return METADATA in (pq.read_schema(file).metadata or {})
     except (OSError, pa.ArrowException):
         return False
-
-
-def local(name: str) -> str:
-    """A manifest's name, which is UTF-8, as Python calls that file in whatever locale."""
-    return os.fsdecode(name.encode("utf-8"))
 
 
 def _listed(source: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..audio.decode import find_audio
+from ..files import local, storable
 from .task import DatasetError, Fold, Layout, Task, class_indices, deal_groups, rotate_folds
 
 _FOLDS = 5
@@ -40,7 +41,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         )
     if not names:
         raise DatasetError(f"{layout.folder}: no audio in its sub-folders")
-    rows = [{"path": name, "label": name.split(os.sep)[0]} for name in names]
+    rows = [{"file": name, "path": storable(name), "label": storable(name.split(os.sep)[0])} for name in names]
     return _task(layout, rows, seed, multi=False)  # whatever is in a folder's name
 
 
@@ -61,14 +62,16 @@ def _listed(layout: Layout, seed: int) -> Task:
                 "between several labels"
             )
         listed.add(path)
-    for row in rows:  # "piano; drums" has the drums of "drums"
+    for row in rows:
+        row["file"] = local(row["path"])
+        # "piano; drums" has the drums of "drums"
         row["label"] = ";".join(label.strip() for label in row["label"].split(";"))
     multi = any(";" in row["label"] or not row["label"] or row["label"].startswith("?") for row in rows)
     return _task(layout, rows, seed, multi)
 
 
 def _task(layout: Layout, rows: list[dict[str, str]], seed: int, multi: bool) -> Task:
-    keep, seconds = layout.audio([row["path"] for row in rows], _ANY_LENGTH)
+    keep, seconds = layout.audio([row["file"] for row in rows], _ANY_LENGTH)
     rows, seconds = [row for row, kept in zip(rows, keep, strict=True) if kept], seconds[keep]
     name = layout.folder.resolve().name
     if multi:
@@ -88,7 +91,7 @@ def _task(layout: Layout, rows: list[dict[str, str]], seed: int, multi: bool) ->
         name=name,
         kind="multi" if multi else "single",
         classes=classes,
-        paths=[layout.folder / row["path"] for row in rows],
+        paths=[layout.folder / row["file"] for row in rows],
         targets=targets,
         groups=groups,
         folds=_folds(layout, rows, groups, strata, seed),

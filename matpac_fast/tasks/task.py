@@ -19,6 +19,7 @@ import numpy as np
 from .._cores import n_cores
 from ..audio.decode import AudioFile
 from ..errors import AudioError, ConfigError
+from ..files import storable
 
 _NAMED = 5  # files that an error's one line names
 _NEAR = 0.82  # of difflib: "splitt", "folds" and "groups" are near, "folder" and "subject" are not
@@ -226,7 +227,7 @@ class Layout:
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(lambda name: _length(self.folder / name, seconds), names, chunksize=64))
         lengths = np.array([length for length, _ in found])
-        bad = [(name, reason) for name, (_, reason) in zip(names, found, strict=True) if reason]
+        bad = [(storable(name), reason) for name, (_, reason) in zip(names, found, strict=True) if reason]
         self.problems += bad
         if len(bad) == len(names) or (self.problems and not self.partial):
             raise self.error(len(names))

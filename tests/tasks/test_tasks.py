@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -472,3 +475,33 @@ def test_a_large_group_leaves_the_small_ones_to_the_other_parts():
 def test_a_spec_that_names_nothing_is_an_error(spec):
     with pytest.raises(ConfigError):
         load_task(spec)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_names_are_the_same_in_a_locale_of_ascii_alone(tmp_path, listed):
+    """And a name in no UTF-8 is one of a file as any other."""
+    folder = tmp_path / "set"
+    names = [f"{label}/zoé{i}.wav" for label in ("thé", "café") for i in range(4)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, np.zeros(800, np.float32), 16_000)
+    if listed:
+        rows = [f"{name},{name.split('/')[0]}" for name in names]
+        (folder / "clips.csv").write_text("\n".join(["path,label", *rows]), encoding="utf-8")
+    else:
+        try:
+            os.rename(folder / names[0], os.fsencode(folder / "thé") + b"/\xe9.wav")
+        except OSError:
+            pytest.skip("this disk takes names in UTF-8 alone")
+    code = (
+        "import sys; from matpac_fast.tasks import load_task; t = load_task(sys.argv[1]); "
+        "print(ascii(t.classes), ascii(sorted(t.groups)), t.fingerprint)"
+    )
+    command = [sys.executable, "-c", code, f"folder:{folder}"]
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    printed = [
+        subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=True).stdout
+        for more in ({"PYTHONUTF8": "1"}, ascii_alone)
+    ]
+    assert printed[0] == printed[1]
+    assert printed[0].startswith(ascii(("café", "thé")))
