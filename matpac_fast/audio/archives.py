@@ -7,7 +7,6 @@ a tar file holds lies there as it is, and is read where it is wanted.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import lzma
 import os
 import stat
@@ -19,10 +18,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from ..errors import AudioError, CorpusError, first_line
-from ..files import arrow_file, storable
+from ..files import storable
+from . import parquet
 from .decode import AUDIO_SUFFIXES, NO_DECODER
 
 ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
@@ -30,13 +30,7 @@ ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
 COMPRESSED = frozenset({".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"})
 WHY_COMPRESSED = "a compressed tar file: unpack it, or pack it again without compression"
 _BEGIN = 2**26  # bytes of a compressed tar file, unpacked, in which audio is looked for
-_ROWS = 16  # of a Parquet file, read at a time
-_BUFFER = (
-    1 << 20
-)  # bytes read at a time; without it, or with pre_buffer, pyarrow reads the column of a whole row group at once
-# What a column of audio may be made of, in Arrow's words.
-_BYTES = ("binary", "large_binary", "binary_view")
-_TEXT = ("string", "large_string", "string_view")
+_BLOCK = 1 << 20  # bytes copied at a time
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
 _CHANGED = "no longer in its archive, which changed meanwhile: run the same again once it is at rest"
 
@@ -83,8 +77,7 @@ def is_compressed(path: Path) -> bool:
 def members(archive: Path) -> tuple[list[Member], str | None]:
     """The audio that an archive holds, in its order, and why that is not all, where it is not.
 
-    A tar or zip file's are by suffix, as `find_audio`'s. A Parquet file's are the rows of its column "audio", or else
-    the first, that holds `bytes` (and `path`), as Hugging Face's feature Audio does; without such a column it has none.
+    A tar or zip file's are by suffix, as `find_audio`'s; a Parquet file's as `parquet.listed` says.
     """
     found: list[Member] = []
     try:
@@ -159,7 +152,7 @@ def _blocks(extent: Extent) -> Iterator[bytes]:
             file.seek(extent.place)
             left = extent.size
             while left:
-                block = file.read(min(left, _BUFFER))
+                block = file.read(min(left, _BLOCK))
                 if not block:
                     raise AudioError(_CHANGED)
                 left -= len(block)
@@ -269,71 +262,11 @@ def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | Audio
 
 
 def _list_parquet(archive: Path) -> Iterator[Member]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with arrow_file(archive) as opened, pq.ParquetFile(opened) as file:
-        if (column := _audio_column(file)) is None:
-            return
-        sizes = _mean_sizes(file, column)
-        kind, row = file.schema_arrow.field(column).type, 0
-        if (i := kind.get_field_index("path")) < 0 or not _holds(kind.field(i), _TEXT):
-            yield from (Member(archive, f"{row:08d}", row, size) for row, size in enumerate(sizes))
-            return
-        for batch in file.iter_batches(columns=[f"{column}.path"]):
-            # As bytes, since nothing has checked that they are UTF-8.
-            for path in batch.column(0).field("path").cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
-                name = os.path.basename(path.decode("utf-8", "surrogateescape")) if path else ""
-                yield Member(archive, name or f"{row:08d}", row, next(sizes))
-                row += 1
-
-
-def _mean_sizes(file: Any, column: str) -> Iterator[int]:
-    """Of each row the bytes that a row of its group has in the mean: no list says what one by itself has."""
-    for i in range(file.num_row_groups):
-        group = file.metadata.row_group(i)
-        chunks = map(group.column, range(group.num_columns))
-        total = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == f"{column}.bytes")
-        yield from itertools.repeat(total // max(1, group.num_rows), group.num_rows)
+    return (Member(archive, *row) for row in parquet.listed(archive))
 
 
 def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
-    import pyarrow.parquet as pq
-
-    with arrow_file(archive) as opened, pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False) as file:
-        column, waiting, end = _audio_column(file), list(reversed(wanted)), 0
-        for group in range(file.num_row_groups if column is not None else 0):
-            start, end = end, end + file.metadata.row_group(group).num_rows
-            if not waiting or waiting[-1].place >= end:
-                continue
-            try:
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[f"{column}.bytes"]):
-                    values = batch.column(0).field("bytes")
-                    while waiting and waiting[-1].place < start + len(values):
-                        data = values[waiting.pop().place - start].as_py()
-                        yield AudioError("no audio in its row, a name alone") if data is None else data
-                    start += len(values)
-            except (*_damage(), OSError) as error:  # the other groups do not depend on it
-                while waiting and waiting[-1].place < end:
-                    waiting.pop()
-                    yield AudioError(f"in a part of its archive that cannot be read: {first_line(error)}")
-
-
-def _audio_column(file: Any) -> str | None:
-    import pyarrow as pa
-
-    for field in sorted(file.schema_arrow, key=lambda field: field.name != "audio"):  # images have bytes, too
-        i = field.type.get_field_index("bytes") if pa.types.is_struct(field.type) else -1
-        if i >= 0 and _holds(field.type.field(i), _BYTES):
-            return field.name
-    return None
-
-
-def _holds(field: Any, kinds: tuple[str, ...]) -> bool:
-    """Whether a field is of one of these types, as they are or by numbers in a dictionary."""
-    import pyarrow as pa
-
-    return str(field.type.value_type if pa.types.is_dictionary(field.type) else field.type) in kinds
+    return parquet.read(archive, [member.place for member in wanted])
 
 
 def _damage() -> tuple[type[Exception], ...]:

@@ -154,7 +154,8 @@ def summary(report: Report) -> list[str]:
             f"({examples}): their old rows stay; to be without them, embed into a new folder"
         )
     if report.failed:
-        lines.append(f"{count(report.failed, 'file')} could not be used; {report.out / 'errors.parquet'} says why")
+        failed = f"{count(report.failed, 'file')} could not be used; {report.out / 'errors.parquet'} says why"
+        lines.append(failed + ("; --retry-errors tries those of before again" if report.failed_before else ""))
     return lines
 
 

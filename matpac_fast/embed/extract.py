@@ -298,7 +298,12 @@ class _Worker:
     def _embed_what_is_free(self, threads: int) -> None:
         with closing(in_order(self._jobs(), threads)) as audio:
             while (first := self._first(audio)) is not None:
-                self._embed(self._claimed[0], itertools.chain([first], audio))
+                shard = self._claimed[0]
+                if self._is_done(shard):  # by another, since this worker stood still for longer than its leases last
+                    deque(itertools.islice(audio, len(self._manifest.shards[shard]) - 1), maxlen=0)
+                    self._give_back(shard)
+                else:
+                    self._embed(shard, itertools.chain([first], audio))
 
     def _embed(self, shard: int, audio: Iterator[Audio]) -> None:
         rows = self._embedder.embed(self._manifest.shards[shard], audio, self._out)
@@ -306,11 +311,15 @@ class _Worker:
             if self._failed:
                 self._source.check_there()
             self._write(lambda: rows.write(self._out, shard, self._kind, self._settings))
+        self._give_back(shard)
+        self._report.failed_here += len(self._failed)
+        self._failed, self._in_hand = [], [0, 0.0]
+
+    def _give_back(self, shard: int) -> None:
+        """The first of those claimed, which is done."""
         self._claimed.popleft()
         self._missing.pop(shard)
         self._leases.release(_name(shard))
-        self._report.failed_here += len(self._failed)
-        self._failed, self._in_hand = [], [0, 0.0]
 
     def _write(self, write: Callable[[], object]) -> None:
         """Call `write`, and once more where the file that it was writing has vanished.
@@ -388,7 +397,8 @@ class _Worker:
         """Count what is done, by all."""
         self._looked = time.monotonic()
         there = set(os.listdir(self._out))
-        files, seconds = self._in_hand
+        mine = self._claimed and self._sizes[self._claimed[0]][0] not in there  # else another has made it meanwhile
+        files, seconds = self._in_hand if mine else (0, 0.0)
         for i, (name, shard_files, shard_seconds) in enumerate(self._sizes):
             if name in there:
                 if i not in self._claimed:

@@ -182,7 +182,7 @@ class Leases:
         return json.dumps({**self._me, "beat": self._beat, "status": self.status}).encode()
 
     def _keep_alive(self) -> None:
-        while not self._closing.wait(self.seconds / 6):
+        while not self._closing.wait(min(self.seconds / 6, 3600.0)):  # which may be infinite
             self.renew()
 
     def renew(self) -> None:

@@ -83,7 +83,11 @@ def read_manifest(out: Path) -> Manifest | None:
     import pyarrow.parquet as pq
 
     path = out / "manifest.parquet"
+    # Without it nobody knows what the shards' numbers stand for, so a new one could not be made to fit them.
+    mend = "copy it again, or give a new folder to --out"
     if not path.exists():
+        if any(out.glob("shard-*")):
+            raise ConfigError(f"{path}: missing, and there are shards: {mend}")
         return None
     manifest = Manifest()
     try:
@@ -91,9 +95,7 @@ def read_manifest(out: Path) -> Manifest | None:
             table = pq.read_table(file)
         columns = [table[name].to_pylist() for name in _COLUMNS]
     except (pa.ArrowException, OSError, KeyError) as error:
-        # Without it nobody knows what the shards' numbers stand for, so a new one could not be made to fit them.
-        said = first_line(error)
-        raise ConfigError(f"{path}: damaged ({said}): copy it again, or give a new folder to --out") from None
+        raise ConfigError(f"{path}: damaged ({first_line(error)}): {mend}") from None
     for name, seconds, size, shard, reason in zip(*columns, strict=True):
         if shard is None:
             manifest.unusable.append((name, reason))

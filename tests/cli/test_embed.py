@@ -55,7 +55,7 @@ def test_the_summary_says_who_did_what_and_what_was_the_limit():
     assert embed.summary(report) == [
         "94 files embedded in o, 33 of them before, 22 of them by other workers",
         "200 embeddings of 2.00 h of audio in 40.0 s, 180 times real time; the model was the limit",
-        "6 files could not be used; o/errors.parquet says why",
+        "6 files could not be used; o/errors.parquet says why; --retry-errors tries those of before again",
     ]
     report = Report(
         files=1, total=1, rows=1, audio_seconds=4.5, model_seconds=1.0, waited_seconds=2.0, changed=["a"], out=Path("o")

@@ -186,6 +186,16 @@ def test_a_damaged_manifest_is_one_line_with_what_to_do(source, tmp_path, harm):
     assert "\n" not in said
 
 
+def test_without_its_manifest_nothing_is_taken_for_embedded(source, tmp_path):
+    out = tmp_path / "out"
+    embed_collection(source, out, crew.Tiny(), 0.1, files_per_shard=1)
+    (out / "manifest.parquet").unlink()
+    before = crew.result(out)
+    with pytest.raises(ConfigError, match=r"manifest.parquet: missing, and there are shards: copy it again, or give"):
+        embed_collection(source, out, crew.Tiny(), 0.1, files_per_shard=1)
+    assert crew.result(out) == before
+
+
 def test_a_folder_of_other_things_is_refused_and_nothing_is_written(source, tmp_path):
     for out in (source, tmp_path):
         with pytest.raises(ConfigError, match="is not empty and holds no embeddings; give a new folder to --out"):

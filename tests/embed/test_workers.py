@@ -133,6 +133,24 @@ def test_a_worker_that_is_stopped_is_replaced_and_goes_on_when_it_is_back(collec
     assert crew.result(tmp_path) == undisturbed
 
 
+def test_what_others_did_while_a_worker_stood_still_is_not_done_again(collection, undisturbed, tmp_path):
+    told: list[tuple[float, float]] = []
+
+    def overtaken(progress):
+        if not told:
+            for name, data in undisturbed.items():
+                if name.startswith("shard-"):
+                    (tmp_path / name).write_bytes(data)
+        told.append((progress.files / progress.total_files, progress.seconds / progress.total_seconds))
+
+    encoder = crew.Tiny()
+    report = embed_collection(collection, tmp_path, encoder, 0.1, files_per_shard=2, workers=1, progress=overtaken)
+    assert report.files <= 2
+    assert sum(report.embedded) == 64
+    assert max(max(each) for each in told[2:]) <= 1.0
+    assert crew.result(tmp_path) == undisturbed
+
+
 @pytest.mark.parametrize(
     ("kind", "ending"), [("parquet", ".parquet"), ("npz", ".npz"), ("npy", ".npy"), ("npy", ".index.parquet")]
 )
