@@ -24,6 +24,7 @@ from ..errors import AudioError, CorpusError, first_line
 from ..files import storable
 from . import parquet
 from .decode import AUDIO_SUFFIXES, NO_DECODER
+from .find import APPLE_DOUBLE
 
 ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
 # Which cannot be read from any place in them. Found all the same, so that whoever has a folder of them learns why.
@@ -32,6 +33,7 @@ WHY_COMPRESSED = "a compressed tar file: unpack it, or pack it again without com
 _BEGIN = 2**26  # bytes of a compressed tar file, unpacked, in which audio is looked for
 _BLOCK = 1 << 20  # bytes copied at a time
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
+_MAC = "__MACOSX/"  # where zip files of macOS have what that keeps about their files
 _CHANGED = "no longer in its archive, which changed meanwhile: run the same again once it is at rest"
 
 
@@ -197,7 +199,7 @@ def _list_tar(archive: Path) -> Iterator[Member]:
             with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8") as file:
                 while (info := file.next()) is not None:
                     file.members.clear()  # type: ignore[attr-defined] - where tarfile keeps all that it has met
-                    if not info.isdir() and _is_audio(info.name):
+                    if not info.isdir() and _is_audio(info.name) and not _is_apple_double(raw, info):
                         yield Member(archive, info.name, info.offset_data, info.size, _not_there(info))
                 # tarfile takes a header that is cut off, or is none, for the end; there zeros have to be.
                 raw.seek(file.offset)
@@ -213,6 +215,13 @@ def _after_zeros(file: BinaryIO) -> int | None:
             at = file.tell() - len(rest)
             return at - at % tarfile.BLOCKSIZE
     return None
+
+
+def _is_apple_double(file: BinaryIO, info: tarfile.TarInfo) -> bool:
+    if not os.path.basename(info.name).startswith("._"):
+        return False
+    file.seek(info.offset_data)
+    return file.read(len(APPLE_DOUBLE)) == APPLE_DOUBLE
 
 
 def _not_there(info: tarfile.TarInfo) -> str:
@@ -238,7 +247,7 @@ def _read_tar(archive: Path, wanted: Sequence[Member]) -> Iterator[Extent | Audi
 def _list_zip(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as file:
         for i, info in enumerate(file.infolist()):
-            if not info.is_dir() and _is_audio(info.filename):
+            if not info.is_dir() and _is_audio(info.filename) and not info.filename.startswith(_MAC):
                 yield Member(archive, info.filename, i, info.file_size)
 
 

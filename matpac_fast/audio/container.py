@@ -14,6 +14,7 @@ from ..errors import AudioError
 
 # FFmpeg also reads play lists, which may name other files and addresses: only these, from this one file.
 _FORMATS = "aac,ac3,amr,ape,asf,avi,eac3,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,mpegvideo,wv"
+_LONGEST_GAP = 600.0  # seconds of silence where a file does not say how long it is; more is damage
 _SLACK_SECONDS = 0.5  # a container's length and its sound's differ by so much without anything being lost
 
 
@@ -73,11 +74,21 @@ class Container:
         self._container.close()
 
     def _decode(self, stream: Any) -> Iterator[np.ndarray]:
+        done, begin = 0, None
         try:
             for frame in itertools.chain(self._container.decode(stream), [None]):  # None: what is left
+                if frame is not None and frame.time is not None:
+                    begin = frame.time if begin is None else begin
+                    gap = frame.time - begin - done / self.samplerate
+                    if gap > (self.seconds or _LONGEST_GAP):
+                        raise ValueError(f"its time stamps leap by {gap:.1f} s")
+                    if gap > _SLACK_SECONDS:  # as where a recorder lost its signal: what comes after keeps its time
+                        yield np.zeros((round(gap * self.samplerate), self.channels), np.float32)
+                        done += round(gap * self.samplerate)
                 for converted in self._resampler.resample(frame):
                     if (converted.layout.nb_channels, converted.sample_rate) != (self.channels, self.samplerate):
                         raise ValueError("its channels or its rate change")
+                    done += converted.samples
                     yield converted.to_ndarray().reshape(-1, self.channels)
         except (self._error, ValueError) as error:
             raise AudioError(f"{self._path}: damaged: FFmpeg says {_plain(error)}") from None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,61 +285,6 @@ def _at_rate(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iter
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
-def find_audio(
-    folder: str | os.PathLike[str],
-    on_error: Callable[[Path, OSError], None] = lambda path, error: None,
-    also: frozenset[str] = frozenset(),
-) -> list[Path]:
-    """The audio files in `folder` and below, sorted, by suffix in any case.
-
-    Links are followed, each folder is visited once, by its real place where it has one below `folder`.
-
-    Args:
-        folder: where to look.
-        on_error: told of each folder below that cannot be read, is named like an audio file, or is a link to a folder
-            that holds it; the search goes on.
-        also: suffixes of other files to find, in lower case, such as ".tar" or ".tar.gz".
-
-    Raises:
-        AudioError: `folder` itself is none, or cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise AudioError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    found: list[str] = []
-    suffixes = AUDIO_SUFFIXES | NO_DECODER
-    seen: set[tuple[int, int]] = set()
-    links: list[str] = []  # to folders; visited last
-    waiting = [os.fspath(folder)]
-    while waiting or links:
-        here = waiting.pop() if waiting else links.pop(0)
-        try:
-            status = os.stat(here)
-            if (status.st_dev, status.st_ino) in seen:
-                inside = os.path.join(os.path.realpath(os.path.dirname(here)), "")
-                if inside.startswith(os.path.join(os.path.realpath(here), "")):
-                    on_error(Path(here), OSError(errno.ELOOP, "a link to a folder that holds it"))
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(here) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            if here == os.fspath(folder):
-                raise AudioError(f"{folder}: cannot be read: {error.strerror}") from None
-            on_error(Path(here), error)
-            continue
-        for entry in listed:
-            stem, suffix = os.path.splitext(entry.name.lower())
-            named = suffix in suffixes
-            if _is_folder(entry):
-                if named:
-                    on_error(Path(entry.path), OSError(errno.EISDIR, "a folder by the name of an audio file"))
-                (links if entry.is_symlink() else waiting).append(entry.path)
-            elif named or suffix in also or os.path.splitext(stem)[1] + suffix in also:
-                found.append(entry.path)
-    return [Path(path) for path in sorted(found)]
-
-
 def decoder_versions() -> dict[str, str]:
     """What decoded and resampled: embeddings depend on it, so it is written beside them."""
     soundfile, _ = _soundfile()
@@ -350,19 +294,6 @@ def decoder_versions() -> dict[str, str]:
         "soxr": _soxr().__version__,
         "quality": f"soxr {QUALITY}",
     }
-
-
-def folder_reason(error: OSError) -> str:
-    """What `find_audio` tells of a folder, for a list of what was left out."""
-    told = error.strerror or "unknown"
-    return told if error.errno in (errno.EISDIR, errno.ELOOP) else f"folder cannot be read: {told}"
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link into itself: listed as a file, it is rejected with its reason
-        return False
 
 
 def _is_chained(path: Path) -> bool:

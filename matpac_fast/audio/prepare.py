@@ -26,7 +26,8 @@ from ..files import atomic, sha256, storable
 from . import archives
 from .ahead import in_order
 from .corpus import REJECTED, shard_path, to_int16
-from .decode import AUDIO_SUFFIXES, AudioFile, find_audio, folder_reason
+from .decode import AUDIO_SUFFIXES, AudioFile
+from .find import find_audio, folder_reason
 from .store import Row, Settings, Store
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from ..audio.ahead import in_order
 from ..audio.archives import ARCHIVES, COMPRESSED, is_archive, unpacked
 from ..audio.corpus import FULL_SCALE, INDEX, METADATA, SHARDS, Corpus
-from ..audio.decode import AudioFile, find_audio, folder_reason, read_blocks, resampled
+from ..audio.decode import AudioFile, read_blocks, resampled
+from ..audio.find import find_audio, folder_reason
 from ..errors import AudioError, ConfigError, CorpusError
 from ..files import arrow_file, local, storable
 from .packed import Content, Listing, Packed, state
@@ -296,11 +297,11 @@ def _listed(source: Path) -> list[str]:
         raise AudioError(f"{source}: cannot be read: {error.strerror}") from None
     if any(b"\0" in line for line in lines):
         raise AudioError(
-            f"{source}: no text; expected a folder, or a text file with one path of audio a line: to embed this file "
-            f"alone, write its path into one; for all beside it, give {source.parent}"
+            f"{source}: no text in UTF-8; expected a folder, or a text file with one path of audio a line: to embed "
+            f"this file alone, write its path into one; for all beside it, give {source.parent}"
         )
     names = (os.fsdecode(line.rstrip(b"\r")) for line in lines)
-    return list(dict.fromkeys(os.path.normpath(name) for name in names if name))
+    return list(dict.fromkeys(str(Path(name)) for name in names if name))  # ".." stays: before it may be a link
 
 
 def _changed(path: Path) -> AudioError:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._cores import n_cores
 from ..audio.corpus import to_int16
-from ..audio.decode import find_audio, read_blocks
+from ..audio.decode import read_blocks
+from ..audio.find import find_audio
 from ..audio_encoder import AudioEncoder
 from ..config import MatpacConfig
 from ..errors import AudioError, ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..audio.decode import find_audio
+from ..audio.find import find_audio
 from ..files import local, storable
 from .task import DatasetError, Fold, Layout, Task, class_indices, deal_groups, rotate_folds
 

@@ -22,6 +22,7 @@ from matpac_fast import cli
 from matpac_fast.audio import archives
 from matpac_fast.audio import prepare as module
 from matpac_fast.audio.corpus import Corpus
+from matpac_fast.audio.find import APPLE_DOUBLE, find_audio
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.errors import AudioError, CorpusError
 from matpac_fast.files import sha256
@@ -434,3 +435,17 @@ def test_a_column_audio_of_something_else_is_said(tmp_path, kind):
     wanted = [archives.Member(tmp_path / "x.parquet", "a", 0, 1)]
     (found,) = archives.contents(tmp_path / "x.parquet", wanted)
     assert isinstance(found, AudioError)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.ZIP"])
+def test_what_macos_keeps_about_files_is_no_audio(files, tmp_path, name):
+    kept = "__MACOSX/._a.wav" if name == "x.ZIP" else "._a.wav"
+    (files / kept).parent.mkdir(exist_ok=True)
+    (files / kept).write_bytes(APPLE_DOUBLE + bytes(200))
+    shutil.copy(files / "a.wav", files / "._b.wav")  # which is only called so
+    PACKERS[name](files, tmp_path / name, (kept, "a.wav", "._b.wav"))
+    inside, reason = archives.members(tmp_path / name)
+    assert ([member.name for member in inside], reason) == (["a.wav", "._b.wav"], None)
+    found = {path.name for path in find_audio(files)}
+    assert "._b.wav" in found
+    assert "._a.wav" not in found

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from matpac_fast.audio import container
 from matpac_fast.audio.decode import AudioFile, read_audio, read_blocks
 from matpac_fast.errors import AudioError
 
@@ -161,3 +162,31 @@ def test_damage_is_an_audio_error_and_nothing_else(tmp_path, name):
         (tmp_path / name).write_bytes(damaged)
         with contextlib.suppress(AudioError):
             read_audio(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts.mpg"])
+def test_what_comes_after_a_gap_keeps_its_time(tmp_path, name):
+    path, rate = tmp_path / name, 16_000
+    tone = (np.sin(np.arange(1024) * 2 * np.pi * 500 / rate) / 2).astype(np.float32)
+    with av.open(str(path), "w", format="mpegts" if "ts" in name else None) as file:
+        stream = file.add_stream("aac", rate=rate, layout="mono")
+        for i in range(60):
+            frame = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = rate, 1024 * i + (3 * rate if i >= 30 else 0)
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode(None):
+            file.mux(packet)
+    wave = read_audio(path)
+    assert len(wave) == pytest.approx(60 * 1024 + 3 * rate, abs=4096)
+    loud = np.abs(wave[: len(wave) // 800 * 800]).reshape(-1, 800).max(1) > 0.1  # of each 50 ms
+    begin, end = np.flatnonzero(~loud[4:-4])[[0, -1]] + 4
+    assert begin * 0.05 == pytest.approx(30 * 1024 / rate, abs=0.2)
+    assert end * 0.05 == pytest.approx(30 * 1024 / rate + 3, abs=0.2)
+
+
+def test_time_stamps_that_leap_are_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(container, "_LONGEST_GAP", 1.0)
+    test_what_comes_after_a_gap_keeps_its_time(tmp_path, "a.mp4")  # which says how long it is
+    with pytest.raises(AudioError, match="damaged: FFmpeg says its time stamps leap by 3"):
+        test_what_comes_after_a_gap_keeps_its_time(tmp_path, "a.mkv")

@@ -15,7 +15,8 @@ import soundfile
 import soxr
 
 from matpac_fast.audio import decode, mpeg
-from matpac_fast.audio.decode import find_audio, read_audio, read_blocks, resample
+from matpac_fast.audio.decode import read_audio, read_blocks, resample
+from matpac_fast.audio.find import find_audio
 from matpac_fast.errors import AudioError
 
 RATE = 44_100

@@ -238,6 +238,17 @@ def test_too_many_errors_stop_it_before_the_shard_is_written(source, tmp_path, c
     assert "stopped: too many files could not be used" in capsys.readouterr().out
 
 
+def test_what_lies_above_a_link_is_where_the_link_leads(source, tmp_path):
+    (source / "real" / "sub").mkdir(parents=True)
+    (source / "link").symlink_to(Path("real", "sub"))
+    soundfile.write(source / "real" / "0.wav", crew.noise(800), RATE)  # shorter than that beside the list
+    (source / "list.txt").write_text("link/../0.wav\n")
+    embed_collection(source / "list.txt", tmp_path / "out", crew.Tiny())
+    (row,) = pq.read_table(tmp_path / "out" / "shard-00000.parquet").to_pylist()
+    assert row["path"] == "link/../0.wav"
+    assert row["end"] == 0.1
+
+
 def test_a_list_of_files(source, tmp_path):
     (source / "sub").mkdir()
     os.rename(source / "3.wav", source / "sub" / "3.wav")
@@ -252,7 +263,7 @@ def test_a_list_of_files(source, tmp_path):
         "\\xff.wav": "the name is not UTF-8: rename the file",
     }
     assert report.total == 5
-    with pytest.raises(AudioError, match=r"no text; expected a folder, or a text file with one path"):
+    with pytest.raises(AudioError, match=r"no text in UTF-8; expected a folder, or a text file with one path"):
         embed_collection(source / "0.wav", tmp_path / "other", crew.Tiny())
     (source / "list.txt").write_text("\n\n")
     with pytest.raises(AudioError, match="no audio files in this list"):

@@ -298,3 +298,10 @@ def test_turns_do_not_overlap(tmp_path):
         process.join(60)
         assert process.exitcode == 0
     assert (tmp_path / "log").read_text() == "in out " * 15
+
+
+def test_a_lease_may_last_for_ever(tmp_path):
+    with Leases(tmp_path, float("inf")) as leases:
+        assert leases.claim("a")
+        leases._thread.join(0.2)
+        assert leases._thread.is_alive()
