@@ -30,7 +30,7 @@ MODULES = [
 LAUNCHES: dict[str, Launch] = {launch.name: launch for module in MODULES for launch in module.AOT}
 # Launch options are chosen for the pinned Triton; another allocates registers in its own way, an old one worse.
 VERSION = TorchVersion(triton.__version__)
-SPILLS = 0 if triton.__version__.startswith("3.7.") else 64 if VERSION >= "3.6" else 256
+SPILLS = 0 if triton.__version__.startswith("3.7.") else 64 if VERSION >= "3.6" else 512
 Key = tuple[str, int]  # a launch's name and a compute capability
 # Triton 3.2, which torch 2.6 brings, knows no Blackwell.
 NEWEST = 90 if VERSION < "3.3" else 120

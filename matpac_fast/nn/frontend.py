@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..reference import patches
+from .linear import is_plain
 from .vit import shorten_positions, sincos_positions
 
 
@@ -42,6 +43,15 @@ class Frontend(nn.Module):
     def split(self, spec: Tensor, ids_shuffle: Tensor, n_visible: int) -> tuple[Tensor, Tensor]:
         """(B, F, T) -> visible (B, 1 + V, D) for the student; masked (B, 1 + M, D), no gradient, for the teacher."""
         proj = self.patch_embed.proj
+        if not is_plain(proj, nn.Conv2d):
+            tokens = self(spec)
+            visible, masked = (
+                torch.cat(
+                    [tokens[:, :1], tokens[:, 1:].gather(1, ids.long()[..., None].expand(-1, -1, tokens.shape[2]))], 1
+                )
+                for ids in (ids_shuffle[:, :n_visible], ids_shuffle[:, n_visible:])
+            )
+            return visible, masked.detach()
         assert proj.bias is not None
         pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
         return ops.masked_patch_embed(spec, proj.weight, proj.bias, pos, self.cls_token, ids_shuffle, n_visible)
@@ -49,8 +59,11 @@ class Frontend(nn.Module):
     def forward(self, spec: Tensor) -> Tensor:
         """(B, F, T) with T a multiple of the patch size -> every token and CLS, (B, 1 + N, D), frequency-major."""
         proj = self.patch_embed.proj
-        # As a product: cuDNN runs a float32 convolution in TF32, ten bits, unless it is told not to.
-        tokens = F.linear(patches(spec, self.patch_size), proj.weight.flatten(1), proj.bias)  # (B, N, D)
+        if is_plain(proj, nn.Conv2d):
+            # As a product: cuDNN runs a float32 convolution in TF32, ten bits, unless it is told not to.
+            tokens = F.linear(patches(spec, self.patch_size), proj.weight.flatten(1), proj.bias)  # (B, N, D)
+        else:  # wrapped, as LoRA does, pruned or hooked
+            tokens = proj(spec[:, None]).flatten(2).transpose(1, 2)
         pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
         cls = (self.cls_token + pos[:, :1]).expand(spec.shape[0], -1, -1)
         return torch.cat([cls, tokens + pos[:, 1:]], dim=1)

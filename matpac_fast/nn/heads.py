@@ -39,6 +39,9 @@ class ClassificationHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Latents (..., D) -> unit features (..., bottleneck), to be multiplied with `last_layer.matrix()`."""
-        first, _, second, _, last = self.mlp
-        x = linear(last, linear_gelu(second, linear_gelu(first, x)))  # pyright: ignore[reportArgumentType]
+        if [type(layer) for layer in self.mlp][1::2] == [nn.GELU, nn.GELU]:
+            first, _, second, _, last = self.mlp
+            x = linear(last, linear_gelu(second, linear_gelu(first, x)))  # pyright: ignore[reportArgumentType]
+        else:  # somebody has changed it
+            x = self.mlp(x)
         return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)

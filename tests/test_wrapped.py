@@ -1,0 +1,67 @@
+"""What a user wraps, prunes or changes in a model is what runs."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.utils import prune
+
+from matpac_fast import Matpac, MatpacConfig
+from matpac_fast.vit_encoder import Encoder
+
+
+class Adapted(torch.nn.Module):
+    """A layer and what is learnt beside it, with the layer's weights under their names, as PEFT wraps one."""
+
+    def __init__(self, layer: torch.nn.Conv2d):
+        super().__init__()
+        self.layer, self.more = layer.requires_grad_(False), torch.nn.Conv2d(1, layer.out_channels, 16, stride=16)
+        torch.nn.init.zeros_(self.more.weight)
+        torch.nn.init.zeros_(self.more.bias)
+
+    weight = property(lambda self: self.layer.weight)
+    bias = property(lambda self: self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(x) + self.more(x)
+
+
+def test_a_wrapped_patch_projection_is_called():
+    model, spec = Matpac(MatpacConfig.preset("nano")), torch.randn(2, 80, 96)
+    plain = model(spec)
+    proj = Adapted(model.frontend.patch_embed.proj)
+    model.frontend.patch_embed.proj = proj  # pyright: ignore[reportAttributeAccessIssue]
+    wrapped = model(spec)
+    torch.testing.assert_close(wrapped.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    wrapped.loss.backward()
+    assert proj.more.weight.grad is not None
+    assert proj.more.weight.grad.abs().max() > 1e-4
+    torch.nn.init.normal_(proj.more.weight)
+    assert (model(spec).loss - plain.loss).abs() > 1e-3
+
+
+def test_a_wrapped_patch_projection_of_an_encoder_is_called():
+    encoder, waves = Encoder(n_frames=64, width=32, depth=2, num_heads=2), torch.randn(2, 16_000) / 10
+    plain = encoder(waves)
+    encoder.requires_grad_(False)
+    proj = Adapted(encoder.frontend.patch_embed.proj)
+    encoder.frontend.patch_embed.proj = proj  # pyright: ignore[reportAttributeAccessIssue]
+    wrapped = encoder(waves)
+    torch.testing.assert_close(wrapped, plain, rtol=1e-4, atol=1e-5)
+    wrapped.sum().backward()
+    assert proj.more.weight.grad is not None
+
+
+def test_a_pruned_patch_projection_trains():
+    model, spec = Matpac(MatpacConfig.preset("nano")), torch.randn(2, 80, 96)
+    prune.l1_unstructured(model.frontend.patch_embed.proj, "weight", amount=0.5)
+    for step in range(3):
+        model(spec, step=step).loss.backward()
+
+
+def test_a_changed_head_is_what_runs():
+    model, spec = Matpac(MatpacConfig.preset("nano")), torch.randn(2, 80, 96)
+    plain = model(spec)
+    model.head.mlp[1] = torch.nn.ReLU()
+    assert model(spec).loss != plain.loss
+    model.head.mlp = torch.nn.Sequential(*model.head.mlp, torch.nn.Identity())
+    model(spec).loss.backward()
