@@ -220,18 +220,20 @@ def prototype_cases(batch: int) -> Iterator[tuple[str, Call, list[Options]]]:
     weights = [randn(2048, 256, dtype=BF16).requires_grad_(side == 0) for side in range(2)]
     center = randn(2048) / 100
     temps = [torch.tensor(value, device=DEVICE) for value in (0.1, 0.04)]
+    stream = torch.cuda.Stream()
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
 
     def step() -> tuple[Tensor, ...]:
         loss, mean = ops.prototype_loss(features[0], weights[0], features[1], weights[1], center, *temps)
-        return loss, mean, *torch.autograd.grad(loss.mean(), (features[0], weights[0]))
+        return loss.detach(), mean, *torch.autograd.grad(loss.mean(), (features[0], weights[0]))
 
     def call(o: Options | None) -> tuple[Tensor, ...]:
         if str(o) not in graphs:
             with mock.patch.dict(_prototype_launchers._CHUNK_BYTES, {"cuda": 2 ** o["LOG2_BYTES"]} if o else {}):
-                step()
+                with torch.cuda.stream(stream):
+                    step()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=stream):
                     graphs[str(o)] = graph, step()
         graph, results = graphs[str(o)]
         graph.replay()
