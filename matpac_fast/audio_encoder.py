@@ -245,7 +245,7 @@ class AudioEncoder(nn.Module):
         windowing = self._windowing(None, None, pool, layers, "keep")
         waves = _mono(_tensor(waves, "embed_windows: waves"), "embed_windows: waves", dims=(2,)).to(self.device)
         if waves.dtype.itemsize == 2:
-            waves = waves / 32768.0 if waves.dtype == torch.int16 else waves.float()
+            waves = waves.float() / 32768.0 if waves.dtype == torch.int16 else waves.float()
         products = autocast_dtype(self.device) if self.autocasts and torch.is_grad_enabled() else None
         found = extract(self, waves, windowing, batch_size, products)
         values = torch.stack([f.values for f in found])  # (N, T, [L,] E), T 1 where pooled
@@ -282,7 +282,7 @@ class AudioEncoder(nn.Module):
         """A wave of any supported dtype as finite float32, wherever it is; `what` begins the error's message."""
         wave = _tensor(wave, what).detach()
         if wave.dtype == torch.int16:
-            return wave / 32768.0
+            return wave.float() / 32768.0  # else it were of the application's default dtype
         wave = wave.float()
         low, high = _extremes(wave) if wave.numel() else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):

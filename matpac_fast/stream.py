@@ -12,6 +12,8 @@ from .audio.decode import resampler
 from .embedding import Embeddings, Network, Windowing, extract
 from .errors import AudioError, ConfigError
 
+_BYTES = 4  # of a sample in float32
+
 
 class Stream:
     """Takes blocks of any size, gives embeddings as soon as their windows are full: those of `AudioEncoder.embed`.
@@ -29,7 +31,7 @@ class Stream:
         rates = sample_rate, encoder.sample_rate
         self._resampler = resampler(*rates) if rates[0] != rates[1] else None
         self._finished = False
-        self._buffer = np.empty(0, np.float32)  # at the encoder's rate
+        self._buffer = bytearray()  # float32 at the encoder's rate; grows and shrinks without being copied
         self._begin = 0  # the buffer's first sample in the stream
         self._received = 0  # samples, at the encoder's rate
         self._next = 0  # where the next window starts
@@ -79,10 +81,15 @@ class Stream:
     def _extend(self, wave: np.ndarray, last: bool) -> None:
         if self._resampler is not None:
             wave = self._resampler.resample_chunk(wave, last=last)
-        used = min(self._next - self._begin, len(self._buffer))
-        self._begin += used
+        begin = min(self._next, self._received)
+        del self._buffer[: _BYTES * (begin - self._begin)]
+        self._begin = begin
         self._received += len(wave)
-        self._buffer = np.concatenate([self._buffer[used:], wave])
+        self._buffer += wave.tobytes()
+
+    def _section(self, a: int, b: int) -> Tensor:
+        # A copy: the buffer cannot grow while a tensor has its memory.
+        return torch.from_numpy(np.frombuffer(self._buffer, np.float32)[a - self._begin : b - self._begin].copy())
 
     def _whole_windows(self) -> list[tuple[int, int]]:
         """Sections (start, end) of the stream that hold the windows which nothing to come can change."""
@@ -108,7 +115,7 @@ class Stream:
     def _found(self, sections: list[tuple[int, int]]) -> list[Embeddings]:
         """The embeddings of each section, at their times in the stream."""
         device, rate = self._encoder.device, self._encoder.sample_rate
-        waves = (torch.from_numpy(self._buffer[a - self._begin : b - self._begin]).to(device) for a, b in sections)
+        waves = (self._section(a, b).to(device) for a, b in sections)
         with torch.no_grad():
             found = extract(self._encoder, waves, self._windowing, self._batch_size)
             # Counted in samples, so that the seconds are those of `embed` to the bit: tables are joined by them.

@@ -76,8 +76,32 @@ def test_memory_does_not_grow(encoder, support):
     for _ in range(300):
         stream.push(block)
         longest = max(longest, len(stream._buffer))
-    assert longest < 1.2 * SECOND
+    assert longest < 1.2 * SECOND * 4  # bytes
     assert float(stream.finish().end[-1]) == 30.0
+
+
+def test_a_block_is_copied_once_however_much_waits(encoder, peak_growth):
+    stream = encoder.stream(SECOND, temporal_support=600.0)
+    stream.push(noise(300 * SECOND))  # 18 MiB
+    block = noise(160)
+
+    def push() -> None:
+        for _ in range(100):
+            stream.push(block)
+
+    push()  # the buffer has room from here on
+    assert peak_growth(push) < 4
+
+
+def test_a_callers_block_may_be_filled_anew(encoder):
+    wave, block = noise(SECOND), np.empty(1_000, np.float32)
+    stream = encoder.stream(SECOND, temporal_support=0.5)
+    found = []
+    for part in wave.reshape(16, 1_000):
+        block[:] = part
+        found.append(stream.push(block))
+    values = joined([*found, stream.finish()])[0]
+    torch.testing.assert_close(values, encoder.embed(wave, SECOND, temporal_support=0.5).values, rtol=0, atol=1e-5)
 
 
 def test_pcm_and_tensors_stream_alike(encoder):
@@ -90,14 +114,17 @@ def test_pcm_and_tensors_stream_alike(encoder):
 
 @pytest.mark.parametrize("support", [0.5, None])
 def test_the_applications_defaults_change_nothing(encoder, support):
+    pcm = (noise(2 * SECOND + 100) * 32768).astype(np.int16)
+    want = encoder.embed(pcm, SECOND, support).values
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):  # as torch.set_default_device("cuda") in a service with the encoder on the CPU
             stream = encoder.stream(SECOND, support)
-            found = [stream.push(noise(100)), stream.push(noise(2 * SECOND)), stream.finish()]
+            found = [stream.push(pcm[:100]), stream.push(pcm[100:]), stream.finish()]
     finally:
         torch.set_default_dtype(torch.float32)
     assert not len(found[0])
+    torch.testing.assert_close(joined(found)[0], want, rtol=0, atol=1e-5)
     for part in found:
         assert [part.values.dtype, part.start.dtype, part.end.dtype] == [torch.float32, torch.float64, torch.float64]
         assert {t.device.type for t in (part.values, part.start, part.end)} == {"cpu"}
