@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import matpac_fast as mf
+from matpac_fast import cli
 
 
 def test_public_names():
@@ -45,3 +46,9 @@ def test_the_module_prints_what_runs_here():
     run = subprocess.run([sys.executable, "-m", "matpac_fast"], capture_output=True, text=True, check=True)
     assert f"matpac_fast {mf.__version__}" in run.stdout
     assert all(name in run.stdout for name in ("reference", "cpp", "cuda", "triton", "log_mel", "prototype_loss"))
+
+
+def test_the_module_with_arguments_is_the_command_line():
+    run = subprocess.run([sys.executable, "-m", "matpac_fast", "embd"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (cli.FAILED, "")
+    assert "no command 'embd'" in run.stderr
