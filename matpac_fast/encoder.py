@@ -55,7 +55,7 @@ def register_encoder(name: str, load: Loader | str, mark: str | None = None) -> 
     an entry point instead: a name and "module:function" in the group `matpac_fast.encoders`.
 
     Args:
-        name: without a colon. One that is known already is replaced.
+        name: without a colon or slash. One that is known already is replaced.
         load: a function (argument: str, device: torch.device, dtype: torch.dtype) -> AudioEncoder, or where it is,
             "module:function", which is imported when it is needed. The argument is "" where none was given. Where
             it has a parameter `num_heads`, that is what `load_encoder` was given.
@@ -64,8 +64,10 @@ def register_encoder(name: str, load: Loader | str, mark: str | None = None) -> 
     Raises:
         ConfigError: a name that cannot be.
     """
-    if not name or ":" in name or name in (*KINDS, *_ALIASES, *PACKAGED) or name.startswith(_UNTRAINED):
-        raise ConfigError(f"register_encoder: name is {name!r}; expected one without a colon that is not built in")
+    if not name or {":", os.sep} & set(name) or name in (*KINDS, *_ALIASES, *PACKAGED) or name.startswith(_UNTRAINED):
+        raise ConfigError(
+            f"register_encoder: name is {name!r}; expected one without a colon or {os.sep} that is not built in"
+        )
     lazy = importlib.metadata.EntryPoint(name, load, _ENTRY_POINTS) if isinstance(load, str) else load
     _registry[name] = _Registered(lazy, mark)
 
@@ -310,4 +312,4 @@ def _load_registered(
     encoder = load(argument, device, dtype, **options)
     if not isinstance(encoder, AudioEncoder):
         raise CheckpointError(f"encoder {name!r}: {where} gave a {type(encoder).__name__}, not an AudioEncoder")
-    return encoder.eval()
+    return encoder.requires_grad_(False).eval()

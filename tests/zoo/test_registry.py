@@ -92,9 +92,9 @@ def test_the_encoder_in_the_docs(own_names):
     assert encoder.embed(wave, 44_100, 0.5).values.shape[1] == 2
 
 
-@pytest.mark.parametrize("name", ["", "a:b", "m2d", "random-init", "untrained-mine"])
+@pytest.mark.parametrize("name", ["", "a:b", "team/a", "m2d", "random-init", "untrained-mine"])
 def test_names_that_cannot_be(own_names, name):
-    with pytest.raises(ConfigError, match="expected one without a colon that is not built in"):
+    with pytest.raises(ConfigError, match="expected one without a colon or / that is not built in"):
         mf.register_encoder(name, "x:y")
 
 
@@ -114,6 +114,8 @@ def test_what_is_registered_may_be_a_reference_a_mark_and_an_option(own_names, t
     mf.load_encoder(path, "cpu")
     mf.load_encoder("marked:any thing", "cpu", num_heads=3)
     assert asked == [(str(path), None), ("any thing", 3)]
+    mf.register_encoder("trained", lambda argument, device, dtype: mf.load_encoder("passt").requires_grad_().train())
+    assert not any(p.requires_grad for p in mf.load_encoder("trained", "cpu").parameters())
     mf.register_encoder("liar", lambda argument, device, dtype: None)
     with pytest.raises(CheckpointError, match="encoder 'liar': .* gave a NoneType, not an AudioEncoder"):
         mf.load_encoder("liar", "cpu")
