@@ -214,7 +214,8 @@ class AudioEncoder(nn.Module):
     ) -> Iterator[Embeddings]:
         """`embed` for clips that do not fit into memory together: takes and yields them one by one, in order.
 
-        A clip's embeddings may come up to 128 clips after it was taken, since its windows wait to fill a batch.
+        A clip's embeddings may come up to 128 clips after it was taken, since its windows wait to fill a batch. At a
+        clip that cannot be used it ends: the embeddings of those before it come first, then the error.
         """
         windowing = self._windowing(temporal_support, hop, pool, layers, remainder)
         return torch.no_grad()(extract)(self, self._clips(clips, sample_rate), windowing, batch_size)

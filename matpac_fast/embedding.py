@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -126,12 +127,11 @@ def extract(
 
     The network's products are autocast to `products`, or taken in its own dtype.
     """
-    batch_size = windows_at_once(network.device) if batch_size is None else batch_size
-    if batch_size < 1 or batch_size % 1:
-        raise ConfigError(f"embed: batch_size is {batch_size!r}; expected a whole number, at least 1")
-    batches = _Batches(network, windowing, batch_size, products)
+    at_once = windows_at_once(network.device) if batch_size is None else _whole(batch_size)
+    batches = _Batches(network, windowing, at_once, products)
     waiting: deque[_Clip] = deque()
-    for wave in clips:
+    faults: list[Exception] = []
+    for wave in _until_fault(clips, faults):
         with _no_autocast(network):
             clip = _Clip(network, len(wave), windowing)
             waiting.append(clip)
@@ -145,6 +145,26 @@ def extract(
         batches.flush()
     while waiting:
         yield waiting.popleft().embeddings()
+    if faults:
+        raise faults[0]
+
+
+def _whole(batch_size: int) -> int:
+    try:
+        size = operator.index(batch_size)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise ConfigError(f"embed: batch_size is {batch_size!r}; expected a whole number, at least 1")
+    return size
+
+
+def _until_fault(clips: Iterable[Tensor], faults: list[Exception]) -> Iterator[Tensor]:
+    """The clips before one that cannot be had, whose error is kept in `faults`."""
+    try:
+        yield from clips
+    except Exception as error:
+        faults.append(error)
 
 
 def _no_autocast(network: Network) -> torch.autocast:

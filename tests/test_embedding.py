@@ -202,6 +202,15 @@ def test_log_mel_is_computed_once_a_clip_where_that_is_exact(encoder, monkeypatc
     assert sum(calls) == len(spans)
 
 
+def test_what_comes_before_a_bad_clip_is_not_lost(encoder):
+    good = [noise(8_000, seed=i) for i in range(3)]
+    many = encoder.embed_many([*good, np.full(8, np.nan), good[0]], SECOND, batch_size=16)
+    for wave in good:
+        torch.testing.assert_close(next(many).values, encoder.embed(wave, SECOND).values, rtol=0, atol=1e-5)
+    with pytest.raises(AudioError, match="clip 3 holds NaN"):
+        next(many)
+
+
 class Small(Counting):
     """Fails as an allocator does when more than two pieces come at once."""
 
@@ -279,6 +288,8 @@ def test_a_piece_of_a_long_clip_that_waits_does_not_keep_it_alive(encoder):
         (np.zeros(8), {"temporal_support": 1, "hop": [1]}, ConfigError, r"hop is \[1\], a list; expected seconds"),
         (np.zeros(8), {"batch_size": 0}, ConfigError, "batch_size is 0"),
         (np.zeros(8), {"batch_size": 2.5}, ConfigError, "batch_size is 2.5"),
+        (np.zeros(8), {"batch_size": 16.0}, ConfigError, "batch_size is 16.0; expected a whole number"),
+        (np.zeros(8), {"batch_size": "16"}, ConfigError, "batch_size is '16'; expected a whole number"),
         (np.zeros(1), {"sample_rate": 192_000}, AudioError, "no audio, at 16000 Hz"),
     ],
 )
