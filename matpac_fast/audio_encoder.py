@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import numbers
 import os
@@ -53,7 +54,7 @@ class AudioEncoder(nn.Module):
         beyond: what becomes of a window longer than that, for people to read.
         autocasts: whether `embed_windows` hands the caller's autocast on to `forward_pieces`, which then keeps out of
             it what must not be rounded.
-        settings: what beside the weights decides the embeddings; part of `id`.
+        settings: what beside the weights decides the embeddings, of what JSON can hold; part of `id`.
     """
 
     name: str = "encoder"
@@ -83,9 +84,9 @@ class AudioEncoder(nn.Module):
             yield F.pad(clip[a:b], (0, max(b, a + self.min_samples) - min(b, len(clip))))
 
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
-        """(N, ...) pieces of one shape -> (N, L, E) float32, sums over their frames; with pool "none" (N, L, T, E).
+        """(N, ...) pieces of one shape -> (N, L, E), sums over their frames; with pool "none" (N, L, T, E).
 
-        L is 1 with layers "last".
+        L is 1 with layers "last". Of any floating-point dtype: the caller makes it float32.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no forward_pieces; write forward_pieces(self, pieces, pool, layers), which "
@@ -124,7 +125,16 @@ class AudioEncoder(nn.Module):
     @property
     def id(self) -> str:
         """SHA-256 over settings, names and weights: the same embeddings have the same id, whatever the file."""
-        digest = hashlib.sha256(repr(sorted(self.settings.items())).encode())
+        settings: Any = getattr(self, "settings", None)
+        try:
+            json.dumps(settings)  # not a set, whose order is another in each process
+            items = sorted(settings.items())
+        except (AttributeError, TypeError, ValueError):
+            raise ConfigError(
+                f"{self.name}: settings is {settings!r}; expected a dict, which JSON can hold, of what beside the "
+                "weights decides the embeddings: give the class one"
+            ) from None
+        digest = hashlib.sha256(repr(items).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def extract(
         with _no_autocast(network):
             clip = _Clip(network, len(wave), windowing)
             waiting.append(clip)
-            for i, piece in enumerate(network.pieces(wave, clip.spans)):
+            for i, piece in enumerate(clip.pieces(wave)):
                 batches.add(piece, clip, i)
             while len(waiting) > _CLIPS_WAITING and waiting[0].missing:
                 batches.flush(waiting[0])
@@ -195,15 +195,35 @@ class _Clip:
         self._rows: Tensor | None = None  # (R, L, E)
         self.missing = len(pieces)
 
+    def pieces(self, wave: Tensor) -> Iterator[Tensor]:
+        """Of the network, if they are as many as its `columns` or `rows` says."""
+        count, promised = 0, self.missing
+        for piece in self._network.pieces(wave, self.spans):
+            count += 1
+            if count <= promised:
+                yield piece
+        if count != promised or not all(self._columns):
+            raise ConfigError(
+                f"{self._network.name}: pieces gave {count} for {len(self.spans)} windows, and columns (or rows) lists "
+                f"{promised}; expected of each window a piece or more, and as many numbers in that list"
+            )
+
     def receive(self, first: int, results: Tensor) -> None:
         """Results of pieces that follow each other from number `first`: (N, L, E), or with pool "none" (N, L, T, E)."""
+        n = len(results)
         if self._windowing.pool == "none":
+            promised = np.diff(self._first_row[first : first + n + 1])
+            if (wrong := promised != results.shape[2]).any():
+                raise ConfigError(
+                    f"{self._network.name}: forward_pieces gave {results.shape[2]} frames for a piece, and columns (or "
+                    f"rows) says {promised[wrong][0]}; expected as many: mend whichever is wrong"
+                )
             results = results.transpose(1, 2).flatten(0, 1)  # (N * T, L, E)
         if self._rows is None:
             self._rows = results.new_empty((int(self._first_row[-1]), *results.shape[1:]))
         begin = int(self._first_row[first])
         self._rows[begin : begin + len(results)] = results
-        self.missing -= int(np.searchsorted(self._first_row, begin + len(results))) - first
+        self.missing -= n
 
     def embeddings(self) -> Embeddings:
         assert self._rows is not None
@@ -290,9 +310,7 @@ class _Batches:
             pieces += [torch.stack([piece for piece, _, _ in jobs]) for jobs in groups]
             with torch.autocast(self._network.device.type, self._products, enabled=self._products is not None):
                 results = self._network.forward_groups(pieces, self._windowing.pool, self._windowing.layers)
-            for piece, found in zip(pieces, results, strict=True):
-                self._check(found, len(piece))
-            return results
+            return [self._checked(found, len(piece)) for piece, found in zip(pieces, results, strict=True)]
         except RuntimeError as error:
             if sum(map(len, groups)) == 1 or not is_out_of_memory(error):
                 raise
@@ -302,9 +320,12 @@ class _Batches:
             torch.cuda.empty_cache()
         return None
 
-    def _check(self, found: Tensor, n: int) -> None:
-        """What a network of somebody else's may have got wrong, and what would else be embeddings of another width."""
+    def _checked(self, found: Any, n: int) -> Tensor:
+        """As float32; raises on what a network of somebody else's may have got wrong."""
         network, frames = self._network, ["T"] * (self._windowing.pool == "none")
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            kind = found.dtype if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ConfigError(f"{network.name}: forward_pieces gave {kind}; expected a floating-point tensor of torch")
         layers = network.n_layers if self._windowing.layers == "all" else 1
         if tuple(found.shape) != (n, layers, *found.shape[2 : 2 + len(frames)], network.embedding_dim):
             wanted = ", ".join(map(str, [n, layers, *frames, network.embedding_dim]))
@@ -312,6 +333,7 @@ class _Batches:
                 f"{network.name}: forward_pieces gave {tuple(found.shape)} with pool {self._windowing.pool!r}; "
                 f"expected ({wanted}): pieces, layers, {'frames, ' * len(frames)}embedding_dim"
             )
+        return found.float()
 
 
 def _deliver(jobs: list[_Job], results: Tensor) -> None:

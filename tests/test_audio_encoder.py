@@ -162,6 +162,95 @@ def test_an_encoder_of_ones_own_is_autocast_where_it_says_so(told):
     assert torch.equal(found, rounded if told else waves @ torch.ones(100, 4))
 
 
+class Own(AudioEncoder):
+    """Mean and peak of frames of a tenth of a second."""
+
+    name, sample_rate, embedding_dim, frame_samples, settings = "own", 1_000, 2, 100, {"kind": "own"}
+
+    def columns(self, n_samples: int) -> list[int]:
+        return [n_samples // 100]
+
+    def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+        frames = pieces.unfold(1, 100, 100)
+        frames = torch.stack([frames.mean(2), frames.amax(2)], 2)[:, None]
+        return frames if pool == "none" else frames.sum(2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "pool", "message"),
+    [
+        ([11], "none", r"own: forward_pieces gave 10 frames for a piece, and columns \(or rows\) says 11"),
+        ([9], "none", r"own: forward_pieces gave 10 frames for a piece, and columns \(or rows\) says 9"),
+        ([10, 10], "none", r"own: pieces gave 3 for 3 windows, and columns \(or rows\) lists 6"),
+        ([10, 10], "mean", r"own: pieces gave 3 for 3 windows, and columns \(or rows\) lists 6"),
+        ([], "none", r"own: pieces gave 3 for 3 windows, and columns \(or rows\) lists 0"),
+        ([], "mean", r"own: pieces gave 3 for 3 windows, and columns \(or rows\) lists 0"),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_pieces_and_frames_are_as_many_as_columns_says(monkeypatch, columns, pool, message, batch_size):
+    monkeypatch.setattr(Own, "columns", lambda self, n_samples: columns)
+    with pytest.raises(ConfigError, match=message):
+        Own().embed(noise(3_000), 1_000, 1.0, pool=pool, batch_size=batch_size)
+
+
+def test_a_window_without_pieces_is_told(monkeypatch):
+    monkeypatch.setattr(Own, "columns", lambda self, n_samples: [])
+    monkeypatch.setattr(Own, "pieces", lambda self, clip, spans: iter(()))
+    with pytest.raises(ConfigError, match="own: pieces gave 0 for 1 windows, .* expected of each window a piece"):
+        Own().embed(noise(1_000), 1_000)
+
+
+def test_a_window_too_short_for_a_frame_has_none():
+    class Short(Own):
+        def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
+            if pieces.shape[1] < 100:
+                return pieces.new_zeros(len(pieces), 1, 0, 2)
+            return super().forward_pieces(pieces, pool, layers)
+
+    assert Short().embed(noise(1_050), 1_000, 0.5, pool="none", batch_size=1).values.shape == (10, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_embeddings_are_float32_whatever_the_network_gives(monkeypatch, dtype):
+    want, forward = Own().embed(noise(3_000), 1_000).values, Own.forward_pieces
+    monkeypatch.setattr(Own, "forward_pieces", lambda self, *given: forward(self, *given).to(dtype))
+    torch.testing.assert_close(Own().embed(noise(3_000), 1_000).values, want, rtol=0.01, atol=0)
+    assert Own()(noise(2, 1_000)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("gives", "named"),
+    [
+        (lambda found: None, "a NoneType"),
+        (lambda found: found.numpy(), "a ndarray"),
+        (lambda found: found.long(), "torch.int64"),
+    ],
+)
+def test_what_is_no_embedding_is_named(monkeypatch, gives, named):
+    forward = Own.forward_pieces
+    monkeypatch.setattr(Own, "forward_pieces", lambda self, *given: gives(forward(self, *given)))
+    with pytest.raises(ConfigError, match=f"own: forward_pieces gave {named}; expected a floating-point tensor"):
+        Own().embed(noise(3_000), 1_000)
+
+
+@pytest.mark.parametrize("settings", [None, [1], {"bands": {"low", "high"}}, {"by": object()}, {1: 0, "a": 0}])
+def test_settings_are_the_same_in_every_process(settings):
+    encoder = Own()
+    assert len(encoder.id) == 64
+    encoder.settings = settings
+    with pytest.raises(ConfigError, match="own: settings is .*; expected a dict, which JSON can hold"):
+        _ = encoder.id
+
+
+def test_an_encoder_without_settings_has_no_id():
+    class Bare(AudioEncoder):
+        embedding_dim = 1
+
+    with pytest.raises(ConfigError, match="encoder: settings is None; expected a dict"):
+        _ = Bare().id
+
+
 @pytest.mark.parametrize(
     "given",
     [
