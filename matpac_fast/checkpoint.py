@@ -153,8 +153,9 @@ def _grid_of_sines(pos: Tensor) -> tuple[int, int] | None:
     if not time or len(time_code) % time:
         return None
     freq = len(time_code) // time
-    # They may have been kept in 16 bits.
-    fits = torch.allclose(pos.float(), sincos_positions(pos.shape[2], freq, time).float(), rtol=0, atol=5e-3)
+    with torch.device(pos.device):
+        sines = sincos_positions(pos.shape[2], freq, time)
+    fits = torch.allclose(pos.float(), sines.float(), rtol=0, atol=5e-3)  # they may have been kept in 16 bits
     return (freq, time) if fits else None
 
 

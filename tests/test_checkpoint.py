@@ -210,6 +210,13 @@ def test_the_grid_is_read_off_the_positions(n_mels, n_frames, patch_size, dtype)
     assert Matpac.from_official(official, num_heads=2, predictor_heads=2).config == made.config
 
 
+def test_the_applications_default_device_changes_no_sizes(model):
+    ours = checkpoint.from_official_names(model.official_state_dict())
+    want = checkpoint.read_sizes(ours)
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        assert checkpoint.read_sizes(ours) == want
+
+
 def test_positions_that_are_no_sines_are_of_80_mels(model):
     ours = checkpoint.from_official_names(model.official_state_dict())
     pos = ours["frontend.pos_embed"]

@@ -232,19 +232,19 @@ def _tables(
     """Window at n, 200 - n, 200 + n and 400 - n (4, SUMS), DFTs (parity, real and imaginary, term, SUMS, BINS), bank
     (parity, term, mels, BINS), peak."""
     window = reference.mel_window(config) * config.gain * scale
-    n = torch.arange(SUMS.value, dtype=torch.float64)[:, None]
+    n = torch.arange(SUMS.value, dtype=torch.float64, device="cpu")[:, None]
     once = torch.where(n < 100, 1.0, torch.where(n == 100, 0.5, 0.0))  # n = 100 is folded onto itself
     bank = reference.mel_bank(config)  # (n_mels, 201)
     dfts, banks = [], []
     for odd in range(2):
-        k = torch.arange(odd, 2 * BINS.value, 2)[None, :]
+        k = torch.arange(odd, 2 * BINS.value, 2, device="cpu")[None, :]
         angle = n * k % 400 * (2 * math.pi / 400)
         exists = once * (k <= 200)
         dfts += [_two_terms(angle.cos() * exists, torch.float16), _two_terms(angle.sin() * exists, torch.float16)]
-        padded = torch.zeros(mels, BINS.value, dtype=torch.float64)
+        padded = torch.zeros(mels, BINS.value, dtype=torch.float64, device="cpu")
         padded[: config.n_mels, : 101 - odd] = bank[:, odd::2]
         banks.append(_two_terms(padded, torch.bfloat16))
-    at = torch.arange(SUMS.value)
+    at = torch.arange(SUMS.value, device="cpu")
     windows = torch.stack([window[at], window[200 - at], window[200 + at], window[(400 - at).clamp(max=399)]])
     windows[1::2, 0] = 0.0
     return (

@@ -104,7 +104,7 @@ def _plan(
     if fours:
         from .. import _C
 
-        places = torch.tensor(_C.log_mel_places(), dtype=torch.int32)[indices]
+        places = torch.tensor(_C.log_mel_places(), dtype=torch.int32, device="cpu")[indices]
         flat = torch.cat([flat.view(torch.int32).view(-1, 4), places.view(-1, 4)], dim=1)
     return (
         window.to(device),

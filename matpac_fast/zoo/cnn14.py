@@ -103,7 +103,8 @@ def from_official(state: Mapping[str, Tensor], source: str) -> Cnn14:
     with recognised("CNN14", state, source):
         channels = tuple(state[f"conv_block{i + 1}.conv1.weight"].shape[0] for i in range(len(_CHANNELS)))
     n_fft = CNN14_LOG_MEL.n_fft
-    turns = torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * torch.arange(n_fft) / n_fft
+    with torch.device("cpu"):
+        turns = torch.arange(n_fft // 2 + 1, dtype=torch.float64)[:, None] * torch.arange(n_fft) / n_fft
     window = mel_window(CNN14_LOG_MEL)
     for part, wave in (("real", (2 * math.pi * turns).cos()), ("imag", -(2 * math.pi * turns).sin())):
         name = f"{_STFT}stft.conv_{part}.weight"

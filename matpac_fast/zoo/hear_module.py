@@ -64,7 +64,7 @@ class HearEncoder(AudioEncoder):
         self._counted: dict[int, int] = {}  # samples -> timestamps
         self.sample_rate, self.embedding_dim = int(model.sample_rate), int(model.scene_embedding_size)
         # Without weights that torch knows, this is what tells the device.
-        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.register_buffer("anchor", torch.empty(0, device="cpu"), persistent=False)
 
     def probe(self) -> HearEncoder:
         """Find the shortest window and the frames, on the device where the model is."""

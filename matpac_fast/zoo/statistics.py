@@ -28,7 +28,7 @@ class LogMelStatistics(AudioEncoder):
         self.sample_rate, self.min_samples = config.sample_rate, config.n_fft
         self.embedding_dim = 2 * config.n_mels
         # Without weights, this is what tells the device.
-        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.register_buffer("anchor", torch.empty(0, device="cpu"), persistent=False)
 
     def forward_pieces(self, pieces: Tensor, pool: str, layers: str) -> Tensor:
         spec = ops.log_mel(pieces, self.config)  # (N, 80, T)

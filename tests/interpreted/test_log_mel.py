@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -101,6 +102,14 @@ def test_a_quiet_tone_is_as_exact_as_a_loud_one():
         peak = exact.amax(1, keepdim=True)
         near = exact > peak - 60 / (10 * math.log10(math.e)) / config.std  # within 60 dB of the frame's loudest band
         assert ((run(amplitude * tone, config) - exact).abs() * near).max() < 2e-5
+
+
+def test_the_applications_default_device_changes_no_tables():
+    tables = importlib.import_module("matpac_fast.kernels.log_mel")._tables.__wrapped__
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        found = tables(LogMelConfig(), 80, torch.device("cpu"), 1.0)
+    want = tables(LogMelConfig(), 80, torch.device("cpu"), 1.0)
+    assert all(map(torch.equal, found[:3], want[:3]))
 
 
 def test_no_kernel_for_float64_or_many_mels():

@@ -67,6 +67,17 @@ def test_batches_give_what_singles_give(name, files):
     torch.testing.assert_close(windows.values[1, 1], alone.values[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "matpac-nano", "untrained-tiny"])
+def test_the_applications_default_device_changes_nothing(name, files):
+    want = make(name, files)
+    wave = noise(want.sample_rate // 2)
+    with torch.device("meta"):  # as torch.set_default_device("cuda") with the encoder on the CPU
+        encoder = make(name, files)
+        found = encoder.embed(wave, encoder.sample_rate, 0.2)
+    assert encoder.id == want.id
+    torch.testing.assert_close(found.values, want.embed(wave, want.sample_rate, 0.2).values, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_silence_has_a_finite_embedding(name, files):
     encoder = make(name, files)
