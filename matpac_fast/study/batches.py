@@ -61,7 +61,7 @@ class BatchedFold(FoldProbes):
         c, generator = self.config, torch.Generator().manual_seed(seed)
         assert c.batch is not None
         width = self.learn.shape[1]
-        drawn = torch.rand(width + 1, self.columns, generator=generator, dtype=torch.float64)
+        drawn = torch.rand(width + 1, self.columns, generator=generator, dtype=torch.float64, device="cpu")
         first = ((2 * drawn - 1) / width**0.5).to(self.device, self.dtype)
         weight, bias = first[:-1].clone().requires_grad_(), first[-1].clone().requires_grad_()
         optimizer = torch.optim.Adam([weight, bias], lr=rate, weight_decay=decay)
@@ -81,7 +81,7 @@ class BatchedFold(FoldProbes):
                     break
             if step == c.steps:
                 break
-            order = training[torch.randperm(len(training), generator=generator).to(self.device)]
+            order = training[torch.randperm(len(training), generator=generator, device="cpu").to(self.device)]
             for rows in order.split(c.batch):
                 optimizer.zero_grad()
                 # Shares are of a whole clip: over their mean, the gradients of a pass are those of its mean clip.

@@ -279,7 +279,7 @@ class FoldProbes:
         choice = loss.view(len(pairs), seeds).argmin(0)  # (S,)
         picked = choice * seeds + torch.arange(seeds, device=self.device)
         weight, bias = weight[:, picked], bias[picked]  # (r, S, K), (S, K)
-        chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64)
+        chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64, device="cpu")
         scores = self._probabilities(self.tested, self.test_clip, self.test_share, self.test, weight, bias)
         return (
             scores,
@@ -298,9 +298,8 @@ class FoldProbes:
         g = len(pairs) * s
         rate = torch.tensor([lr for lr, _ in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
         decay = torch.tensor([d for _, d in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
-        first = [
-            torch.randn(r, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(s)
-        ]
+        drawn = [torch.Generator().manual_seed(seed) for seed in range(s)]
+        first = [torch.randn(r, k, generator=one, dtype=torch.float64, device="cpu") for one in drawn]
         # Small beside what training makes of them: seeds differ, and none starts far from no opinion.
         weight = 0.01 * torch.stack(first, 1).to(self.device, self.dtype).repeat(1, len(pairs), 1)  # (r, G, K)
         bias = torch.zeros(g, k, device=self.device, dtype=self.dtype)
@@ -376,7 +375,7 @@ class FoldProbes:
         """(S, N, K) float64, the mean over each wanted clip's rows, in the order of `wanted`."""
         order = np.argsort(wanted)
         where = torch.from_numpy(order[np.searchsorted(wanted, clip, sorter=order)])
-        total = torch.zeros(len(wanted), *bias.shape, dtype=torch.float64)
+        total = torch.zeros(len(wanted), *bias.shape, dtype=torch.float64, device="cpu")
         for block in self._blocks(len(x), len(bias)):
             logits = self._logits(x[block], weight, bias).double()
             said = (logits.sigmoid() if self.multi else logits.softmax(2)).cpu()

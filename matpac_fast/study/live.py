@@ -90,7 +90,7 @@ class LiveProbe:
                 self.labels.append(label)
                 self._waves += waves
         _check_labels(folder, len(self.labels), self.left_out)
-        self._targets, self._second = torch.tensor(targets), torch.tensor(halves)
+        self._targets, self._second = (torch.tensor(known, device="cpu") for known in (targets, halves))
         # What is worth as much without learning anything.
         floor = self._score(self._embed(LogMelStatistics()))
         self._floor = {f"statistics_{name}": floor[name] for name in ("knn", "linear")}
@@ -188,6 +188,6 @@ def _nearest(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     mean = train.mean(0)
     cosine = F.normalize(test - mean, dim=1) @ F.normalize(train - mean, dim=1).T  # (M, N)
     top, index = cosine.topk(min(_NEIGHBOURS, len(train)), dim=1)
-    votes = torch.zeros(len(test), int(train_labels.max()) + 1)
+    votes = test.new_zeros(len(test), int(train_labels.max()) + 1)
     votes.scatter_add_(1, train_labels[index], torch.exp(top / 0.07))
     return votes.argmax(1) == test_labels

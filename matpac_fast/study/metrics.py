@@ -139,5 +139,5 @@ def interval(values: Tensor) -> tuple[float, float]:
     resampled = values[1:][~values[1:].isnan()]
     if not len(resampled):
         return float("nan"), float("nan")
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+    low, high = resampled.quantile(resampled.new_tensor([0.025, 0.975])).tolist()
     return low, high

@@ -131,10 +131,10 @@ class _Problem:
 def _folds(labels: Tensor, n_folds: int, seed: int) -> Tensor:
     """(N,) labels -> (N,) fold numbers, each class dealt out evenly in a shuffled order."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
     order = order[labels[order].argsort(stable=True)]
     folds = torch.empty_like(labels)
-    folds[order] = torch.arange(len(labels)) % n_folds
+    folds[order] = torch.arange(len(labels), device="cpu") % n_folds
     return folds
 
 
@@ -146,11 +146,10 @@ def bootstrap_interval(values: Tensor, resamples: int = 10_000, seed: int = 0) -
     """
     values = values.double()
     generator = torch.Generator().manual_seed(seed)
-    means = [
-        values[torch.randint(len(values), (min(500, resamples - done), len(values)), generator=generator)].mean(1)
-        for done in range(0, resamples, 500)
-    ]
-    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    sizes = [(min(500, resamples - done), len(values)) for done in range(0, resamples, 500)]
+    drawn = (torch.randint(len(values), size, generator=generator, device="cpu") for size in sizes)
+    means = torch.cat([values[rows].mean(1) for rows in drawn])
+    low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
     return Interval(values.mean().item(), low, high)
 
 
@@ -213,7 +212,7 @@ def _choose_and_score(
 ) -> ProbeResult:
     n_classes = int(train_labels.max()) + 1
     folds = _folds(train_labels, n_folds, seed)
-    losses = torch.zeros(len(l2_grid), dtype=torch.float64)
+    losses = torch.zeros(len(l2_grid), dtype=torch.float64, device="cpu")
     for fold in range(n_folds):
         held = folds == fold
         if not held.any():

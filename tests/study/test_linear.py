@@ -239,6 +239,18 @@ def test_same_bits_twice_and_inputs_unchanged():
     assert torch.equal(values, kept)
 
 
+@pytest.mark.parametrize("kind", [{}, {"attentive": True}, {"batch": 16}])
+@pytest.mark.parametrize("metric", ["accuracy", "mAP"])
+def test_the_applications_default_device_changes_nothing(kind, metric):
+    values, targets = blobs()
+    goal = targets if metric == "accuracy" else np.eye(3, dtype=np.float32)[targets]
+    config = dataclasses.replace(QUICK, steps=20, **kind)
+    want = run(values, goal, three_folds(len(targets)), config, 3, metric)
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        found = run(values, goal, three_folds(len(targets)), config, 3, metric)
+    assert all(map(torch.equal, [*found.scores, found.valid, found.chosen], [*want.scores, want.valid, want.chosen]))
+
+
 def test_constant_and_not_finite_columns():
     values, targets = blobs()
     folds = three_folds(len(targets))

@@ -78,6 +78,14 @@ def test_same_bits_twice_and_inputs_unchanged() -> None:
     assert torch.equal(test, before[1])
 
 
+def test_the_applications_default_device_changes_nothing() -> None:
+    (train, labels), (test, test_labels) = clouds(60, 20, 4, seed=4), clouds(30, 20, 4, seed=5)
+    want = linear_probe(train, labels, test, test_labels)
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        found = linear_probe(train, labels, test, test_labels)
+    assert (found.accuracy, found.l2) == (want.accuracy, want.l2)
+
+
 def test_constant_columns_change_nothing() -> None:
     train, labels = clouds(60, 5, 3, seed=6)
     test, test_labels = clouds(60, 5, 3, seed=7)
