@@ -51,7 +51,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for every rank, on the host."""
-        self.sum_(torch.zeros(()))
+        self.sum_(torch.zeros((), device="cpu"))
 
     def gather(self, item: T) -> list[T]:
         """Every rank's `item`, in order, on every rank."""
@@ -153,7 +153,7 @@ class Votes:
 
     def __init__(self, ranks: Ranks, n: int):
         self._ranks, self._n = ranks, n
-        self._flags = torch.zeros(n)
+        self._flags = torch.zeros(n, device="cpu")
         self._work: Any = None
 
     def cast(self, *wants: bool) -> list[bool]:
@@ -161,7 +161,7 @@ class Votes:
         if self._ranks.world == 1:
             return list(wants)
         before = self.count()
-        self._flags = torch.tensor(wants, dtype=torch.float32)
+        self._flags = torch.tensor(wants, dtype=torch.float32, device="cpu")
         self._work = dist.all_reduce(self._flags, async_op=True)
         return before
 
@@ -170,7 +170,7 @@ class Votes:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        flags, self._flags = self._flags.tolist(), torch.zeros(self._n)
+        flags, self._flags = self._flags.tolist(), torch.zeros(self._n, device="cpu")
         return [flag > 0 for flag in flags]
 
 

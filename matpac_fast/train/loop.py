@@ -110,7 +110,8 @@ def pretrain(
             sampler = make_sampler(corpus, model_config, config, ranks)
             named = name_transform(transform, ranks)
             stack.enter_context(freed_memory_kept(ranks.device))
-            model = Matpac(model_config)
+            with torch.device("cpu"):  # whichever is the application's default, as its random numbers
+                model = Matpac(model_config)
             folder = ranks.from_first(lambda: RunFolder(out))
             ranks.from_first(lambda: stack.enter_context(folder.locked()))
             config, initialised = ranks.from_first(

@@ -63,6 +63,13 @@ def test_resume_is_exact_with_mcl_short_clips_several_crops_and_accumulation(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_the_applications_default_device_changes_nothing(tmp_path, corpus, model_config, train_config):
+    pretrain(corpus, tmp_path / "plain", model_config, train_config, "cpu")
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        pretrain(corpus, tmp_path / "changed", model_config, train_config, "cpu")
+    assert_same_run(tmp_path / "plain", tmp_path / "changed")
+
+
 def test_what_was_done_after_the_last_checkpoint_is_done_again(tmp_path, corpus, model_config, train_config):
     """As after SIGKILL: the log goes further than the checkpoint, and its last line is torn."""
     pretrain(corpus, tmp_path / "whole", model_config, train_config)
