@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, reference
-from ..backend import choose, device_guard
+from ..backend import choose, device_guard, without_autocast
 from ..errors import BackendError
 from ..kernels._limits import MAX_MELS
 from ..reference import LogMelConfig
@@ -173,6 +173,11 @@ def _launch_triton(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Te
 _LAUNCHERS = {"cpp": _launch_cpp, "cuda": _launch_cuda, "triton": _launch_triton}
 
 
+def _reference(wave: Tensor, config: LogMelConfig, dtype: torch.dtype) -> Tensor:
+    with without_autocast(wave.device):  # it would take the mel filters' product in 16 bits
+        return reference.log_mel(wave, config).to(dtype)
+
+
 def _impl(wave: Tensor, *scalars: Any) -> Tensor:
     *fields, dtype = scalars
     config = LogMelConfig(*fields)
@@ -180,7 +185,7 @@ def _impl(wave: Tensor, *scalars: Any) -> Tensor:
         wave = wave.contiguous()
     launcher = _choose(wave, config)
     if launcher == "reference":
-        return reference.log_mel(wave, config).to(dtype)
+        return _reference(wave, config, dtype)
     return _LAUNCHERS[launcher](wave, config, dtype)
 
 
@@ -192,7 +197,7 @@ def _fake(wave: Tensor, *scalars: Any) -> Tensor:
 
 def _backward_impl(grad: Tensor, wave: Tensor, *scalars: Any) -> Tensor:
     *fields, dtype = scalars
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(wave.device):
         wave = wave.detach().requires_grad_()
         out = reference.log_mel(wave, LogMelConfig(*fields)).to(dtype)
         return torch.autograd.grad(out, wave, grad)[0]
@@ -239,7 +244,8 @@ def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig(), dtype: torch.dt
     The power spectrum of windows of `config.n_fft` samples every `config.hop`, through triangular mel filters
     (MATPAC's front end: 2502.12031 and the official package). Windows of 400 samples without padding or pre-emphasis
     have kernels, whatever the hop, window and bank; every other configuration takes the PyTorch reference, and so does
-    float64 on a GPU. Forcing a backend that has no kernel for the configuration raises BackendError.
+    float64 on a GPU. Forcing a backend that has no kernel for the configuration raises BackendError. Autocast does not
+    apply inside.
 
     Args:
         wave: (B, S) float32, float64 or int16 at `config.sample_rate`, where int16 counts 32768 as 1.0; S at least
@@ -261,5 +267,5 @@ def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig(), dtype: torch.dt
     """
     dtype = _check(wave, config, dtype)
     if _choose(wave, config) == "reference":
-        return reference.log_mel(wave, config).to(dtype)
+        return _reference(wave, config, dtype)
     return torch.ops.matpac_fast.log_mel(wave, *(getattr(config, name) for name in _FIELDS), dtype)

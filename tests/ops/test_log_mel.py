@@ -324,6 +324,24 @@ def test_gradient_is_that_of_the_reference():
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("config", [CONFIG, BEATS_LOG_MEL, PASST_LOG_MEL], ids=["kernel", "beats", "passt"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_reach_inside(config, dtype):
+    wave = noise(2, 3_000)
+    with use_backend("auto"):
+        want = ops.log_mel(wave, config)
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(ops.log_mel(wave, config), want)
+
+
+def test_nor_does_it_reach_the_gradient():
+    x, found = noise(2, 1_000).requires_grad_(), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found += torch.autograd.grad(ops.log_mel(x).sum(), x)
+    assert torch.equal(*found)
+
+
 @on_each_isa
 def test_gradcheck():
     wave = noise(1, 450).double().requires_grad_()
