@@ -264,9 +264,11 @@ def prediction_loss(
     prediction (N, D) and target (N, D) -> loss (N,), None. With heads, prediction (N, H, D), and a temperature: the
     losses of the heads are weighed by softmax(-loss / temperature), which carries no gradient (MATPAC++,
     2508.12709); temperature 0 takes the minimum, a tensor () is positive. Returns loss (N,) and the best head (N,).
+    16-bit inputs are computed in float32: float16 has no such epsilon as keeps a vector of zeros from becoming NaN.
     """
-    target = F.normalize(target, dim=-1)
-    prediction = F.normalize(prediction, dim=-1)
+    work = work_dtype(prediction, target)
+    target = F.normalize(target.to(work), dim=-1)
+    prediction = F.normalize(prediction.to(work), dim=-1)
     if temperature is None:
         return 2 - 2 * (prediction * target).sum(-1), None
     return over_heads(2 - 2 * (prediction * target[:, None]).sum(-1), temperature)

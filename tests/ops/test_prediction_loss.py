@@ -84,6 +84,18 @@ def test_a_zero_and_a_tiny_prediction(temperature):
         torch.testing.assert_close(value, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [None, 0.3])
+def test_16_bits_are_float32_inside_in_the_reference_too(dtype, temperature):
+    prediction, target, upstream = problem((6, 5) if temperature is None else (6, 2, 5), dtype)
+    prediction[1], target[2] = 0, 0
+    want = run(ops.prediction_loss, prediction.float(), target.float(), upstream, temperature)
+    loss, grad, best = run(ops.prediction_loss, prediction, target.requires_grad_(), upstream, temperature)
+    torch.testing.assert_close(loss, want[0])
+    torch.testing.assert_close(grad, want[1].to(dtype))
+    assert best is want[2] or torch.equal(best, want[2])
+
+
 def test_nan_stays_in_its_row():
     prediction, target, upstream = problem((6, 5))
     prediction[2, 1], target[4, 0] = torch.nan, torch.nan
