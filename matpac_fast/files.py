@@ -7,11 +7,12 @@ import hashlib
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, MatpacFastError
+from .errors import ConfigError, MatpacFastError, first_line
 
 
 def check_no_file(
@@ -80,6 +81,20 @@ def arrow_file(path: str | os.PathLike[str], mode: str = "rb") -> Any:
     import pyarrow as pa
 
     return pa.OSFile(os.fsencode(path), mode)
+
+
+@contextlib.contextmanager
+def made_anew(path: Path) -> Iterator[None]:
+    """Around reading `path`, which a command makes anew where it is not there: ConfigError where it is damaged."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, zipfile.BadZipFile, OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; pyarrow's own has no number
+        said = first_line(error)
+        raise ConfigError(f"{path}: damaged ({said}): remove it and run the same again, which makes it anew") from None
 
 
 def storable(name: str | bytes | os.PathLike[str]) -> str:

@@ -19,7 +19,7 @@ from .._cores import n_cores
 from ..audio.decode import decoder_versions
 from ..choice import parse
 from ..errors import ConfigError
-from ..files import arrow_file, write_text
+from ..files import arrow_file, made_anew, write_text
 from ..study.cache import Aggregate
 from ..study.cost import Cost, device_name
 from ..study.plots import write_plots
@@ -300,8 +300,11 @@ def _untold(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
 
     if not path.exists():
         return []
-    with arrow_file(path) as file:
-        before = pq.read_table(file, columns=["task", "encoder"]).to_pylist()
+    try:
+        with made_anew(path), arrow_file(path) as file:
+            before = pq.read_table(file, columns=["task", "encoder"]).to_pylist()
+    except ConfigError:  # damaged, and about to be made anew
+        return []
     there, now = (dict.fromkeys((row["task"], row["encoder"]) for row in some) for some in (before, rows))
     gone = [f"{encoder} on {task}" for task, encoder in there if (task, encoder) not in now]
     if not gone:

@@ -18,8 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import ConfigError, first_line
-from ..files import arrow_file, atomic
+from ..files import arrow_file, atomic, made_anew
 
 FORMATS = ("parquet", "npz", "npy")
 DTYPES = ("float32", "float16")
@@ -183,21 +182,15 @@ def _lists(values: np.ndarray, kind: Any) -> Any:
 
 def read_errors(path: Path) -> list[Failure]:
     """The failures that a shard lists; ConfigError where it is damaged, as by a copy that was cut short."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with made_anew(path):
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return list(zip(arrays["failed"].tolist(), arrays["reason"].tolist(), strict=True))
         with arrow_file(path) as file:
             metadata = pq.read_schema(file).metadata or {}
         return [(name, reason) for name, reason in json.loads(metadata[_KEY])["errors"]]
-    except (pa.ArrowException, zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk; pyarrow's own has no number
-        said = first_line(error)
-        raise ConfigError(f"{path}: damaged ({said}): remove it and run the same again, which makes it anew") from None
 
 
 def write_errors(out: Path, errors: list[Failure]) -> None:

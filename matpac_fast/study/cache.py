@@ -28,7 +28,7 @@ from ..audio.decode import decoder_versions, read_audio
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..errors import AudioError, ConfigError
-from ..files import arrow_file, atomic, sha256, write_text
+from ..files import arrow_file, atomic, made_anew, sha256, write_text
 from ..tasks.task import Fold
 from .cost import dtype_name
 from .linear import Rows
@@ -109,7 +109,7 @@ class Cache:
 
         found: set[str] = set()
         for part in self._parts():
-            with arrow_file(part) as opened, pq.ParquetFile(opened) as file:
+            with made_anew(part), arrow_file(part) as opened, pq.ParquetFile(opened) as file:
                 found.update(_names(file))
         return found
 
@@ -117,7 +117,7 @@ class Cache:
         """The rows of these clips, in their order: values (R, E) float32 on the CPU.
 
         Raises:
-            ConfigError: clips that are not embedded.
+            ConfigError: clips that are not embedded; a damaged part.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -126,7 +126,7 @@ class Cache:
         lacking, tables = set(audio), []
         place = {name: i for i, name in enumerate(sorted(lacking))}
         for part in self._parts():
-            with arrow_file(part) as opened, pq.ParquetFile(opened) as file:
+            with made_anew(part), arrow_file(part) as opened, pq.ParquetFile(opened) as file:
                 names = _names(file)
                 if fresh := lacking & names:  # other tasks' clips are in parts of their own
                     lacking -= fresh

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..files import arrow_file, atomic
+from ..files import arrow_file, atomic, made_anew
 from ..tasks import Task
 from .cache import View
 from .cost import Cost
@@ -276,5 +276,5 @@ def read_costs(path: Path) -> list[Cost]:
 
     if not path.exists():
         return []
-    with arrow_file(path) as file:
+    with made_anew(path), arrow_file(path) as file:
         return [Cost(**row) for row in pq.read_table(file).to_pylist()]

@@ -29,7 +29,7 @@ from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..encoder import load_encoder
 from ..errors import AudioError, ConfigError
-from ..files import atomic, check_no_file
+from ..files import atomic, check_no_file, made_anew
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, dtype_name, measure
@@ -327,7 +327,7 @@ def _probe(
             arrays[key] = getattr(found, key).double().numpy()
         with atomic(path) as beside, open(beside, "wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    with np.load(path, allow_pickle=False) as stored:
+    with made_anew(path), np.load(path, allow_pickle=False) as stored:
         scores = [torch.from_numpy(stored[f"scores{f}"]).double() for f in range(len(task.folds))]
         valid, valid_score, chosen = (torch.from_numpy(stored[key]) for key in ("valid", "valid_score", "chosen"))
     view = cache.view

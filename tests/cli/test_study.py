@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -236,6 +237,30 @@ def test_what_the_report_no_longer_tells_is_said(study, encoder_file, clips, tmp
         assert cli.main(arguments) == 0
         said = capsys.readouterr().out
         assert len(re.findall(line.format(r"\S*copy\.safetensors on tones"), said)) == told
+
+
+@pytest.mark.parametrize("kind", ["embeddings/*/part-*.parquet", "probes/*.npz", "cost.parquet", "results.parquet"])
+def test_of_what_was_cut_short_it_says_what_to_do_and_results_are_made_anew(
+    study,
+    encoder_file,  # noqa: F811
+    clips,  # noqa: F811
+    tmp_path,
+    capsys,
+    kind,
+):
+    out = shutil.copytree(study, tmp_path / "out")
+    arguments = ["study", "--encoders", str(encoder_file), "--tasks", f"folder:{clips}", "--out", str(out)]
+    arguments += ["--temporal-support", "0.2,0.5", "--batch-sizes", "1,2", "--resamples", "50", "--device", "cpu"]
+    for path in out.glob(kind):
+        os.truncate(path, 100)
+    code = cli.main([*arguments, "--workers", "1"])
+    if kind == "results.parquet":
+        assert code == 0
+        assert len(pq.read_table(out / kind)) == 6
+    else:
+        assert code == cli.FAILED
+        said = rf"matpac-fast study: {re.escape(str(out))}/\S+: damaged \(.*\): remove it and run the same again, .*\n"
+        assert re.search(rf"(?m)^{said}\Z", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("high", "told"), [(14.0, True), (12.5, False)])

@@ -15,7 +15,7 @@ from matpac_fast import load_encoder, register_encoder
 from matpac_fast.errors import ConfigError
 from matpac_fast.study import cost, sweep
 from matpac_fast.study.cost import count_macs, measure, measure_here
-from matpac_fast.study.results import add_cost, read_costs
+from matpac_fast.study.results import add_cost, read_costs, write_table
 from matpac_fast.study.sweep import StudyConfig
 from tests.study.conftest import made_cost
 
@@ -43,6 +43,12 @@ def test_cost_in_a_fresh_process(encoder_file, tmp_path):
     assert read_costs(tmp_path / "cost.parquet") == [small, large]
     with pytest.raises(ConfigError, match="in a process of its own: .*no encoder"):
         measure("nobody", 0.6, 1, "cpu")
+
+
+def test_a_table_that_is_not_of_costs_is_named_with_what_to_do(tmp_path):
+    write_table(tmp_path / "cost.parquet", [{"encoder": "e", "score": 1.0}])
+    with pytest.raises(ConfigError, match=r"cost.parquet: damaged \(.*'score'.*\): remove it and run the same again"):
+        read_costs(tmp_path / "cost.parquet")
 
 
 @pytest.mark.parametrize("status", [None, "Name: python"])
