@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import ConfigError
-from .reference import LogMelConfig
+from .errors import CheckpointError, ConfigError
+from .reference import LogMelConfig, check_numbers
 
 # The fields that make the model's `log_mel`.
 FRONT_END = tuple(field.name for field in dataclasses.fields(LogMelConfig))
-_NUMBERS: dict[Any, str] = {"int": "a whole number", "float": "a number"}
 _MOST: dict[Any, float] = {"int": 2**63 - 1, "float": 3.4028234663852886e38}  # what PyTorch's integers and float32 hold
 
 
@@ -90,10 +89,7 @@ class MatpacConfig:
     log_floor: float = LogMelConfig.log_floor
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), _NUMBERS.get(field.type)
-            if wanted and (not isinstance(value, numbers.Real) or (field.type == "int" and value % 1)):
-                raise ConfigError(f"{field.name} is {value!r}; expected {wanted}")
+        check_numbers(self)
         if self.patch_size < 1:
             raise ConfigError(f"patch_size is {self.patch_size}; expected at least 1")
         for name in ("n_mels", "n_frames"):
@@ -190,7 +186,9 @@ class MatpacConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MatpacConfig:
-        """Inverse of `to_dict`; an unknown field raises ConfigError."""
+        """Inverse of `to_dict`; what is none of its, ConfigError."""
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"the model's configuration is {fields!r}; expected its fields by name")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ConfigError(f"unknown fields in the model's configuration: {', '.join(unknown)}")
@@ -205,6 +203,20 @@ class MatpacConfig:
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
+
+
+def stored_config(metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> MatpacConfig | None:
+    """The model's configuration by a checkpoint's metadata, None where they have none.
+
+    Raises:
+        CheckpointError: one that cannot be.
+    """
+    if "config" not in metadata:
+        return None
+    try:
+        return MatpacConfig.from_dict(metadata["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: damaged: its configuration cannot be: {error}") from None
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, ops
 from .backend import autocast_dtype, without_autocast
-from .config import MatpacConfig
+from .config import MatpacConfig, stored_config
 from .errors import CheckpointError, ConfigError
 from .nn.ema import ema_update, linear_anneal
 from .nn.frontend import Frontend
@@ -306,9 +306,10 @@ class Matpac(nn.Module):
             CheckpointError: no such file, damaged, or not written by `save`.
         """
         state, metadata = checkpoint.load(checkpoint.find_weights(path))
-        if "config" not in metadata:
+        config = stored_config(metadata, path)
+        if config is None:
             raise CheckpointError(f"{path}: no training checkpoint of this package; is it official? Use from_official")
-        model = cls(MatpacConfig.from_dict(metadata["config"]))
+        model = cls(config)
         checkpoint.load_into(model, state, str(path))
         return model
 

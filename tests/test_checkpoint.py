@@ -18,6 +18,7 @@ import torch
 from matpac_fast import checkpoint, load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac, MatpacConfig
+from matpac_fast.train.weights import weights_sizes
 
 TINY = dict(n_frames=64, width=32, depth=2, num_heads=2, predictor_width=24, predictor_depth=1, predictor_heads=2)
 TINY |= dict(head_hidden=40, head_bottleneck=16, prototypes=24)
@@ -55,6 +56,15 @@ def test_own_format_there_and_back(model, tmp_path):
     assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
     assert checkpoint.load(tmp_path / "m.safetensors")[1]["step"] == 7
     assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("config", [5, None, [1], {"width": 192.0}, {"depht": 3}])
+def test_a_configuration_that_cannot_be_is_damage(tmp_path, config):
+    checkpoint.save(tmp_path / "m", {"w": torch.zeros(1)}, {"config": config})
+    with pytest.raises(CheckpointError, match="m: damaged: its configuration cannot be: .*(expected|unknown fields)"):
+        Matpac.load(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="m: damaged: its configuration"):
+        weights_sizes(tmp_path / "m")
 
 
 def test_a_fairseq_checkpoint_file_loads(model, tmp_path):

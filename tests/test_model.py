@@ -7,6 +7,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -455,6 +456,8 @@ def test_presets_have_the_size_they_should(name, millions):
         (dict(teacher_temp=float("nan")), "teacher_temp is nan; expected a positive temperature"),
         (dict(patch_size=(16, 4)), r"patch_size is \(16, 4\); expected a whole number"),
         (dict(depth=1.5), "depth is 1.5; expected a whole number"),
+        (dict(width=192.0), "width is 192.0; expected a whole number"),
+        (dict(mcl_heads=True), "mcl_heads is True; expected a whole number"),
         (dict(mask_ratio="most"), "mask_ratio is 'most'; expected a number"),
     ],
 )
@@ -468,6 +471,10 @@ def test_unknown_names_are_errors():
         MatpacConfig.preset("huge")
     with pytest.raises(ConfigError, match="unknown fields .*: depht"):
         MatpacConfig.from_dict({"depht": 3})
+
+
+def test_numbers_may_be_numpys():
+    assert MatpacConfig(width=np.int64(192), num_heads=np.int32(3), mask_ratio=np.float32(0.5)).n_visible() == 95
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 64), (2, 80, 60), (2, 80, 80), (80, 64)])

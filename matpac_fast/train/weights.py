@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import checkpoint
 from ..choice import parse
-from ..config import FRONT_END, PRESETS, MatpacConfig
+from ..config import FRONT_END, PRESETS, stored_config
 from ..encoder import list_encoders
 from ..errors import CheckpointError, ConfigError
 from ..intact import intact_named
@@ -37,10 +37,8 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
             listed, by the sizes where the file says them.
     """
     path, state, config, official = _read(source)
-    known: dict[str, Any] = {}
-    if config is not None:
-        known = MatpacConfig.from_dict(config).to_dict()
-    elif official:
+    known = config or {}
+    if official:
         sizes = checkpoint.read_sizes(state)
         known = dataclasses.asdict(LogMelConfig(n_mels=sizes["n_mels"])) | sizes
     _check_whole(path, state)
@@ -87,7 +85,8 @@ def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[st
     official = "config" not in metadata and checkpoint.is_official(state)
     if official:
         state = checkpoint.from_official_names(state, str(path))
-    return path, state, metadata.get("config"), official
+    config = stored_config(metadata, path)
+    return path, state, None if config is None else config.to_dict(), official
 
 
 def _whole(source: str | os.PathLike[str]) -> str:
