@@ -1,7 +1,8 @@
-// What every op needs: the dtype switch, the error check and the device guard on the GPU.
+// What ops share: rounding to bfloat16, and on the GPU the error check and the device guard.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -18,22 +19,12 @@
 
 namespace matpac {
 
-// Calls fn(T{}) with the C++ type of `dtype`, which must be among Ts: dispatch<float, int16_t>(dtype, fn).
-template <typename T>
-struct dtype_of;
-template <>
-struct dtype_of<float> {
-  static constexpr DType value = DType::float32;
-};
-template <>
-struct dtype_of<int16_t> {
-  static constexpr DType value = DType::int16;
-};
-
-template <typename... Ts, typename Fn>
-void dispatch(DType dtype, const char* what, Fn&& fn) {
-  const bool found = ((dtype_of<Ts>::value == dtype && (fn(Ts{}), true)) || ...);
-  if (!found) throw std::invalid_argument(std::string(what) + ": no kernel for dtype " + std::to_string(int(dtype)));
+// The bits of bfloat16: to the nearest, of two as near to the even one, as torch rounds; NaN stays NaN.
+MATPAC_HD uint16_t bfloat16_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return uint16_t(x == x ? nearest : 0x7fc0);
 }
 
 #ifdef __CUDACC__

@@ -60,15 +60,10 @@ struct Lane {
   }
 };
 
-// bfloat16 as its bits, rounded to nearest even as torch does.
 struct BFloat16 {
   uint16_t bits;
   BFloat16() = default;
-  explicit MATPAC_HD BFloat16(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof(u));
-    bits = x != x ? uint16_t(0x7fc0) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-  }
+  explicit MATPAC_HD BFloat16(float x) : bits(bfloat16_bits(x)) {}
 };
 
 // What the host works out for a launch.

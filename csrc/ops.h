@@ -10,7 +10,7 @@
 
 namespace matpac {
 
-enum class DType : int { float32 = 0, float64 = 1, int16 = 2, bfloat16 = 3, int64 = 4, float16 = 5 };
+enum class DType : int { float32 = 0, float64 = 1, int16 = 2, bfloat16 = 3, float16 = 4 };
 
 // The instruction set of the CPU kernels: portable, avx2, avx512 or avx512_bf16, chosen at load. Setting it is for
 // tests and benchmarks: it throws for one that this CPU lacks.

@@ -99,7 +99,7 @@ def prototype_loss(
     delta, again = (torch.full((n, k), torch.nan, dtype=narrow or dtype) for _ in range(2))
     columns, column_sum = student.new_full((blocks, k), torch.nan), torch.zeros(k, dtype=torch.float64)
     scales = math.log2(math.e) / torch.tensor(TEMPS, dtype=torch.float64)
-    delta_code = {None: code, torch.bfloat16: 3, torch.float16: 5}[narrow]
+    delta_code = {None: code, torch.bfloat16: 3, torch.float16: 4}[narrow]
 
     def args(loss: int, delta: Tensor, column_sum: int) -> tuple[int, ...]:
         pointers = (student.data_ptr(), teacher.data_ptr(), center.data_ptr())

@@ -1,6 +1,7 @@
 // bfloat16 as a type to store: it is read as float32, which it is the upper half of, and rounded to when written.
 #pragma once
 
+#include "../common.h"
 #include "simd.h"
 
 namespace matpac::MATPAC_ISA {
@@ -41,15 +42,9 @@ MATPAC_INLINE Vector<float> load_wide(const BFloat16* from) {
   return (Vector<float>)(__builtin_convertvector(half, Whole) << 16);
 }
 
-// To the nearest, of two as near to the even one, as torch rounds; NaN stays NaN.
 MATPAC_INLINE void narrow(float x, float& out) { out = x; }
 MATPAC_INLINE void narrow(double x, double& out) { out = x; }
-MATPAC_INLINE void narrow(float x, BFloat16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  out.bits = uint16_t(x == x ? nearest : 0x7fc0);
-}
+MATPAC_INLINE void narrow(float x, BFloat16& out) { out.bits = bfloat16_bits(x); }
 
 // Four rows of x, `row` apart, become four columns of `out`, whose rows are `out_row` apart. How many of `width` it
 // did.

@@ -55,10 +55,11 @@ std::vector<int> log_mel_places() {
 void log_mel_emulated(const LogMelArgs& args, int blocks, bool backwards) {
   const Plan plan(args);
   const bool narrow = args.out_dtype == DType::bfloat16;
-  dispatch<float, int16_t>(args.wave_dtype, "log_mel", [&](auto in) {
+  const auto run = [&](auto in) {
     using In = decltype(in);
     narrow ? emulate<In, BFloat16>(plan, blocks, backwards) : emulate<In, float>(plan, blocks, backwards);
-  });
+  };
+  args.wave_dtype == DType::float32 ? run(float()) : run(int16_t());
 }
 
 }  // namespace matpac

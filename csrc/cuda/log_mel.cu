@@ -60,10 +60,11 @@ void log_mel_cuda(const LogMelArgs& args, int device, void* stream) {
   const Plan plan(args);
   const auto queue = static_cast<cudaStream_t>(stream);
   const bool narrow = args.out_dtype == DType::bfloat16;
-  dispatch<float, int16_t>(args.wave_dtype, "log_mel", [&](auto in) {
+  const auto run = [&](auto in) {
     using In = decltype(in);
     narrow ? launch<In, BFloat16>(plan, device, queue) : launch<In, float>(plan, device, queue);
-  });
+  };
+  args.wave_dtype == DType::float32 ? run(float()) : run(int16_t());
 }
 
 }  // namespace matpac

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # As csrc/ops.h numbers them.
-DTYPE = {torch.float32: 0, torch.float64: 1, torch.int16: 2, torch.bfloat16: 3, torch.float16: 5}
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.int16: 2, torch.bfloat16: 3, torch.float16: 4}
 
 
 def address(tensor: Tensor | None) -> int:
