@@ -122,6 +122,18 @@ def load_encoder(
         CheckpointError: no such name or file, a file that is damaged, unsafe, or no encoder; a download that failed.
         ConfigError: an option that cannot be, or that this encoder does not have.
     """
+    return load_with_state(name_or_path, device, num_heads, weights, dtype, compile)[0]
+
+
+def load_with_state(
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    num_heads: int | None = None,
+    weights: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    compile: bool = False,
+) -> tuple[AudioEncoder, dict[str, Any]]:
+    """`load_encoder`, and all that its file holds, by the file's names; of an encoder of another kind nothing."""
     name = resolve(os.fspath(name_or_path))
     device = _device(device)
     if str(dtype).removeprefix("torch.") not in _DTYPES:
@@ -141,7 +153,7 @@ def load_encoder(
             kind = KINDS[prefix]
         elif name not in PACKAGED and os.sep not in prefix and (entry := _find(prefix)) is not None:
             try:
-                return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile)
+                return _load_registered(entry, prefix, argument, device, dtype, num_heads, weights, compile), {}
             except CheckpointError as error:  # its argument is its own and may end in anything
                 if (theirs := parse(argument)).ending:
                     raise CheckpointError(f"{error}; {_of_matpac(theirs, prefix)}") from error
@@ -161,7 +173,8 @@ def load_encoder(
         if choice.step is not None:
             raise ConfigError(f"load_encoder: {name!r}: only a run has steps; leave @{choice.step} out")
         config = MatpacConfig.preset(path.removeprefix(_UNTRAINED))
-        state, sizes = _untrained(config), sizes_of(config)
+        state = ours = _untrained(config)
+        sizes = sizes_of(config)
     else:
         if named and kind is None and path in PACKAGED:
             path = os.fspath(PACKAGED[path])
@@ -171,9 +184,9 @@ def load_encoder(
             if foreign and other.mark is not None and other.mark in state:
                 if choice.ending:
                     raise ConfigError(f"load_encoder: {name!r}: {_of_matpac(choice, known)}")
-                return _load_registered(other, name, path, device, dtype, num_heads, weights, compile)
-        state, sizes, known_id = _interpret(state, metadata, path, kind, num_heads)
-    encoder = encoder_of(state, sizes, side, name)
+                return _load_registered(other, name, path, device, dtype, num_heads, weights, compile), {}
+        ours, sizes, known_id = _interpret(state, metadata, path, kind, num_heads)
+    encoder = encoder_of(ours, sizes, side, name)
     if known_id is not None and encoder.id != known_id:
         raise CheckpointError(
             f"{name}: altered or damaged: saved with SHA-256 {known_id[:12]}, it is {encoder.id[:12]}"
@@ -181,7 +194,7 @@ def load_encoder(
     encoder.name = os.path.basename(name.removesuffix(choice.ending).rstrip("/")) + choice.ending
     if choice.layer is not None:
         encoder.cut(choice.layer)
-    return encoder.to(device).prepare(dtype, compile)
+    return encoder.to(device).prepare(dtype, compile), state
 
 
 def _device(given: str | torch.device | None) -> torch.device:

@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
-from .choice import parse
 from .download import resolve
-from .encoder import KINDS, load_encoder
+from .encoder import load_with_state
 from .errors import CheckpointError, ConfigError
 from .vit_encoder import Encoder
-from .weights import PACKAGED
 
 # Classes of the released probes whose clips have several labels (OpenMIC, FSD50K, the MTG-Jamendo sets), and of those
 # with one (GTZAN, UrbanSound8K, NSynth). 50 classes are ESC-50 (one label) or MTG top 50 and MagnaTagATune (several).
@@ -152,8 +150,7 @@ def get_matpac(
     for name, given in (("class_names", class_names), ("multi_label", multi_label)):
         if given is not None and not as_class_head and probe_checkpoint_paths is None:
             raise ConfigError(f"get_matpac: {name} without a head; give as_class_head or probe_checkpoint_paths too")
-    checkpoint_path = resolve(os.fspath(checkpoint_path))
-    encoder = load_encoder(checkpoint_path, device, num_heads=num_heads)
+    encoder, state = load_with_state(checkpoint_path, device, num_heads)
     if not isinstance(encoder, Encoder):
         raise ConfigError(f"get_matpac: {encoder.name} is a {type(encoder).__name__}; expected a MATPAC encoder")
     if as_class_head and encoder.depth < encoder.sizes["depth"]:
@@ -164,8 +161,7 @@ def get_matpac(
         inference_type, pull_time_dimension, concat_freq = "precise", True, not as_class_head
     model = OfficialMatpac(encoder, inference_type, pull_time_dimension, concat_freq)
     if as_class_head:
-        file = checkpoint.find_weights(_file(checkpoint_path))
-        _attach_audioset_head(model, checkpoint.load(file)[0], checkpoint_path)
+        _attach_audioset_head(model, state, os.fspath(checkpoint_path))
         model.multi_label = multi_label is not False
     elif probe_checkpoint_paths is not None:
         _attach_probe(
@@ -176,16 +172,6 @@ def get_matpac(
             raise ConfigError(f"get_matpac: {len(class_names)} class names for {model.head.out_features} classes")
         model.class_names = class_names
     return model.to(encoder.device).eval().requires_grad_(False)
-
-
-def _file(name: str) -> str:
-    """What `load_encoder` read: the packaged file of a name, the file behind a kind, or the path, of a run's step."""
-    prefix, _, file = name.partition(":")
-    kind = prefix if file and prefix in KINDS else None
-    choice = parse(file if kind else name)
-    if kind is None and choice.path in PACKAGED:
-        return os.fspath(PACKAGED[choice.path])
-    return choice.source()
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -232,7 +232,7 @@ def test_what_is_no_encoder_says_so(tmp_path):
         load_encoder(tmp_path)
 
 
-def test_the_official_head_and_probes(golden, released, tmp_path):
+def test_the_official_head_and_probes(golden, released, tmp_path, monkeypatch):
     g = golden("infer")
     with pytest.raises(CheckpointError, match=r"no AudioSet head: head\.weight"):
         get_matpac(released, as_class_head=True, num_heads=2)
@@ -245,7 +245,11 @@ def test_the_official_head_and_probes(golden, released, tmp_path):
         "head_norm.running_var": torch.rand(32, generator=generator) + 0.5,
     }
     torch.save({**checkpoint.load(released)[0], **head}, tmp_path / "with_head.pt")
-    model = get_matpac(tmp_path / "with_head.pt", as_class_head=True, num_heads=2, device="cpu")
+    read, load = [], checkpoint.load
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda path: read.append(path) or load(path))
+        model = get_matpac(tmp_path / "with_head.pt", as_class_head=True, num_heads=2, device="cpu")
+    assert len(read) == 1  # for the encoder and the head
     probs, labels = model.probe_forward(g["odd/wave"])
     # Padding is averaged in, as in the sequence layout: every piece's tokens weigh the same.
     emb = g["odd/precise/pooled/sequence/emb"]
