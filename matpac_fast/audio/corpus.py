@@ -16,10 +16,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import CorpusError, first_line
+from ..errors import AudioError, ConfigError, CorpusError, first_line
 from ..files import arrow_file
+from .decode import MAX_PEAK
 
 INDEX = "index.parquet"
 REJECTED = "rejected.parquet"
@@ -63,19 +65,25 @@ class Corpus:
         self._mapped, self._files = _Opened(), _Opened()
 
     @classmethod
-    def from_arrays(
-        cls, waves: Sequence[np.ndarray], sample_rate: int = 16_000, paths: Sequence[str] | None = None
-    ) -> Corpus:
-        """A corpus in memory, of (S,) waves, int16 or float in [-1, 1]."""
+    def from_arrays(cls, waves: Iterable[Any], sample_rate: int = 16_000, paths: Iterable[str] | None = None) -> Corpus:
+        """A corpus in memory, of mono waves (S,), arrays or tensors, int16 or float in [-1, 1].
+
+        Raises:
+            AudioError: a wave that `AudioEncoder.embed` would refuse too, by its name in `paths`, else its number.
+        """
+        waves = list(waves)
+        paths = [f"clip-{i}" for i in range(len(waves))] if paths is None else list(paths)
+        if len(paths) != len(waves):
+            raise ConfigError(f"from_arrays: {len(paths)} paths of {len(waves)} waves; expected one of each")
         self = cls.__new__(cls)
         self.folder = None
         self.sample_rate = sample_rate
-        clips = [wave if wave.dtype == np.int16 else to_int16(wave)[0] for wave in waves]
+        clips = [_checked(wave, f"from_arrays: {path}") for wave, path in zip(waves, paths, strict=True)]
         self.frames = np.array([len(clip) for clip in clips], np.int64)
         self._shard = np.zeros(len(clips), np.int64)
         self._offset = np.cumsum(self.frames) - self.frames
         self._memory = np.concatenate([np.empty(0, np.int16), *clips])
-        self.paths = [f"clip-{i}" for i in range(len(clips))] if paths is None else list(paths)
+        self.paths = paths
         return self
 
     def __len__(self) -> int:
@@ -271,6 +279,28 @@ def damaged(path: Path, error: Exception) -> CorpusError:
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / SHARDS / f"{shard:05d}.i16"
+
+
+def _checked(wave: Any, what: str) -> NDArray[np.int16]:
+    """A wave in memory as int16; what would become noise is refused, as `AudioEncoder.check_mono` does of tensors."""
+    array = wave.numpy(force=True) if hasattr(wave, "numpy") else wave  # a tensor's
+    if not isinstance(array, np.ndarray):
+        raise AudioError(f"{what} is a {type(wave).__name__}; expected a tensor or array")
+    if array.ndim != 1:
+        raise AudioError(f"{what} is {array.shape}; expected (S,), mono: mix channels down first")
+    if array.dtype.newbyteorder("=") == np.int16:
+        return array.astype(np.int16, copy=False)
+    if array.dtype.kind != "f":
+        raise AudioError(f"{what} is {array.dtype}; expected float or int16")
+    peak = float(np.abs(array).max(initial=0.0))
+    if not math.isfinite(peak):
+        raise AudioError(f"{what} holds NaN or infinite samples")
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"{what} holds a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}: divide by the full scale "
+            "of the integers it comes from, or give int16"
+        )
+    return to_int16(array)[0]
 
 
 def to_int16(wave: np.ndarray) -> tuple[NDArray[np.int16], int]:

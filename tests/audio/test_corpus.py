@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import pickle
+import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 
 from matpac_fast.audio import corpus as corpus_module
 from matpac_fast.audio.corpus import Corpus, to_int16
 from matpac_fast.audio.prepare import prepare
-from matpac_fast.errors import CorpusError
+from matpac_fast.errors import AudioError, ConfigError, CorpusError
 
 RATE = 16_000
 LENGTHS = (4000, 16_000, 2500, 9000, 12_345, 8000, 3000)
@@ -183,6 +185,34 @@ def test_memory_takes_floats(waves):
     corpus = Corpus.from_arrays([wave / np.float32(32768) for wave in waves])
     np.testing.assert_array_equal(corpus.read(3), waves[3])
     assert len(Corpus.from_arrays([])) == 0
+
+
+def test_memory_takes_what_an_encoder_takes(waves):
+    floats = [torch.from_numpy(waves[1]), waves[1].astype(">i2"), torch.from_numpy(waves[1] / 32768).requires_grad_()]
+    corpus = Corpus.from_arrays(floats)
+    for i in range(len(floats)):
+        np.testing.assert_array_equal(corpus.read(i), waves[1])
+
+
+@pytest.mark.parametrize(
+    ("wave", "says"),
+    [
+        (np.ones(9, np.int32), "is int32; expected float or int16"),
+        (np.ones(9, np.uint8), "is uint8; expected float or int16"),
+        (np.array([0.5, np.nan]), "holds NaN or infinite samples"),
+        (np.array([0.5, -np.inf], np.float32), "holds NaN or infinite samples"),
+        (np.array([0.5, -9e3]), "holds a sample of 9e+03; full scale is 1, the limit 32: divide by the full"),
+        (np.zeros((9, 2)), "is (9, 2); expected (S,), mono: mix channels down first"),
+        ([0.5, 0.25], "is a list; expected a tensor or array"),
+    ],
+)
+def test_what_would_be_noise_in_memory_is_refused_by_its_name(waves, wave, says):
+    with pytest.raises(AudioError, match=f"^from_arrays: clip-1 {re.escape(says)}"):
+        Corpus.from_arrays([waves[0], wave])
+    with pytest.raises(AudioError, match=f"^from_arrays: b.wav {re.escape(says)}"):
+        Corpus.from_arrays([waves[0], wave], paths=["a.wav", "b.wav"])
+    with pytest.raises(ConfigError, match="1 paths of 2 waves; expected one of each"):
+        Corpus.from_arrays([waves[0], wave], paths=["a.wav"])
 
 
 def test_int16_is_rounded_and_clipped_and_counted():
