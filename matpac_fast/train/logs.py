@@ -7,12 +7,13 @@ import json
 import math
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import read_latest
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from ..files import write_text
 
 Record = dict[str, Any]
@@ -35,26 +36,43 @@ class Reporter:
 
 
 class Reporters(Reporter):
-    """Several reporters as one, told in order."""
+    """Several reporters as one, told in order. One that fails is warned of once and told of what follows: whoever
+    watches a run does not end it."""
 
     def __init__(self, *reporters: Reporter):
-        self._reporters = reporters
+        nested = [r._reporters if type(r) is Reporters else [r] for r in reporters]
+        self._reporters = [reporter for group in nested for reporter in group]
+        self._failed: set[int] = set()
+        self._untold: list[str] = []
 
     def step(self, step: int) -> None:
-        for reporter in self._reporters:
-            reporter.step(step)
+        self._tell("step", step)
 
     def record(self, record: Record) -> None:
-        for reporter in self._reporters:
-            reporter.record(record)
+        self._tell("record", record)
 
     def saved(self, folder: Path, step: int) -> None:
-        for reporter in self._reporters:
-            reporter.saved(folder, step)
+        self._tell("saved", folder, step)
 
     def close(self) -> None:
-        for reporter in self._reporters:
-            reporter.close()
+        self._tell("close")
+
+    def failures(self) -> list[str]:
+        """What has failed since this was asked last."""
+        told, self._untold = self._untold, []
+        return told
+
+    def _tell(self, what: str, *args: Any) -> None:
+        for i, reporter in enumerate(self._reporters):
+            try:
+                getattr(reporter, what)(*args)
+            except Exception as error:  # there is no end to what a network raises
+                if i not in self._failed:
+                    self._failed.add(i)
+                    kind = type(reporter).__name__
+                    text = f"{kind}.{what} failed, training goes on: {type(error).__name__}: {first_line(error)}"
+                    self._untold.append(text)
+                    warnings.warn(text, stacklevel=3)
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .graph import GraphedStep
 from .joining import join
-from .logs import Log, Record, Reporter, read_log, versions
+from .logs import Log, Record, Reporter, Reporters, read_log, versions
 from .memory import freed_memory_kept
 from .oom import advice
 from .sampler import Sampler
@@ -79,7 +79,8 @@ def pretrain(
         device: "auto" is the GPU where there is one, else the CPU.
         init: weights that a new run starts from: a run folder, "RUN@STEP", a file of `Matpac.save`, or an official
             training checkpoint.
-        reporter: on rank 0 hears of every step and every line of the log.
+        reporter: on rank 0 hears of every step and every line of the log. Where it fails, training goes on, and the
+            first time is warned of, in the log too.
         stop: asked after every step; True on any rank saves and returns on all, a step later where they are several.
         probe: called on rank 0 every `config.probe_every` steps, while the others wait; its numbers go into the log.
         transform: changes each batch of crops on the CPU, such as by a random gain (see `Transform`); the same on every
@@ -128,8 +129,8 @@ def pretrain(
             if config.compile:
                 compile_blocks(model)
             forward = distribute(model, blocks(model), ranks, config.shard)
-            reporter = (reporter or Reporter()) if ranks.first else Reporter()
-            run = _Run(folder, model, forward, config, corpus, sampler, ranks, reporter, probe, transform)
+            heard = Reporters(reporter) if reporter is not None and ranks.first else Reporters()
+            run = _Run(folder, model, forward, config, corpus, sampler, ranks, heard, probe, transform)
             return run.go(stop)
         except Exception as error:
             failure = ranks.failure(error)
@@ -164,7 +165,7 @@ class _Run:
         corpus: Corpus,
         sampler: Sampler,
         ranks: Ranks,
-        reporter: Reporter,
+        reporter: Reporters,
         probe: Probe | None,
         transform: Transform | None,
     ):
@@ -395,8 +396,10 @@ class _Run:
 
     def tell(self, record: Record) -> None:
         if self.log:
-            self.log.write(record)
-            self.reporter.record(record)
+            failures = [{"event": "warning", "step": self.done, "text": text} for text in self.reporter.failures()]
+            for line in (*failures, record):
+                self.log.write(line)
+                self.reporter.record(line)
 
     def save(self) -> float:
         """Begin a checkpoint, unless this step has one; returns the seconds that training waited."""

@@ -233,7 +233,7 @@ def test_a_reporter_that_fails_at_the_end_hides_no_error(tmp_path, corpus, model
                 raise RuntimeError("the board is offline")
 
     monkeypatch.setattr(loop, "train_step", lambda *args, **options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match=r"Board\.record failed"):
         pretrain(corpus, tmp_path / "run", model_config, train_config, reporter=Board())
 
 

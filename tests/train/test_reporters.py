@@ -174,3 +174,42 @@ def test_reporters_are_told_in_order(tmp_path):
     both.close()
     calls = [("step", 1), ("record", 2), ("saved", 3), ("close", None)]
     assert told == [(name, *call) for call in calls for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("fails", ["step", "record", "saved", "close"])
+def test_a_reporter_that_fails_ends_neither_the_run_nor_the_others(tmp_path, corpus, model_config, train_config, fails):
+    calls, heard = [], []
+
+    class Board(Reporter):
+        pass
+
+    def offline(self, *args):
+        calls.append(args)
+        raise ConnectionError("the board is unreachable\nRequest 7")
+
+    setattr(Board, fails, offline)
+
+    class Other(Reporter):
+        def record(self, record):
+            heard.append(record)
+
+    reporter = Reporters(Reporters(Board()), Other())
+    with pytest.warns(UserWarning, match="unreachable") as warned:
+        assert pretrain(corpus, tmp_path / "run", model_config, train_config, "cpu", reporter=reporter).finished
+    text = f"Board.{fails} failed, training goes on: ConnectionError: the board is unreachable"
+    assert [str(told.message) for told in warned] == [text]
+    assert len(calls) == {"step": 12, "record": 8 + (fails == "record"), "saved": 3, "close": 1}[fails]
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert heard == records
+    assert [r["text"] for r in records if r.get("event") == "warning"] == [text] * (fails != "close")
+    assert records[-1]["event"] == "finished"
+    assert (tmp_path / "run" / "latest").read_text() == "step-00000012\n"
+
+
+def test_who_interrupts_a_reporter_ends_the_run(tmp_path, corpus, model_config, train_config):
+    class Interrupted(Reporter):
+        def record(self, record):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, "cpu", reporter=Reporters(Interrupted()))
