@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import distcp
 from .errors import CheckpointError, ConfigError, first_line
-from .files import atomic
+from .files import atomic, number_for_json
 from .nn.vit import sincos_positions
 
 # Official name -> ours, by prefix, longest first. The official code calls the predictor "decoder".
@@ -216,7 +216,7 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Ma
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic(path) as beside:
-        save_file(tensors, beside, {"matpac_fast": json.dumps(metadata, sort_keys=True)})
+        save_file(tensors, beside, {"matpac_fast": json.dumps(metadata, sort_keys=True, default=number_for_json)})
 
 
 def check_name(path: str | os.PathLike[str]) -> None:

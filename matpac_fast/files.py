@@ -113,6 +113,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def number_for_json(value: Any) -> Any:
+    """A scalar of NumPy or torch as Python's number: json.dumps's `default`. Anything else is a ConfigError."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    raise ConfigError(f"{value!r} is a {type(value).__name__}; expected numbers and texts, which JSON can hold")
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
     digest = hashlib.sha256()

@@ -291,7 +291,8 @@ class Matpac(nn.Module):
         return model
 
     def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write weights, teachers and centre as safetensors, all of it or none; `extra` joins the metadata.
+        """Write weights, teachers and centre as safetensors, all of it or none; `extra`, such as a step, joins the
+        metadata as JSON.
 
         The file's front end is that of `config`, by which it then embeds: whether the model was trained on such
         log-mels, `config.log_mel`, cannot be seen here.

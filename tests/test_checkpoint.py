@@ -160,6 +160,14 @@ def test_damaged_files_are_named(tmp_path, content, message):
         checkpoint.load(path)
 
 
+def test_what_joins_the_metadata_may_be_numpys_and_torchs_numbers(model, tmp_path):
+    model.save(tmp_path / "m", step=torch.tensor(3), lr=np.float32(0.5), by={"seed": np.int64(2)})
+    assert checkpoint.load(tmp_path / "m")[1].items() >= {"step": 3, "lr": 0.5, "by": {"seed": 2}}.items()
+    with pytest.raises(ConfigError, match=r"tensor\(\[1\., 1\.\]\) is a Tensor; expected numbers and texts"):
+        model.save(tmp_path / "other", step=torch.ones(2))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_truncated_file_is_named(model, tmp_path):
     model.save(tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()

@@ -2,8 +2,9 @@
 
 from .config import TrainConfig, fit_to_run
 from .logs import Reporter, Reporters, read_log
-from .loop import Probe, Result, pretrain
+from .loop import Result, pretrain
 from .meeting import PeerError
+from .probing import Probe
 from .sampler import Plan, Sampler
 from .schedule import learning_rate
 from .step import make_optimizer

@@ -156,4 +156,6 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import ops
 from ..audio.corpus import Corpus
@@ -22,7 +22,7 @@ from ..spans import span
 from .begin import begin, make_sampler, name_transform
 from .compiled import blocks, compile_blocks
 from .config import TrainConfig
-from .distributed import Ranks, Votes, distribute, whole
+from .distributed import Ranks, Votes, distribute
 from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .graph import GraphedStep
@@ -30,15 +30,13 @@ from .joining import join
 from .logs import Log, Record, Reporter, Reporters, read_log, versions
 from .memory import freed_memory_kept
 from .oom import advice
+from .probing import Probe, ask
 from .sampler import Sampler
 from .schedule import learning_rate
 from .state import RunFolder, Saver, Snapshot, read_config
 from .step import Step, make_optimizer, train_step
 from .transform import Transform
 from .watch import BadSteps, TrainingError, collapse
-
-# Judges the encoders while they are trained: (their weights, whole and by name, the model) -> numbers for the log.
-Probe = Callable[[Mapping[str, Tensor], MatpacConfig], Record]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,8 @@ def pretrain(
         reporter: on rank 0 hears of every step and every line of the log. Where it fails, training goes on, and the
             first time is warned of, in the log too.
         stop: asked after every step; True on any rank saves and returns on all, a step later where they are several.
-        probe: called on rank 0 every `config.probe_every` steps, while the others wait; its numbers go into the log.
+        probe: called on rank 0 every `config.probe_every` steps, while the others wait, with a copy of the encoders'
+            weights; its numbers go into the log.
         transform: changes each batch of crops on the CPU, such as by a random gain (see `Transform`); the same on every
             rank. A run is gone on with by a transform of the same name; what the probe sees is not transformed.
 
@@ -172,7 +171,6 @@ class _Run:
         self.folder, self.model, self.forward, self.config, self.corpus = folder, model, forward, config, corpus
         self.sampler, self.ranks, self.device, self.reporter = sampler, ranks, ranks.device, reporter
         self.probe, self.probe_every = probe, config.probe_every or config.save_every
-        # Every rank must know whether there is one, for FSDP hands out whole weights to all or none.
         self.probed = ranks.from_first(lambda: probe is not None)
         self.optimizer = make_optimizer(model, config)
         state = folder.load(model, self.optimizer, ranks)
@@ -344,12 +342,8 @@ class _Run:
     def run_probe(self) -> float:
         """Let the probe judge the encoders; returns the seconds that training waited."""
         start = time.perf_counter()
-        parts = ("frontend.", "student.", "teacher.")
-        state = {
-            name: whole(tensor.detach()) for name, tensor in self.model.state_dict().items() if name.startswith(parts)
-        }
-        if self.probe is not None and self.ranks.first:
-            values = self.probe(state, self.model.config)
+        values = ask(self.probe if self.ranks.first else None, self.model)
+        if values is not None:
             seconds = round(time.perf_counter() - start, 3)
             self.tell({"event": "probe", "step": self.done, **values, "seconds": seconds})
         self.ranks.barrier()

@@ -7,8 +7,10 @@ import errno
 import fcntl
 import os
 
+import numpy as np
 import pytest
 import torch
+from runs import assert_same_run
 from stops import after
 
 from matpac_fast.errors import CheckpointError
@@ -118,6 +120,51 @@ def test_a_probe_that_was_made_is_not_made_again(tmp_path, corpus, model_config,
         pretrain(corpus, tmp_path / "run", model_config, train_config, probe=probe, reporter=Killed())
     pretrain(corpus, tmp_path / "run", model_config, train_config, probe=probe)
     assert steps == [0, 4, 8, 12]
+
+
+def test_a_probe_may_train_what_it_is_given(tmp_path, corpus, model_config, train_config):
+    def probe(state, config):
+        for tensor in state.values():
+            tensor.zero_()
+        return {}
+
+    pretrain(corpus, tmp_path / "unseen", model_config, train_config)
+    pretrain(corpus, tmp_path / "probed", model_config, train_config, probe=probe)
+    assert_same_run(tmp_path / "unseen", tmp_path / "probed")
+
+
+def test_a_probes_numbers_may_be_numpys_and_torchs(tmp_path, corpus, model_config, train_config):
+    class Board(Reporter):
+        def record(self, record):
+            if record.get("event") == "probe":
+                heard.append(record)
+
+    def probe(state, config):
+        return {"a": np.float32(0.5), "b": torch.tensor(3), "c": np.float32("nan"), "d": [torch.tensor(float("inf"))]}
+
+    heard = []
+    pretrain(corpus, tmp_path / "run", model_config, train_config, probe=probe, reporter=Board())
+    logged = [r for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "probe"]
+    assert [r["step"] for r in logged] == [r["step"] for r in heard] == [0, 4, 8, 12]
+    assert logged[0].items() >= {"a": 0.5, "b": 3, "c": "nan"}.items()
+    assert logged[0]["d"] == ["inf"]
+    assert [type(heard[0][name]) for name in "abc"] == [float, int, float]  # which boards take for numbers
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (None, "returned None; expected a dictionary of numbers"),
+        ({"acc": torch.ones(2)}, r"returned tensor\(\[1\., 1\.\]\) as 'acc'; expected a number"),
+        ({"acc": {1, 2}}, r"returned \{1, 2\} as 'acc'; expected a number"),
+    ],
+)
+def test_what_a_probe_cannot_return_is_said(tmp_path, corpus, model_config, train_config, found, says):
+    def judge(state, config):
+        return found
+
+    with pytest.raises(TrainingError, match=rf"^probe \S*judge {says}"):
+        pretrain(corpus, tmp_path / "run", model_config, train_config, probe=judge)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(tmp_path, corpus, model_config, train_config):
