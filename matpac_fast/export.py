@@ -179,7 +179,7 @@ def check(encoder: Encoder, run: Callable[[Tensor], Tensor]) -> float:
     """The largest error of `run` against `encoder.embed` over several lengths and batches, the embeddings' deviation 1.
 
     Raises:
-        ConfigError: it is above 1e-4, more than rounding can be.
+        ConfigError: it is above 1e-4, more than rounding can be; or the encoder's own embeddings are not finite.
     """
     native = encoder.n_frames * encoder.log_mel_config.hop
     rng = np.random.default_rng(0)
@@ -187,10 +187,17 @@ def check(encoder: Encoder, run: Callable[[Tensor], Tensor]) -> float:
     for batch, samples in ((1, encoder.min_samples), (3, native // 3), (1, native + 240), (2, 2 * native + 777)):
         waves = torch.from_numpy(rng.standard_normal((batch, samples), dtype=np.float32) / 10).to(encoder.device)
         want = encoder.embed(waves, encoder.sample_rate).values[:, 0].cpu()
+        if not want.isfinite().all():
+            raise ConfigError(
+                "export: the encoder's own embeddings of noise are not finite, so its weights are spoilt; not written: "
+                "load an earlier checkpoint"
+            )
         error = float((run(waves).cpu() - want).abs().max() / want.std())
+        if not error <= _TOLERANCE:  # NaN too
+            raise ConfigError(
+                f"export: the exported graph is off by {error:.1e} of the embeddings' deviation; not written"
+            )
         worst = max(worst, error)
-    if not worst <= _TOLERANCE:
-        raise ConfigError(f"export: the exported graph is off by {worst:.1e} of the embeddings' deviation; not written")
     return worst
 
 

@@ -143,6 +143,17 @@ def test_a_graph_that_is_off_is_not_written(encoder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_graph_or_an_encoder_that_gives_no_numbers_is_not_written(encoder):
+    spoilt = export.Exportable(encoder)
+    spoilt.bank *= float("nan")
+    with pytest.raises(ConfigError, match="the exported graph is off by nan"):
+        export.check(encoder, spoilt)
+    diverged = make()
+    diverged.student.norm.weight.fill_(float("inf"))
+    with pytest.raises(ConfigError, match="the encoder's own embeddings of noise are not finite, so its weights are"):
+        export.check(diverged, export.Exportable(diverged))
+
+
 @pytest.mark.usefixtures("traced")
 def test_a_full_disk_is_one_error_that_names_the_file(encoder, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
