@@ -210,6 +210,23 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def state_to_save(module: torch.nn.Module, made: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A module's state, by the names that it has without torch.compile.
+
+    Raises:
+        CheckpointError: FSDP has cut it, or its names and shapes are not those of `made`, its state when it was made.
+    """
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict().items()}
+    if any(hasattr(tensor, "to_local") for tensor in state.values()):
+        raise CheckpointError(
+            "save: FSDP has cut the weights: gather them on every rank by torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict with full_state_dict=True, load them into a model of its own, and save that"
+        )
+    if made is not None:
+        check_fits(made, state, "save: put back the layers that were replaced or parametrized; what they hold now")
+    return state
+
+
 def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file, all of it or none; `metadata` goes into its header as JSON under "matpac_fast"."""
     from safetensors.torch import save_file

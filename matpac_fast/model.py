@@ -89,6 +89,7 @@ class Matpac(nn.Module):
         self.register_buffer("center_count", torch.zeros(()), persistent=False)
         self.teacher.requires_grad_(False)
         self.teacher_head.requires_grad_(False)
+        self._made = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}  # names and shapes
 
     center: Tensor
     center_sum: Tensor
@@ -296,8 +297,12 @@ class Matpac(nn.Module):
 
         The file's front end is that of `config`, by which it then embeds: whether the model was trained on such
         log-mels, `config.log_mel`, cannot be seen here.
+
+        Raises:
+            CheckpointError: layers were replaced or parametrized, so that nothing could read the file, or cut by FSDP.
         """
-        checkpoint.save(path, self.state_dict(), {"kind": "model", "config": self.config.to_dict(), **extra})
+        state = checkpoint.state_to_save(self, self._made)
+        checkpoint.save(path, state, {"kind": "model", "config": self.config.to_dict(), **extra})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Matpac:
@@ -318,8 +323,11 @@ class Matpac(nn.Module):
         """The state under the official names, teachers nested in `_ema` and `_cls_head_ema`, as fairseq saves it.
 
         Of the front end it tells the number of mels alone: what reads it takes MATPAC's.
+
+        Raises:
+            CheckpointError: as of `save`.
         """
-        return checkpoint.to_official_names(self.state_dict())
+        return checkpoint.to_official_names(checkpoint.state_to_save(self, self._made))
 
 
 def _factor(tensor: Tensor) -> Tensor:

@@ -233,7 +233,7 @@ class Encoder(AudioEncoder):
                 f"save: this is the encoder up to layer {self.depth} of {self.sizes['depth']}; save the whole one, and "
                 f"load FILE@layer{self.depth} of it"
             )
-        stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in self.state_dict().items()}
+        stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in checkpoint.state_to_save(self).items()}
         rounded = encoder_of(stored, self.sizes, "student", os.fspath(path))
         checkpoint.save(path, stored, {"kind": "encoder", "sizes": self.sizes, "id": rounded.id})
 

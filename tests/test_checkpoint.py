@@ -160,6 +160,45 @@ def test_damaged_files_are_named(tmp_path, content, message):
         checkpoint.load(path)
 
 
+def test_compiled_blocks_are_saved_by_their_own_names(model, tmp_path):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    encoder = load_encoder("matpac-nano", "cpu")
+    for module in (model, encoder):
+        module.student.blocks[1] = torch.compile(module.student.blocks[1])
+        module.save(tmp_path / type(module).__name__)
+    for again in (Matpac.load(tmp_path / "Matpac"), Matpac.from_official(model.official_state_dict(), 2, 2)):
+        assert again.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    assert load_encoder(tmp_path / "Encoder", "cpu").id == load_encoder("matpac-nano", "cpu").id
+
+
+def test_layers_that_no_file_can_hold_are_named_before_one_is_written(model, tmp_path):
+    torch.nn.utils.parametrizations.spectral_norm(model.student.blocks[0].mlp.fc1)
+    says = r"^save: put back the layers .* 1 missing: student\.blocks\.0\.mlp\.fc1\.weight; 3 unexpected: "
+    for save in (lambda: model.save(tmp_path / "m"), model.official_state_dict):
+        with pytest.raises(CheckpointError, match=says):
+            save()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fsdp_has_cut_is_gathered_first(model, tmp_path):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        for save in (lambda: model.save(tmp_path / "m"), model.official_state_dict):
+            with pytest.raises(CheckpointError, match="FSDP has cut the weights: gather them on every rank by"):
+                save()
+        own = Matpac(model.config)
+        own.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        own.save(tmp_path / "m")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_joins_the_metadata_may_be_numpys_and_torchs_numbers(model, tmp_path):
     model.save(tmp_path / "m", step=torch.tensor(3), lr=np.float32(0.5), by={"seed": np.int64(2)})
     assert checkpoint.load(tmp_path / "m")[1].items() >= {"step": 3, "lr": 0.5, "by": {"seed": 2}}.items()
