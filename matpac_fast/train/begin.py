@@ -84,6 +84,13 @@ def check_options(
     frames = config.crop_frames or (longest,)
     if odd := [n for n in frames if type(n) is not int or n % patch or not 0 < n <= longest]:
         raise ConfigError(f"crop_frames holds {odd[0]}; expected multiples of {patch}, of at most n_frames, {longest}")
+    for n in frames:
+        tokens = model_config.freq * (n // patch)
+        if not 0 < (visible := model_config.n_visible(tokens)) < tokens:
+            raise ConfigError(
+                f"a crop of {n} frames has {tokens} patches, of which a mask_ratio of {model_config.mask_ratio} leaves "
+                f"{visible} visible; expected at least one visible and one masked: give longer crops or another ratio"
+            )
     if config.batch_size % (world * config.grad_accumulation):
         raise ConfigError(
             f"batch_size is {config.batch_size}, which {world} processes times a grad_accumulation of "

@@ -245,6 +245,16 @@ def test_crops_that_the_model_cannot_take_are_refused_before_the_run_begins(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_short_crop_that_is_masked_whole_is_refused_before_the_run_begins(
+    tmp_path, corpus, model_config, train_config
+):
+    config = dataclasses.replace(train_config, crop_frames=(32, 16))
+    says = "a crop of 16 frames has 5 patches, of which a mask_ratio of 0.85 leaves 0 visible; expected at least one"
+    with pytest.raises(ConfigError, match=says):
+        pretrain(corpus, tmp_path / "run", model_config.replace(mask_ratio=0.85), config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_left_where_no_clip_is_long_enough(tmp_path, memory_corpus, model_config, train_config):
     with pytest.raises(ConfigError, match="the longest of 2 has 40"):
         pretrain(memory_corpus([30, 40]), tmp_path / "run", model_config, train_config)
