@@ -82,7 +82,7 @@ def check_options(
         )
     patch, longest = model_config.patch_size, model_config.n_frames
     frames = config.crop_frames or (longest,)
-    if odd := [n for n in frames if type(n) is not int or n % patch or not 0 < n <= longest]:
+    if odd := [n for n in frames if n % patch or not 0 < n <= longest]:
         raise ConfigError(f"crop_frames holds {odd[0]}; expected multiples of {patch}, of at most n_frames, {longest}")
     for n in frames:
         tokens = model_config.freq * (n // patch)

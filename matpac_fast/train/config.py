@@ -13,6 +13,7 @@ import torch
 
 from ..config import MatpacConfig
 from ..errors import ConfigError
+from ..fields import convert
 from .sampler import Short
 from .schedule import OFFICIAL_STEPS, OFFICIAL_TEACHER_TEMP_WARMUP, OFFICIAL_WARMUP, share_of_run
 
@@ -87,6 +88,7 @@ class TrainConfig:
     shard: bool = False
 
     def __post_init__(self) -> None:
+        convert(self)
         for name in (
             "steps",
             "batch_size",
@@ -140,8 +142,7 @@ class TrainConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ConfigError(f"unknown fields in the training configuration: {', '.join(unknown)}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return cls(**values)
+        return cls(**fields)
 
 
 def fit_to_run(model: MatpacConfig, train: TrainConfig) -> MatpacConfig:

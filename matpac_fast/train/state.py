@@ -52,9 +52,7 @@ def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
         return config
     except FileNotFoundError:
         return None
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: no JSON, or no UTF-8
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: no JSON, no UTF-8, ConfigError
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
 

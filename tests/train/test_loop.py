@@ -235,7 +235,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, corpus, model_config, t
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("frames", [24, 48, 16.0])
+@pytest.mark.parametrize("frames", [24, 48])
 def test_crops_that_the_model_cannot_take_are_refused_before_the_run_begins(
     tmp_path, corpus, model_config, train_config, frames
 ):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,11 +93,41 @@ def test_flops_are_the_counted_ones():
         ({"seed": -1}, "seed is -1"),
         ({"keep_every": 700}, "keep_every is 700; expected a multiple of save_every, 500"),
         ({"crop_frames": ()}, "crop_frames is empty"),
+        ({"steps": 2.5}, "steps is 2.5; expected a whole number$"),
+        ({"steps": True}, "steps is True; expected a whole number$"),
+        ({"steps": float("inf")}, "steps is inf; expected a whole number$"),
+        ({"batch_size": "8"}, "batch_size is '8'; expected a whole number$"),
+        ({"lr": None}, "lr is None; expected a number$"),
+        ({"lr": 10**400}, "lr is 10+; expected a number$"),
+        ({"warmup": "1"}, "warmup is '1'; expected a whole number or None$"),
+        ({"crop_frames": 96}, "crop_frames is 96; expected a tuple of whole numbers or None$"),
+        ({"crop_frames": (32, 64.5)}, r"crop_frames is \(32, 64.5\); expected a tuple of whole numbers or None$"),
+        ({"betas": 0.9}, "betas is 0.9; expected a tuple of numbers$"),
+        ({"compile": "no"}, "compile is 'no'; expected True or False$"),
+        ({"cuda_graph": 1}, "cuda_graph is 1; expected True or False or None$"),
     ],
 )
 def test_a_config_that_cannot_be_says_what_was_expected(change, says):
     with pytest.raises(ConfigError, match=says):
         TrainConfig(**change)
+
+
+def test_numbers_may_be_of_any_kind_and_are_pythons():
+    given = TrainConfig(
+        steps=1e1,
+        log_every=2.0,
+        seed=np.int64(3),
+        lr=np.float32(0.5),
+        weight_decay=Fraction(1, 4),
+        clip_norm=3,
+        crop_frames=[np.int32(32), 64.0],
+        betas=[0, np.float64(0.5)],
+        warmup=np.float32(1),
+        compile=np.bool_(True),
+    )
+    made = dict(steps=10, log_every=2, seed=3, lr=0.5, weight_decay=0.25, clip_norm=3.0, crop_frames=(32, 64))
+    assert repr(given) == repr(TrainConfig(**made, betas=(0.0, 0.5), warmup=1, compile=True))
+    assert json.dumps(given.to_dict())
 
 
 def test_config_survives_json():

@@ -1,0 +1,51 @@
+"""The fields of a configuration, in the types that its class names."""
+
+from __future__ import annotations
+
+import numbers
+import types
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from .errors import ConfigError
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
+
+
+def convert(config: Any) -> None:
+    """Make the numbers in a dataclass, also a frozen one, Python's own: 1e1 steps are 10, np.float32(0.1) is a float.
+
+    Raises:
+        ConfigError: a value that is not what its field holds.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if value is None and type(None) in kinds:
+            continue
+        try:
+            object.__setattr__(config, name, _as(value, kinds[0]))
+        except (TypeError, OverflowError):
+            raise ConfigError(f"{name} is {value!r}; expected {' or '.join(map(_told, kinds))}") from None
+
+
+def _as(value: Any, kind: Any) -> Any:
+    if get_origin(kind) is tuple:
+        fits = isinstance(value, (list, tuple))
+        value = tuple(_as(item, get_args(kind)[0]) for item in value) if fits else value
+    elif kind is bool:
+        fits = isinstance(value, (bool, np.bool_))
+    elif kind in (int, float):
+        fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and (kind is float or value % 1 == 0)
+    else:
+        return value  # a name, which the class itself checks
+    if not fits:
+        raise TypeError
+    make: Any = get_origin(kind) or kind
+    return make(value)
+
+
+def _told(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a tuple of {_WORDS[get_args(kind)[0]].removeprefix('a ')}s"
+    return _WORDS[kind]
