@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import CheckpointError, ConfigError
-from .reference import LogMelConfig, check_numbers
+from .fields import convert
+from .reference import LogMelConfig
 
 # The fields that make the model's `log_mel`.
 FRONT_END = tuple(field.name for field in dataclasses.fields(LogMelConfig))
@@ -89,7 +90,7 @@ class MatpacConfig:
     log_floor: float = LogMelConfig.log_floor
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        convert(self)
         if self.patch_size < 1:
             raise ConfigError(f"patch_size is {self.patch_size}; expected at least 1")
         for name in ("n_mels", "n_frames"):

@@ -269,14 +269,14 @@ def _own_sizes(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
         if "sizes" not in metadata:
             return sizes_of(MatpacConfig.from_dict(metadata["config"]))
         sizes = dict(metadata["sizes"])
-        MatpacConfig(**{size: sizes[size] for size in SIZES}, mask_ratio=0.5)
+        vit = MatpacConfig(**{size: sizes[size] for size in SIZES}, mask_ratio=0.5)
         front_end = {name: value for name, value in sizes.items() if name not in SIZES}
-        LogMelConfig(n_mels=sizes["n_mels"], **front_end)
+        LogMelConfig(n_mels=vit.n_mels, **front_end)
+        return {size: getattr(vit, size) for size in SIZES} | front_end
     except KeyError as error:
         raise CheckpointError(f"{path}: damaged: its sizes lack {error}") from None
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged: its sizes cannot be: {error}") from None
-    return sizes
 
 
 def _find(name: str) -> _Registered | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import types
 from typing import Any, get_args, get_origin, get_type_hints
@@ -13,20 +14,27 @@ from .errors import ConfigError
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
 
 
-def convert(config: Any) -> None:
+def convert(config: Any, part: str = "") -> None:
     """Make the numbers in a dataclass, also a frozen one, Python's own: 1e1 steps are 10, np.float32(0.1) is a float.
 
     Raises:
-        ConfigError: a value that is not what its field holds.
+        ConfigError: a value that is not what its field holds; `part` begins the message.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for name, kinds in _kinds(type(config)).items():
+        value = getattr(config, name)
         if value is None and type(None) in kinds:
             continue
         try:
             object.__setattr__(config, name, _as(value, kinds[0]))
         except (TypeError, OverflowError):
-            raise ConfigError(f"{name} is {value!r}; expected {' or '.join(map(_told, kinds))}") from None
+            raise ConfigError(f"{part}{name} is {value!r}; expected {' or '.join(map(_told, kinds))}") from None
+
+
+@functools.cache
+def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
+    """By the name of each field the type that its values are to have, and None's where they may be that."""
+    hints = get_type_hints(config).items()
+    return {name: get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints}
 
 
 def _as(value: Any, kind: Any) -> Any:

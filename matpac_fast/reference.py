@@ -5,10 +5,8 @@ Any float dtype, any device, differentiable. Nothing here is tuned, and nothing 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError
-
-_NUMBERS: dict[Any, tuple[type, str]] = {
-    "int": (numbers.Integral, "a whole number"),
-    "float": (numbers.Real, "a number"),
-}
-
-
-def check_numbers(config: Any, part: str = "") -> None:
-    """Raise ConfigError where a dataclass has something else in a field of numbers; `part` begins the message."""
-    for field in dataclasses.fields(config):
-        value, (kind, wanted) = getattr(config, field.name), _NUMBERS.get(field.type, (object, ""))
-        if not isinstance(value, kind) or (wanted and isinstance(value, bool)):
-            raise ConfigError(f"{part}{field.name} is {value!r}; expected {wanted}")
+from .fields import convert
 
 
 @dataclass(frozen=True)
@@ -77,7 +63,7 @@ class LogMelConfig:
     log_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "log-mel: ")
+        convert(self, "log-mel: ")
         for name, known in (("bank", BANKS), ("window", WINDOWS), ("framing", FRAMINGS)):
             if getattr(self, name) not in [*known]:  # a list, for what comes may have no hash
                 raise ConfigError(f"log-mel: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")

@@ -456,7 +456,7 @@ def test_presets_have_the_size_they_should(name, millions):
         (dict(teacher_temp=float("nan")), "teacher_temp is nan; expected a positive temperature"),
         (dict(patch_size=(16, 4)), r"patch_size is \(16, 4\); expected a whole number"),
         (dict(depth=1.5), "depth is 1.5; expected a whole number"),
-        (dict(width=192.0), "width is 192.0; expected a whole number"),
+        (dict(width=192.5), "width is 192.5; expected a whole number"),
         (dict(mcl_heads=True), "mcl_heads is True; expected a whole number"),
         (dict(mask_ratio="most"), "mask_ratio is 'most'; expected a number"),
     ],
@@ -464,6 +464,12 @@ def test_presets_have_the_size_they_should(name, millions):
 def test_configurations_that_cannot_be(fields, message):
     with pytest.raises(ConfigError, match=message):
         MatpacConfig(**fields)
+
+
+def test_numbers_of_any_kind_are_pythons_in_a_configuration():
+    config = MatpacConfig(width=192.0, num_heads=np.int64(3), std=np.float32(4), mean=-7)
+    assert [type(value) for value in (config.width, config.num_heads, config.std)] == [int, int, float]
+    assert repr(config.mean) == "-7.0"  # the ids of encoders are made of it
 
 
 def test_unknown_names_are_errors():
