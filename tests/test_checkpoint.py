@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from matpac_fast import checkpoint, load_encoder
+from matpac_fast import checkpoint, load_encoder, pickles
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac, MatpacConfig
 from matpac_fast.train.weights import weights_sizes
@@ -121,7 +121,7 @@ def test_what_lies_beside_the_weights_is_skipped(tmp_path, zipped, core):
         whole = (tmp_path / "c.pt").read_bytes()
         (tmp_path / "c.pt").write_bytes(whole.replace(b"numpy._core.", b"numpy." + core + b"."))
     assert checkpoint.load(tmp_path / "c.pt")[0]["w"].tolist() == [0, 1]
-    found = checkpoint.unpickle(tmp_path / "c.pt")["beside"]
+    found = pickles.unpickle(tmp_path / "c.pt")["beside"]
     assert len(found) == len(beside)
     assert {type(value).__name__ for value in found} == {"_Skipped"}
 

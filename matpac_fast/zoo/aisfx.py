@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checkpoint
+from .. import pickles
 from ..errors import CheckpointError, ConfigError
 from ..reference import LogMelConfig, mel_bank, mel_window
 from . import wheel
@@ -96,7 +96,7 @@ def load(argument: str, device: torch.device, dtype: torch.dtype) -> Network:
     if argument:
         raise ConfigError(f"aisfx takes no argument; got {argument!r}")
     path = wheel.find("aisfx", "models/checkpoint.pth")
-    content = checkpoint.unpickle(path)
+    content = pickles.unpickle(path)
     # (weights of net and classifiers, the data sets' classes)
     if not isinstance(content, tuple) or not content or not isinstance(content[0], Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected that of aisfx 0.1.2, a pair")
