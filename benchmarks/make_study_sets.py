@@ -72,15 +72,18 @@ def make_gm(out: Path) -> None:
             if name == "gm-notes":
                 clips = [[stretched(event)] for event in draw_notes(zones[split], NOTES[split], seed)]
                 labels = [family[event.program] for (event,) in clips]
+                groups = [f"{split}-{event.program}" for (event,) in clips]  # an instrument's notes fail together
             else:
                 rng = np.random.default_rng(seed)
                 mixed = [draw_mixture(zones[split], rng, seconds) for _ in range(MIXTURES[split])]
                 # A lone family would look single-label; the trailing ";" says that it need not be.
                 clips, labels = [events for events, _ in mixed], [";".join(families) + ";" for _, families in mixed]
+                groups = [""] * len(clips)  # each of its own
             bank = TEST_SOUNDFONT if split == "test" else SOUNDFONT
-            for i, (wave, label) in enumerate(zip(level(rendered(clips, seconds, bank), seed), labels, strict=True)):
+            waves = level(rendered(clips, seconds, bank), seed)
+            for i, (wave, label, group) in enumerate(zip(waves, labels, groups, strict=True)):
                 soundfile.write(folder / f"{split}-{i:04d}.flac", wave, RATE)
-                rows.append(dict(path=f"{split}-{i:04d}.flac", label=label, split=split))
+                rows.append(dict(path=f"{split}-{i:04d}.flac", label=label, split=split, group=group))
         write(folder, rows)
         print(f"{folder}: {len(rows)} clips of {seconds:g} s")
 
@@ -116,7 +119,7 @@ def make_lang(out: Path) -> None:
     folder, shift = out / "lang", out / "lang-shift"
     for made in (folder, shift):
         made.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, seen = [], set[bytes]()
     for language in LANGUAGES:
         found = []
         for path in sorted(STAMPS.rglob(f"*_desc_{language}.ogg")):
@@ -124,7 +127,7 @@ def make_lang(out: Path) -> None:
             stamp = re.sub(r"(_outline|_filled|-\d+)*_desc_\w+$", "", path.stem)
             group = f"{path.parent.relative_to(STAMPS)}/{stamp}"
             found.append((hashlib.sha256(str(path.relative_to(STAMPS)).encode()).digest(), group, path))
-        rows += collected(folder, language, [(group, path) for _, group, path in sorted(found)], WORDS)
+        rows += collected(folder, language, [(group, path) for _, group, path in sorted(found)], WORDS, seen)
     for row in rows:
         draw = hashlib.sha256(row["group"].encode()).digest()[0] / 256
         row["split"] = "test" if draw < 0.25 else "valid" if draw < 0.4 else "train"
@@ -135,24 +138,26 @@ def make_lang(out: Path) -> None:
     for language in LANGUAGES:
         for package, root in (("klettres", LETTERS), ("ktuberling", POTATOES)):
             paths = sorted(p for p in (root / language).rglob("*") if p.suffix in (".ogg", ".wav"))
-            some = collected(shift, language, [(f"{package}/{path.stem}", path) for path in paths], WORDS // 2)
+            speaker = f"{package}-{language}"  # one, perhaps two
+            some = collected(shift, language, [(speaker, path) for path in paths], WORDS // 2, seen)
             tested += [row | dict(split="test", subset=package) for row in some]
     write(shift, [row | dict(subset="") for row in learnt] + tested)
     counts = {language: sum(row["label"] == language for row in tested) for language in LANGUAGES}
     print(f"{shift}: the same words to learn from, {len(tested)} to test on: {counts}")
 
 
-def collected(folder: Path, language: str, sources: list[tuple[str, Path]], most: int) -> list[dict[str, str]]:
-    """Write up to `most` different words as files, one after the other."""
+def collected(
+    folder: Path, language: str, sources: list[tuple[str, Path]], most: int, seen: set[bytes]
+) -> list[dict[str, str]]:
+    """Write up to `most` words as files, one after the other, none that is `seen` by its bytes."""
     rows: list[dict[str, str]] = []
-    seen = set()
     for group, path in sources:
         data = hashlib.sha256(path.read_bytes()).digest()
         wave = None if data in seen or len(rows) == most else one_format(path)
         seen.add(data)
         if wave is None:
             continue
-        name = f"{language}-{group.split('/')[0] if folder.name == 'lang-shift' else 'w'}-{len(rows):03d}.flac"
+        name = f"{language}-{group.split('-')[0] if folder.name == 'lang-shift' else 'w'}-{len(rows):03d}.flac"
         soundfile.write(folder / name, wave, RATE)
         rows.append(dict(path=name, label=language, group=group))
     return rows

@@ -108,7 +108,7 @@ def write_report(
         Section(
             "Temporal support",
             f"The seconds of audio that one embedding sees. Every clip is {CLIP_SECONDS:g} s, cut into windows whose "
-            "embeddings are averaged. Bars are 95 % bootstrap intervals over the test notes.",
+            "embeddings are averaged. Bars are 95 % bootstrap intervals over the test notes' instruments.",
             [_accuracy(rows), _time(rows)],
         ),
         Section("The numbers", " ".join(verdicts(rows)), [table(header, body, best)]),

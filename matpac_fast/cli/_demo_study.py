@@ -33,10 +33,12 @@ class Row:
     clip_ms: float  # to embed a clip, 16 clips at a time
     window_ms: float  # to embed one window on its own
     probes: dict[str, ProbeResult]
+    instrument: Tensor  # (N,) of each test note: its notes are right or wrong together
 
     def gain(self, over: str) -> Interval:
         """Accuracy that pre-training gains over a baseline, clip by clip on the same test clips."""
-        return bootstrap_interval(self.probes[TRAINED].correct.double() - self.probes[over].correct.double())
+        difference = self.probes[TRAINED].correct.double() - self.probes[over].correct.double()
+        return bootstrap_interval(difference, groups=self.instrument)
 
 
 def compare(
@@ -52,6 +54,7 @@ def compare(
     """
     clips = [torch.from_numpy(np.stack(part.waves))[:, : round(CLIP_SECONDS * SAMPLE_RATE)] for part in (train, test)]
     labels = [torch.from_numpy(part.labels) for part in (train, test)]
+    instrument = torch.from_numpy(test.program)
     rows, done = [], 0
     for ts in temporal_supports:
         probes, clip_ms = {}, 0.0
@@ -62,11 +65,11 @@ def compare(
                 features.append(statistics(waves, ts) if encoder is None else embed(encoder, waves, ts))
                 if name == TRAINED:
                     clip_ms = 1e3 * (time.perf_counter() - clock) / len(waves)
-            probes[name] = linear_probe(features[0], labels[0], features[1], labels[1])
+            probes[name] = linear_probe(features[0], labels[0], features[1], labels[1], groups=instrument)
             done += 1
             update(done, len(NAMES) * len(temporal_supports))
         n_windows = round(CLIP_SECONDS / ts)
-        rows.append(Row(ts, n_windows, clip_ms, window_ms(encoders[TRAINED], clips[1][0], ts), probes))
+        rows.append(Row(ts, n_windows, clip_ms, window_ms(encoders[TRAINED], clips[1][0], ts), probes, instrument))
     return rows
 
 

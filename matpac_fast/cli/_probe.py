@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from ..errors import ConfigError
 from ..study.linear import ProbeConfig
 
@@ -31,6 +35,26 @@ def probe_words(probe: ProbeConfig, attentive: bool) -> str:
         f"at most {probe.steps} {steps}, checked every {probe.check_every} and ended after {probe.patience} checks "
         f"without gain; features {'standardised' if probe.standardize else 'as they are'}"
     )
+
+
+def at_the_edge(results: Sequence[Mapping[str, Any]], decays: Sequence[float]) -> list[str]:
+    """A sentence for each task most of whose probes took the largest or smallest decay that was offered."""
+    found = []
+    for task in dict.fromkeys(row["task"] for row in results):
+        taken = [decay for row in results if row["task"] == task and not row["subset"] for decay in row["decays"]]
+        for word, edge in (("largest", max(decays)), ("smallest", min(decays))):
+            n = sum(decay == edge for decay in taken)
+            if len(decays) > 1 and edge and 2 * n > len(taken):
+                found.append(
+                    f"{task}: {n} of {len(taken)} probes took the {word} of the decays, {edge:g}; --decays with "
+                    f"{'larger' if word == 'largest' else 'smaller'} ones may score better."
+                )
+    return found
+
+
+def bounds(low: float, high: float, form: str = ".3f", between: str = "–") -> str:
+    """An interval in words; of one group of test clips there is none."""
+    return "no interval: one group" if math.isnan(low) else f"{low:{form}}{between}{high:{form}}"
 
 
 def check_resamples(resamples: int) -> None:

@@ -14,7 +14,7 @@ from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.distributed import pick_device
 from ..weights import DEFAULT
-from ._probe import check_resamples, probe_config
+from ._probe import at_the_edge, bounds, check_resamples, probe_config
 from ._progress import stages
 from ._words import count
 from .study import UNITS, copies, left_out
@@ -106,10 +106,11 @@ def main(
         results = tabulate(cells, 0.0, resamples=resamples, progress=hear).results if cells else []
     for row in results:
         where = f", {row['subset']}" if row["subset"] else ""
+        within = bounds(row["low"], row["high"], ".4f", " to ")
         print(
-            f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f}), "
+            f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({within}), "
             f"{count(row['test_clips'], 'test clip')}, {count(row['folds'], 'fold')}, {count(row['seeds'], 'seed')}"
         )
-    for line in [*copies(results), *left_out(cells)[0]]:
+    for line in [*copies(results), *at_the_edge(results, config.probe.decays), *left_out(cells)[0]]:
         print(line)
     return 0

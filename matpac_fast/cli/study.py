@@ -29,7 +29,7 @@ from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_s
 from ..tasks import DatasetError
 from ..train.distributed import pick_device
 from ..train.logs import versions
-from ._probe import check_resamples, numbers, probe_config, probe_words
+from ._probe import at_the_edge, bounds, check_resamples, numbers, probe_config, probe_words
 from ._progress import stages
 from ._table import show
 
@@ -145,7 +145,7 @@ def main(
             found = list({id(cost): cost for cell in cells for cost in cell.costs}.values())
             tables = tabulate(cells, margin, cheapest_by, resamples, hear)
     made = _made(config)
-    lines = _sentences(tables, margin)
+    lines = _sentences(tables, margin) + at_the_edge(tables.results, config.probe.decays)
     lines += _unsteady(found, out / "cost.parquet")
     told, files = left_out(cells)
     lines += told
@@ -224,7 +224,7 @@ def _change(saved: float) -> str:
 
 
 def _score(row: dict[str, Any], which: str) -> str:
-    return f"{row[which + '_score']:.3f} ({row[which + '_low']:.3f}–{row[which + '_high']:.3f})"
+    return f"{row[which + '_score']:.3f} ({bounds(row[which + '_low'], row[which + '_high'])})"
 
 
 def cost_cells(costs: list[Cost]) -> tuple[list[str], list[list[str]]]:
@@ -256,7 +256,7 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
             text += f"; nothing cheaper is within {margin:g} of it."
         else:
             text += f"; {_support(row, 'cheapest')} is cheaper and within {margin:g}, {row['difference']:+.3f} on test "
-            text += f"({row['difference_low']:+.3f} to {row['difference_high']:+.3f})."
+            text += f"({bounds(row['difference_low'], row['difference_high'], '+.3f', ' to ')})."
         found.append(text)
     for task in dict.fromkeys(row["task"] for row in tables.results):
         rows = [row for row in tables.results if row["task"] == task]

@@ -6,7 +6,6 @@ as do the probes of MATPAC's and M2D's tables.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,27 +30,16 @@ class BatchedFold(FoldProbes):
 
     def _train(
         self, pairs: Sequence[tuple[float, float]], progress: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        seeds, found, learnt = self.config.seeds, [], set[int]()
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        seeds, found = self.config.seeds, []
         for i, (rate, decay) in enumerate(pairs):
             for seed in range(seeds):
                 done = i * seeds + seed
                 told = lambda share, done=done: progress((done + share) / (len(pairs) * seeds))  # noqa: E731
-                *best, passes = self._one(seed, rate, decay, told)
-                found.append(best)
-                if passes:
-                    learnt.add(seed)
-        if len(learnt) < seeds:
-            rates = self.config.learning_rates
-            at = f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
-            of = f"{seeds - len(learnt)} of {seeds} seed{'s' if seeds > 1 else ''}"
-            warnings.warn(
-                f"probe: no pass lowered the validation loss at {at} for {of}, whose scores are those of untrained "
-                f"weights, as they were drawn; try smaller learning rates, such as {min(rates) / 10:g}",
-                stacklevel=2,
-            )
-        losses, weights, biases = zip(*found, strict=True)
-        return torch.stack(losses), torch.stack(weights, 1), torch.stack(biases)
+                found.append(self._one(seed, rate, decay, told))
+        losses, weights, biases, passes = zip(*found, strict=True)
+        untrained = torch.tensor(passes, device=self.device) == 0
+        return torch.stack(losses), torch.stack(weights, 1), torch.stack(biases), untrained
 
     @torch.enable_grad()
     def _one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -274,10 +275,19 @@ class FoldProbes:
 
     def run(self, metric: str, progress: Callable[[float], None]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         pairs = [(lr, decay) for lr in self.config.learning_rates for decay in self.config.decays]
-        loss, weight, bias = self._train(pairs, progress)
+        loss, weight, bias, untrained = self._train(pairs, progress)
         seeds = self.config.seeds
         choice = loss.view(len(pairs), seeds).argmin(0)  # (S,)
         picked = choice * seeds + torch.arange(seeds, device=self.device)
+        if n := int(untrained[picked].sum()):
+            rates = self.config.learning_rates
+            at = f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
+            warnings.warn(
+                f"probe: no step lowered the validation loss at {at} for {n} of {seeds} seed{'s' * (seeds > 1)}, whose "
+                "scores are those of untrained weights, as they were drawn; try smaller learning rates, such as "
+                f"{min(rates) / 10:g}, or larger decays",
+                stacklevel=2,
+            )
         weight, bias = weight[:, picked], bias[picked]  # (r, S, K), (S, K)
         chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64, device="cpu")
         scores = self._probabilities(self.tested, self.test_clip, self.test_share, self.test, weight, bias)
@@ -291,8 +301,9 @@ class FoldProbes:
 
     def _train(
         self, pairs: Sequence[tuple[float, float]], progress: Callable[[float], None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each pair and seed the least validation loss (G,), and the weight (r, G, K) and bias (G, K) of it."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each pair and seed the least validation loss (G,), the weight (r, G, K) and bias (G, K) of it, and whether
+        these are as they were drawn (G,)."""
         c = self.config
         s, k, r = c.seeds, self.columns, self.learn.shape[1]
         g = len(pairs) * s
@@ -306,6 +317,7 @@ class FoldProbes:
         state = [torch.zeros_like(t) for t in (weight, weight, bias, bias)]
         best_loss = torch.full((g,), torch.inf, device=self.device, dtype=self.dtype)
         best_weight, best_bias = weight.clone(), bias.clone()
+        untrained = torch.ones(g, dtype=torch.bool, device=self.device)
         stale = 0
         for step in range(c.steps + 1):
             if step % c.check_every == 0 or step == c.steps:
@@ -313,6 +325,7 @@ class FoldProbes:
                 loss = self._loss(weight, bias)
                 better = loss < best_loss
                 best_loss = torch.where(better, loss, best_loss)
+                untrained &= ~better | (step == 0)
                 best_weight = torch.where(better[None, :, None], weight, best_weight)
                 best_bias = torch.where(better[:, None], bias, best_bias)
                 stale = 0 if better.any() else stale + 1
@@ -329,7 +342,7 @@ class FoldProbes:
                 square.lerp_(gradient.square(), 0.01)
                 update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
                 value -= now[:, None] * update
-        return best_loss, best_weight, best_bias
+        return best_loss, best_weight, best_bias, untrained
 
     def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.addmm(bias.flatten(), x, weight.flatten(1)).unflatten(1, bias.shape)  # (R, G, K)

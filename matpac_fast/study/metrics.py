@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError
 
 RESAMPLES = 1000
+_FEW = 5  # groups of a fold's test clips, below which resampling them says too little: folds are resampled as well
 _CELLS = 1 << 24  # resamples x clips held at a time
 
 
@@ -65,11 +66,12 @@ METRICS = {"accuracy": accuracy, "mAP": mean_average_precision}
 class Draws:
     """Bootstrap resamples of a task's test clips, the same for every embedding, so that differences are paired.
 
-    Row 0 of each array is the sample itself. `clips[f]` (1 + B, N_f) weighs the test clips of fold f: whole groups are
-    drawn with replacement. `seeds` (1 + B, S) and `folds` (1 + B, F) sum to 1.
+    Row 0 of each array is the sample itself. `clips[f]` (1 + B, N_f) weighs the test clips of fold f: whole groups,
+    by their numbers `groups[f]` (N_f,), are drawn with replacement. `seeds` (1 + B, S) and `folds` (1 + B, F) sum to 1.
     """
 
     clips: list[Tensor]
+    groups: list[Tensor]
     seeds: Tensor
     folds: Tensor
 
@@ -77,9 +79,10 @@ class Draws:
     def of(cls, groups: list[np.ndarray], n_seeds: int, resamples: int = RESAMPLES, seed: int = 0) -> Draws:
         """`groups` are the group names of each fold's test clips."""
         random = np.random.default_rng(seed)
-        clips = []
+        clips, numbers = [], []
         for names in groups:
             _, inverse = np.unique(names, return_inverse=True)
+            numbers.append(torch.from_numpy(inverse))
             n = inverse.max() + 1
             counts = np.ones((1 + resamples, n), np.float64)
             counts[1:] = random.multinomial(n, np.full(n, 1 / n), size=resamples)
@@ -89,12 +92,15 @@ class Draws:
             counts = np.full((1 + resamples, n), 1 / n)
             counts[1:] = random.multinomial(n, np.full(n, 1 / n), size=resamples) / n
             parts.append(torch.from_numpy(counts))
-        return cls(clips, *parts)
+        return cls(clips, numbers, *parts)
 
     def score(
         self, metric: str, scores: list[Tensor], targets: list[Tensor], within: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(1 + B,) scores twice: resampled over groups and seeds, and over folds as well.
+
+        Where a fold tests on fewer than five groups the first is the second. Where there is one fold, of one group,
+        nothing can be resampled: the resamples are NaN.
 
         `scores[f]` (S, N_f, K), `targets[f]`, and `within[f]` (N_f,) bool, the clips that count. A seed's folds are
         scored one by one and averaged; then the seeds are. Index 0 is the score itself, the rest its resamples.
@@ -102,17 +108,20 @@ class Draws:
         Raises:
             ConfigError: scores that are not finite.
         """
-        measure, by_fold = METRICS[metric], []
+        measure, by_fold, n_groups = METRICS[metric], [], []
         for f, (some, target, weights) in enumerate(zip(scores, targets, self.clips, strict=True)):
             if bad := int((~some.isfinite()).any(2).any(0).sum()):
                 raise ConfigError(
                     f"the probes' scores of {bad} of {some.shape[1]} test clips, fold {f}, are not finite; expected "
                     "probabilities; remove the folder probes/ of the study and run it again"
                 )
+            groups = self.groups[f]
             if within is not None:
                 some, target, weights = some[:, within[f]], target[within[f]], weights[:, within[f]]
+                groups = groups[within[f]]
                 if not len(target):
                     continue
+            n_groups.append(len(groups.unique()))
             rows = max(1, _CELLS // max(1, weights.shape[1]))
             by_seed = torch.stack(
                 [torch.cat([measure(one, target, w) for w in weights.split(rows)]) for one in some], 1
@@ -122,6 +131,10 @@ class Draws:
         plain = values.nanmean(1)
         share = self.folds[:, [f for f, _ in by_fold]] * ~values.isnan()
         folds = (values.nan_to_num() * share).sum(1) / torch.where(share.sum(1) > 0, share.sum(1), torch.nan)
+        if n_groups == [1]:
+            plain[1:] = folds[1:] = torch.nan
+        elif len(n_groups) > 1 and min(n_groups) < _FEW:
+            plain = folds
         return (_centred(plain), _centred(folds)) if metric == "mAP" else (plain, folds)
 
 

@@ -138,17 +138,23 @@ def _folds(labels: Tensor, n_folds: int, seed: int) -> Tensor:
     return folds
 
 
-def bootstrap_interval(values: Tensor, resamples: int = 10_000, seed: int = 0) -> Interval:
+def bootstrap_interval(
+    values: Tensor, resamples: int = 10_000, seed: int = 0, groups: Tensor | None = None
+) -> Interval:
     """Mean of per-clip values (N,) and the 2.5 and 97.5 % percentiles of the mean over resampled clips.
 
-    For one probe give its `correct`; to compare two on the same clips give the difference of theirs, whose interval is
+    With `groups` (N,) whole groups are drawn, as of clips of one instrument, which are right or wrong together. For
+    one probe give its `correct`; to compare two on the same clips give the difference of theirs, whose interval is
     narrower than the two intervals suggest. Values that are all equal give an interval of no width.
     """
     values = values.double()
+    owner = torch.arange(len(values), device="cpu") if groups is None else groups.unique(return_inverse=True)[1]
+    counts = owner.bincount().double()
+    sums = torch.zeros_like(counts).index_add_(0, owner, values)
     generator = torch.Generator().manual_seed(seed)
-    sizes = [(min(500, resamples - done), len(values)) for done in range(0, resamples, 500)]
-    drawn = (torch.randint(len(values), size, generator=generator, device="cpu") for size in sizes)
-    means = torch.cat([values[rows].mean(1) for rows in drawn])
+    sizes = [(min(500, resamples - done), len(sums)) for done in range(0, resamples, 500)]
+    drawn = (torch.randint(len(sums), size, generator=generator, device="cpu") for size in sizes)
+    means = torch.cat([sums[rows].sum(1) / counts[rows].sum(1) for rows in drawn])
     low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
     return Interval(values.mean().item(), low, high)
 
@@ -159,6 +165,7 @@ def linear_probe(
     test: Tensor,
     test_labels: Tensor,
     *,
+    groups: Tensor | None = None,
     l2_grid: tuple[float, ...] = L2_GRID,
     n_folds: int = 5,
     seed: int = 0,
@@ -167,8 +174,9 @@ def linear_probe(
 
     train (N, D) and test (M, D), any float dtype; labels (N,) and (M,) int64 from 0. Features are standardised by the
     training clips; the L2 strength is the one of least cross-entropy over `n_folds` held-out parts of the training
-    clips, which sees no test clip. The arithmetic is float64, and the same input gives the same result.
-    Raises ConfigError where shapes do not fit, a feature is not finite, or a class has fewer than two training clips.
+    clips, which sees no test clip. `groups` (M,) of test clips are resampled whole. The arithmetic is float64, and
+    the same input gives the same result. Raises ConfigError where shapes do not fit, a feature is not finite, or a
+    class has fewer than two training clips.
     """
     for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
         if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
@@ -186,7 +194,7 @@ def linear_probe(
         raise ConfigError(f"every class, of at least two, needs two training clips; these have {counts.tolist()}")
 
     with one_thread():
-        return _choose_and_score(train, train_labels, test, test_labels, l2_grid, n_folds, seed)
+        return _choose_and_score(train, train_labels, test, test_labels, l2_grid, n_folds, seed, groups)
 
 
 @contextmanager
@@ -209,6 +217,7 @@ def _choose_and_score(
     l2_grid: tuple[float, ...],
     n_folds: int,
     seed: int,
+    groups: Tensor | None,
 ) -> ProbeResult:
     n_classes = int(train_labels.max()) + 1
     folds = _folds(train_labels, n_folds, seed)
@@ -224,4 +233,4 @@ def _choose_and_score(
     problem = _Problem(train, train_labels, n_classes)
     weight = problem.path(l2_grid[: chosen + 1])[-1]
     correct = problem.logits(weight, test).argmax(1) == test_labels
-    return ProbeResult(bootstrap_interval(correct), correct, l2_grid[chosen])
+    return ProbeResult(bootstrap_interval(correct, groups=groups), correct, l2_grid[chosen])

@@ -102,7 +102,7 @@ def tabulate(
             whole = [i for i, cell in enumerate(mine) if cell.sees_all]
             choosable = [i for i in range(len(mine)) if i not in whole[1:]]
             best = max(choosable, key=lambda i: (mine[i].valid_score, -mine[i].view.temporal_support))
-            near = [i for i in choosable if mine[i].valid_score >= mine[best].valid_score - margin]
+            near = [i for i in choosable if mine[i].valid_score >= mine[best].valid_score - margin - 1e-9]
             column = CHEAPEST_BY[cheapest_by]
             measured = all(rows[i][column] is not None for i in near)
             cheapest = min(near, key=lambda i: (rows[i][column], mine[i].view.temporal_support)) if measured else None

@@ -211,8 +211,9 @@ def test_probe_warns_in_one_line_of_weights_that_are_untrained(tmp_path, capfd):
     assert cli.main([*arguments, "--resamples", "5", "--device", "cpu"]) == 0
     said = capfd.readouterr()
     assert said.err == (
-        "matpac-fast probe: warning: no pass lowered the validation loss at learning rate 100000 for 1 of 1 seed, "
-        "whose scores are those of untrained weights, as they were drawn; try smaller learning rates, such as 10000\n"
+        "matpac-fast probe: warning: no step lowered the validation loss at learning rate 100000 for 1 of 1 seed, "
+        "whose scores are those of untrained weights, as they were drawn; try smaller learning rates, such as 10000, "
+        "or larger decays\n"
     )
     assert said.out.endswith(" 8 test clips, 1 fold, 1 seed\n")
 

@@ -303,3 +303,12 @@ def test_the_share_of_the_steps_is_told():
     config = dataclasses.replace(QUICK, steps=20, check_every=10)
     probe(rows, targets, names, three_folds(len(targets))[:2], 3, config, "accuracy", progress=told.append)
     assert told == [0.0, 0.25, 0.5, 0.5, 0.75, 1.0]
+
+
+def test_weights_that_nothing_could_better_are_told():
+    random = np.random.default_rng(0)
+    values, targets = torch.from_numpy(random.standard_normal((90, 600))), random.integers(0, 9, 90)
+    fold = Fold(np.arange(30), np.arange(60, 90), np.arange(30, 60))
+    config = ProbeConfig(learning_rates=(10.0,), decays=(0.0,), seeds=2)
+    with pytest.warns(UserWarning, match="no step lowered the validation loss at learning rate 10 for 2 of 2 seeds"):
+        run(values, targets, [fold], config, 9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +147,36 @@ def test_scores_that_are_no_numbers_are_no_answer(metric):
     scores[0, 3] = torch.nan
     with pytest.raises(ConfigError, match="scores of 1 of 10 test clips, fold 0, are not finite"):
         Draws.of([np.arange(10)], 1, resamples=5).score(metric, [scores], [target])
+
+
+def leave_one_out(random, n_groups: int, clips: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(scores, target) of each fold, whose clips are right by a chance of the fold's own, 0.6 in the mean."""
+    folds = []
+    for chance in random.beta(6, 4, n_groups):
+        target = torch.from_numpy(random.integers(0, 2, clips))
+        right = torch.from_numpy(random.random(clips) < chance)
+        best = torch.where(right, target, 1 - target)
+        folds.append((torch.nn.functional.one_hot(best, 2).double()[None], target))
+    return folds
+
+
+def test_where_a_fold_tests_on_few_groups_the_interval_is_over_folds():
+    """Of one group a resample is the group: the interval would have no width, and cover 5 times in 100."""
+    random, covered = np.random.default_rng(0), 0
+    for trial in range(100):
+        folds = leave_one_out(random, 12, 40)
+        draws = Draws.of([np.zeros(40)] * 12, 1, resamples=300, seed=trial)
+        plain, over_folds = draws.score("accuracy", *map(list, zip(*folds, strict=True)))
+        assert torch.equal(plain, over_folds)
+        low, high = interval(plain)
+        covered += low <= 0.6 <= high
+    assert 85 <= covered <= 99
+
+
+def test_of_one_group_there_is_no_interval():
+    ((scores, target),) = leave_one_out(np.random.default_rng(0), 1, 40)
+    plain, _ = Draws.of([np.zeros(40)], 1, resamples=20).score("accuracy", [scores], [target])
+    assert 0 < plain[0] < 1
+    assert all(map(math.isnan, interval(plain)))
+    two = Draws.of([np.arange(40) % 2], 1, resamples=20)
+    assert all(map(math.isnan, interval(two.score("accuracy", [scores], [target], [torch.arange(40) % 2 == 0])[0])))

@@ -146,3 +146,16 @@ def test_what_cannot_be_fitted_is_refused(change, message: str) -> None:
 def test_held_out_parts_have_as_much_of_each_class():
     labels = torch.arange(30) % 3
     assert (labels * 5 + probe._folds(labels, 5, seed=0)).bincount().tolist() == [2] * 15
+
+
+def test_groups_are_resampled_whole() -> None:
+    correct = torch.arange(400) % 8 < 3
+    every, alike = torch.arange(400), torch.arange(400) % 8  # of eight groups three are right
+    alone, apart = bootstrap_interval(correct), bootstrap_interval(correct, groups=every)
+    assert (alone.mean, alone.low, alone.high) == (apart.mean, apart.low, apart.high)
+    together = bootstrap_interval(correct, groups=alike)
+    assert together.mean == alone.mean == 0.375
+    assert together.low == pytest.approx(0.125)
+    assert together.high == pytest.approx(0.75)
+    uneven = bootstrap_interval(torch.tensor([1.0, 1.0, 1.0, 0.0]), groups=torch.tensor([5, 5, 5, 2]))
+    assert (uneven.low, uneven.mean, uneven.high) == (0.0, 0.75, 1.0)
