@@ -1,7 +1,7 @@
 """The probe as papers train it: shuffled batches, Adam at a constant learning rate, until the validation loss rises.
 
-What the grid of `FoldProbes` finds is the minimum of a penalised loss; this one ends wherever early stopping ends it,
-as do the probes of MATPAC's and M2D's tables.
+The grid of `FoldProbes` takes steps on all clips at once; this one ends wherever early stopping ends it, as do the probes
+of MATPAC's and M2D's tables.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(source, tmp_path, capsys):
     assert cli.main(command(tmp_path / "nowhere", tmp_path / "out")) == cli.FAILED
     assert "no such folder" in capsys.readouterr().err
     assert cli.main(command(source / "0.wav", tmp_path / "out")) == cli.FAILED
-    assert "0.wav: no text; expected a folder, or a text file with one path" in capsys.readouterr().err
+    assert "0.wav: no text in UTF-8; expected a folder, or a text file with one path" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -218,7 +218,7 @@ def test_dry_run_trains_nothing(corpus, tmp_path, capsys):
         (["--init", PACKAGED["matpac-nano"]], "nano.safetensors: an encoder alone; expected a training checkpoint"),
         (["--mcl-heads", "-1"], "mcl_heads is -1; expected 0 or more"),
         (["--ema", "0.99", "1.5"], "ema_end is 1.5; expected 0 to 1"),
-        (["--set", "model.student_temp=-1"], "student_temp is -1; expected a positive temperature"),
+        (["--set", "model.student_temp=-1"], "student_temp is -1.0; expected a positive temperature"),
         (["--set", "train.betas=[0.9]"], "betas is (0.9,); expected two numbers"),
         (["--set", "model.center_of=5"], "center_of is '5'; expected 'probabilities' or 'logits'"),
         (["--set", "model.patch_size=0"], "patch_size is 0; expected at least 1"),
