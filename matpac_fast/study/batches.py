@@ -1,7 +1,6 @@
 """The probe as papers train it: shuffled batches, Adam at a constant learning rate, until the validation loss rises.
 
-The grid of `FoldProbes` takes steps on all clips at once; this one ends wherever early stopping ends it, as do the probes
-of MATPAC's and M2D's tables.
+The grid of `FoldProbes` takes steps on all clips at once. As papers: those of MATPAC's and M2D's tables.
 """
 
 from __future__ import annotations
