@@ -65,7 +65,7 @@ def find_audio(
                 if named:
                     on_error(Path(entry.path), OSError(errno.EISDIR, "a folder by the name of an audio file"))
                 (links if entry.is_symlink() else waiting).append(entry.path)
-            elif (named and not _is_apple_double(entry)) or {suffix, os.path.splitext(stem)[1] + suffix} & also:
+            elif (named or {suffix, os.path.splitext(stem)[1] + suffix} & also) and not _is_apple_double(entry):
                 found.append(entry.path)
     return [Path(path) for path in sorted(found)]
 

@@ -446,6 +446,7 @@ def test_what_macos_keeps_about_files_is_no_audio(files, tmp_path, name):
     PACKERS[name](files, tmp_path / name, (kept, "a.wav", "._b.wav"))
     inside, reason = archives.members(tmp_path / name)
     assert ([member.name for member in inside], reason) == (["a.wav", "._b.wav"], None)
-    found = {path.name for path in find_audio(files)}
+    (files / "._x.tar").write_bytes(APPLE_DOUBLE)
+    found = {path.name for path in find_audio(files, also=archives.ARCHIVES)}
     assert "._b.wav" in found
-    assert "._a.wav" not in found
+    assert not {"._a.wav", "._x.tar"} & found
