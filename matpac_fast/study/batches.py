@@ -5,6 +5,7 @@ The grid of `FoldProbes` takes steps on all clips at once. As papers: those of M
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -73,7 +74,9 @@ class BatchedFold(FoldProbes):
                 optimizer.zero_grad()
                 # Shares are of a whole clip: over their mean, the gradients of a pass are those of its mean clip.
                 self._mean(rows, self.share[training].mean() * len(rows), weight, bias).backward()
-                optimizer.step()
+                # Before 2.13 torch counts its steps on the application's default device.
+                with contextlib.nullcontext() if optimizer.state else torch.device("cpu"):
+                    optimizer.step()
         return best
 
     def _mean(self, rows: Tensor, total: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
