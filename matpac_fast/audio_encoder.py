@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .audio.decode import MAX_PEAK, RATES, AudioFile, resample
+from .audio.decode import RATES, AudioFile, check_samples, resample
 from .backend import autocast_dtype
 from .embedding import Embeddings, Windowing, extract
 from .errors import AudioError, ConfigError
@@ -295,14 +294,7 @@ class AudioEncoder(nn.Module):
         if wave.dtype == torch.int16:
             return wave.float() / 32768.0  # else it were of the application's default dtype
         wave = wave.float()
-        low, high = _extremes(wave) if wave.numel() else (0.0, 0.0)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise AudioError(f"{what} holds NaN or infinite samples")
-        if (peak := max(-low, high)) > MAX_PEAK:
-            raise AudioError(
-                f"{what} holds a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}: divide by the full "
-                "scale of the integers it comes from, or give int16"
-            )
+        check_samples(_peak(wave) if wave.numel() else 0.0, what)
         return wave
 
     def check_mono(self, wave: Wave, what: str, dims: tuple[int, ...] = (1, 2)) -> Tensor:
@@ -347,13 +339,13 @@ class AudioEncoder(nn.Module):
         return windowing
 
 
-def _extremes(wave: Tensor) -> tuple[float, float]:
-    """The least and the largest sample, NaN where there is one."""
+def _peak(wave: Tensor) -> float:
+    """The largest absolute sample, NaN where there is one."""
     if wave.device.type == "cpu":  # by one thread: torch's would wait for each other beside those that decode
         samples = wave.numpy(force=True)  # also of a conjugate's imaginary part
-        return float(samples.min()), float(samples.max())
+        return max(-float(samples.min()), float(samples.max()))  # both are NaN where one sample is
     low, high = torch.stack(wave.aminmax()).tolist()
-    return low, high
+    return max(-low, high)
 
 
 def products_dtype(weights: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -220,8 +220,12 @@ def masked_patch_embed(
     ids_shuffle (B, N). Returns visible (B, 1 + V, D) and masked (B, 1 + M, D); the masked one carries no gradient.
     """
     tokens = patches(spec, weight.shape[-1]) @ weight.flatten(1).T + bias + pos[:, 1:]  # (B, N, D)
+    return hand_out((cls + pos[:, :1]).expand(spec.shape[0], -1, -1), tokens, ids_shuffle, n_visible)
+
+
+def hand_out(head: Tensor, tokens: Tensor, ids_shuffle: Tensor, n_visible: int) -> tuple[Tensor, Tensor]:
+    """Embedded patches (B, N, D) as `masked_patch_embed` deals them out, behind the CLS row `head` (B, 1, D)."""
     shuffled = tokens.gather(1, ids_shuffle[:, :, None].expand(-1, -1, tokens.shape[-1]))
-    head = (cls + pos[:, :1]).expand(spec.shape[0], -1, -1)
     visible = torch.cat([head, shuffled[:, :n_visible]], dim=1)
     masked = torch.cat([head, shuffled[:, n_visible:]], dim=1)
     return visible, masked.detach()

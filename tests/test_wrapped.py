@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.utils import prune
 
 from matpac_fast import Matpac, MatpacConfig
 from matpac_fast.vit_encoder import Encoder
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 class Adapted(torch.nn.Module):
@@ -36,7 +42,8 @@ def test_a_wrapped_patch_projection_is_called():
     assert proj.more.weight.grad is not None
     assert proj.more.weight.grad.abs().max() > 1e-4
     torch.nn.init.normal_(proj.more.weight)
-    assert (model(spec).loss - plain.loss).abs() > 1e-3
+    # Of each token: over all of them an untrained model's losses have much the same mean, whatever it sees.
+    assert (model(spec).loss_pred - plain.loss_pred).abs().max() > 1e-2
 
 
 def test_a_wrapped_patch_projection_of_an_encoder_is_called():

@@ -63,7 +63,7 @@ class Extent(NamedTuple):
     size: int
 
 
-Data: TypeAlias = "bytes | Extent"
+Data: TypeAlias = "bytes | Extent | AudioError"  # what a member holds, or why that cannot be had
 
 
 def is_archive(path: Path) -> bool:
@@ -110,8 +110,8 @@ def named(archive: str, inside: Iterable[Member]) -> dict[str, Member]:
     return found
 
 
-def contents(archive: Path, wanted: Sequence[Member]) -> Generator[Data | AudioError, None, None]:
-    """What members of one archive hold, in its order, one by one; or why that cannot be had."""
+def contents(archive: Path, wanted: Sequence[Member]) -> Generator[Data, None, None]:
+    """What members of one archive hold, in its order, one by one."""
     reader, done, reason = _READERS[archive.suffix.lower()](archive, wanted), 0, _CHANGED
     try:
         for data in reader:
@@ -128,9 +128,11 @@ def unpacked(data: Data, suffix: str) -> Iterator[Path]:
     """What a member holds as a file of its own for a while, out of which libsndfile and FFmpeg read all they know.
 
     Raises:
-        AudioError: it can no longer be read out of its archive.
+        AudioError: `data` is one, or can no longer be read out of its archive.
         CorpusError: no room for it.
     """
+    if isinstance(data, AudioError):
+        raise data
     path: Path | None = None
     try:
         try:
@@ -292,7 +294,7 @@ _LISTERS: dict[str, Callable[[Path], Iterator[Member]]] = {
     ".zip": _list_zip,
     ".parquet": _list_parquet,
 }
-_READERS: dict[str, Callable[[Path, Sequence[Member]], Iterator[Data | AudioError]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[Member]], Iterator[Data]]] = {
     ".tar": _read_tar,
     ".zip": _read_zip,
     ".parquet": _read_parquet,

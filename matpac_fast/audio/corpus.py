@@ -16,7 +16,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import resource
 import threading
@@ -30,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import AudioError, ConfigError, CorpusError, first_line
 from ..files import arrow_file
-from .decode import MAX_PEAK
+from .decode import check_samples
 
 INDEX = "index.parquet"
 REJECTED = "rejected.parquet"
@@ -292,14 +291,7 @@ def _checked(wave: Any, what: str) -> NDArray[np.int16]:
         return array.astype(np.int16, copy=False)
     if array.dtype.kind != "f":
         raise AudioError(f"{what} is {array.dtype}; expected float or int16")
-    peak = float(np.abs(array).max(initial=0.0))
-    if not math.isfinite(peak):
-        raise AudioError(f"{what} holds NaN or infinite samples")
-    if peak > MAX_PEAK:
-        raise AudioError(
-            f"{what} holds a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}: divide by the full scale "
-            "of the integers it comes from, or give int16"
-        )
+    check_samples(float(np.abs(array).max(initial=0.0)), what)
     return to_int16(array)[0]
 
 

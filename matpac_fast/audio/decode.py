@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import stat
@@ -205,6 +206,17 @@ class AudioFile:
 
     def _error(self, reason: str) -> AudioError:
         return AudioError(f"{self.path}: {reason}")
+
+
+def check_samples(peak: float, what: str) -> None:
+    """Raise AudioError where the largest sample of `what`, audio in memory, is not finite, or beyond any scale."""
+    if not math.isfinite(peak):
+        raise AudioError(f"{what} holds NaN or infinite samples")
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"{what} holds a sample of {peak:.3g}; full scale is 1, the limit {MAX_PEAK:g}: divide by the full scale "
+            "of the integers it comes from, or give int16"
+        )
 
 
 def read_blocks(

@@ -243,7 +243,7 @@ def _write_shards(store: Store, loaded: Iterator[_Loaded], limit: float) -> None
 
 def _load_member(
     key: str,
-    data: archives.Data | AudioError,
+    data: archives.Data,
     suffix: str,
     settings: Settings,
     known: str | None,
@@ -251,8 +251,6 @@ def _load_member(
 ) -> _Loaded | None:
     """`_load` of what an archive holds, from a file of its own for as long as it takes."""
     try:
-        if isinstance(data, AudioError):
-            raise data
         with archives.unpacked(data, suffix) as path:
             return _load(key, path, settings, known, archive)
     except AudioError as error:

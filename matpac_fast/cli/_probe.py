@@ -42,12 +42,12 @@ def at_the_edge(results: Sequence[Mapping[str, Any]], decays: Sequence[float]) -
     found = []
     for task in dict.fromkeys(row["task"] for row in results):
         taken = [decay for row in results if row["task"] == task and not row["subset"] for decay in row["decays"]]
-        for word, edge in (("largest", max(decays)), ("smallest", min(decays))):
+        for edge, most, more in ((max(decays), "largest", "larger"), (min(decays), "smallest", "smaller")):
             n = sum(decay == edge for decay in taken)
             if len(decays) > 1 and edge and 2 * n > len(taken):
                 found.append(
-                    f"{task}: {n} of {len(taken)} probes took the {word} of the decays, {edge:g}; --decays with "
-                    f"{'larger' if word == 'largest' else 'smaller'} ones may score better."
+                    f"{task}: {n} of {len(taken)} probes took the {most} of the decays, {edge:g}; --decays with {more} "
+                    "ones may score better."
                 )
     return found
 

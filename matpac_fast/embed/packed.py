@@ -35,8 +35,6 @@ class Listing:
         first = list(itertools.islice(self.members.values(), _TRIED))
         with contextlib.closing(archives.contents(self.path, first)) as contents:
             for member, data in zip(first, contents, strict=True):
-                if isinstance(data, AudioError):
-                    continue
                 with (
                     contextlib.suppress(AudioError),
                     archives.unpacked(data, member.suffix) as path,
@@ -63,9 +61,9 @@ class _Archive:
 
 
 class Content(NamedTuple):
-    """What a member holds, or why that cannot be had."""
+    """What a member holds."""
 
-    data: archives.Data | AudioError
+    data: archives.Data
     suffix: str = ""  # by which a decoder is chosen
     listing: Listing | None = None
 

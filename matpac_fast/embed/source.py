@@ -186,8 +186,6 @@ class Files:
         """`read_blocks` of what an archive holds."""
         place, path = self.place(name), None
         try:
-            if isinstance(content.data, AudioError):
-                raise content.data
             with unpacked(content.data, content.suffix) as path:
                 content.check()
                 yield from read_blocks(path, sample_rate, block_seconds)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..reference import patches
+from ..reference import hand_out, patches
 from .linear import is_plain
 from .vit import shorten_positions, sincos_positions
 
@@ -44,14 +44,8 @@ class Frontend(nn.Module):
         """(B, F, T) -> visible (B, 1 + V, D) for the student; masked (B, 1 + M, D), no gradient, for the teacher."""
         proj = self.patch_embed.proj
         if not is_plain(proj, nn.Conv2d):
-            tokens = self(spec)
-            visible, masked = (
-                torch.cat(
-                    [tokens[:, :1], tokens[:, 1:].gather(1, ids.long()[..., None].expand(-1, -1, tokens.shape[2]))], 1
-                )
-                for ids in (ids_shuffle[:, :n_visible], ids_shuffle[:, n_visible:])
-            )
-            return visible, masked.detach()
+            head, tokens = self(spec).split([1, ids_shuffle.shape[1]], dim=1)
+            return hand_out(head, tokens, ids_shuffle, n_visible)
         assert proj.bias is not None
         pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
         return ops.masked_patch_embed(spec, proj.weight, proj.bias, pos, self.cls_token, ids_shuffle, n_visible)

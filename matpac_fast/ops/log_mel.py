@@ -202,7 +202,7 @@ def _backward_impl(grad: Tensor, wave: Tensor, *scalars: Any) -> Tensor:
     *fields, dtype = scalars
     with torch.enable_grad(), without_autocast(wave.device):
         wave = wave.detach().requires_grad_()
-        out = reference.log_mel(wave, LogMelConfig(*fields)).to(dtype)
+        out = reference.log_mel(wave, _config(*fields)).to(dtype)
         return torch.autograd.grad(out, wave, grad)[0]
 
 

@@ -37,6 +37,17 @@ def write(path, seconds=2.0, rate=44_100, codec="aac", video=False, **options):
     return path
 
 
+def remux(path, other, **metadata):
+    """The sound of a file, as it is coded, in a container of another kind."""
+    with av.open(str(path)) as source, av.open(str(other), "w") as file:
+        file.metadata.update(metadata)
+        stream = file.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                file.mux(packet)
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "video"), [("a.m4a", "aac", False), ("a.mp4", "aac", True), ("a.mkv", "ac3", True)]
 )
@@ -98,12 +109,7 @@ def test_what_ends_early_and_decodes_well_is_seen_by_its_length(tmp_path):
 def test_many_channels_are_those_of_the_file(tmp_path, channels):
     wave = np.random.default_rng(0).standard_normal((16_000, channels)) / 20
     soundfile.write(tmp_path / "a.flac", wave, 16_000)
-    with av.open(str(tmp_path / "a.flac")) as source, av.open(str(tmp_path / "a.mka"), "w") as file:
-        stream = file.add_stream_from_template(source.streams.audio[0])
-        for packet in source.demux(source.streams.audio[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                file.mux(packet)
+    remux(tmp_path / "a.flac", tmp_path / "a.mka")
     with AudioFile(tmp_path / "a.mka") as opened:
         assert opened.channels == channels
     np.testing.assert_array_equal(read_audio(tmp_path / "a.mka"), read_audio(tmp_path / "a.flac"))
@@ -111,13 +117,7 @@ def test_many_channels_are_those_of_the_file(tmp_path, channels):
 
 def test_a_title_may_be_in_any_bytes(tmp_path):
     path = write(tmp_path / "a.m4a")
-    with av.open(str(path)) as source, av.open(str(tmp_path / "b.m4a"), "w") as file:
-        file.metadata["title"] = "TITLE"
-        stream = file.add_stream_from_template(source.streams.audio[0])
-        for packet in source.demux(source.streams.audio[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                file.mux(packet)
+    remux(path, tmp_path / "b.m4a", title="TITLE")
     named = (tmp_path / "b.m4a").read_bytes()
     assert b"TITLE" in named
     (tmp_path / "b.m4a").write_bytes(named.replace(b"TITLE", b"TIT\xe9E"))
