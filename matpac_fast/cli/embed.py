@@ -20,7 +20,7 @@ from ._words import count, length
 if TYPE_CHECKING:
     import torch
 
-    from ..embed.extract import Progress, Report
+    from ..embed.worker import Progress, Report
 
 TOO_MANY_ERRORS = 3  # exit code
 

@@ -19,10 +19,10 @@ from typing import Any
 from ..encoder import load_encoder
 from ..errors import ConfigError
 from ..weights import DEFAULT
-from .extract import WORKER, Report
 from .extract import embed_collection as embed_here
 from .lease import Leases
 from .manifest import LEASES, Manifest, read_manifest
+from .worker import WORKER, Report
 from .writer import shard_path
 
 _PAUSE_SECONDS = 2.0  # before another look for shards that other workers had in hand

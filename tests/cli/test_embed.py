@@ -18,8 +18,9 @@ from matpac_fast import cli
 from matpac_fast.cli import _progress, embed
 from matpac_fast.config import MatpacConfig
 from matpac_fast.embed import writer
-from matpac_fast.embed.extract import Progress, Report, embed_collection
+from matpac_fast.embed.extract import embed_collection
 from matpac_fast.embed.manifest import read_manifest
+from matpac_fast.embed.worker import Progress, Report
 from matpac_fast.model import Matpac
 from tests.embed import crew
 

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from matpac_fast import cli
-from matpac_fast.embed import extract, writer
+from matpac_fast.embed import worker, writer
 from matpac_fast.embed.extract import embed_collection
 from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.vit_encoder import Encoder
@@ -216,8 +216,8 @@ def test_a_system_that_pins_no_process_to_cores_embeds_too(collection, encoder, 
 
 
 def test_what_was_the_limit_is_said():
-    assert extract.Report(model_seconds=2.0, waited_seconds=1.0).limit == "the model"
-    assert extract.Report(model_seconds=1.0, waited_seconds=2.0).limit == "decoding"
+    assert worker.Report(model_seconds=2.0, waited_seconds=1.0).limit == "the model"
+    assert worker.Report(model_seconds=1.0, waited_seconds=2.0).limit == "decoding"
 
 
 @pytest.mark.parametrize(("keep", "code"), [("*.wav", 0), ("good*", 0), ("page.mp3", 3)])

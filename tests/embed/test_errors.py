@@ -19,8 +19,9 @@ from matpac_fast.audio import container, decode
 from matpac_fast.cli.embed import summary
 from matpac_fast.embed import extract, shard
 from matpac_fast.embed import source as source_module
-from matpac_fast.embed.extract import Report, embed_collection
+from matpac_fast.embed.extract import embed_collection
 from matpac_fast.embed.lease import Leases
+from matpac_fast.embed.worker import Report
 from matpac_fast.errors import AudioError, ConfigError
 from tests.embed import crew
 

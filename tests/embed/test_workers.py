@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from matpac_fast.embed import extract, manifest, writer
+from matpac_fast.embed import manifest, worker, writer
 from matpac_fast.embed.extract import embed_collection
 from matpac_fast.embed.lease import Leases
 from tests.embed import crew
@@ -58,9 +58,9 @@ def test_killed_at_random_again_and_again_the_result_is_that_of_an_undisturbed_r
         workers[at].join()
         kills += workers[at].exitcode == -signal.SIGKILL
         workers[at] = crew.start(collection, tmp_path, **options)
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    for one in workers:
+        one.join(120)
+        assert one.exitcode == 0
     # What the dead left half-written goes with the next call.
     embed_collection(collection, tmp_path, crew.Tiny(), 0.1, files_per_shard=2)
     assert crew.result(tmp_path) == undisturbed
@@ -75,11 +75,11 @@ def test_what_the_dead_left_half_written_goes(collection, tmp_path):
 def test_workers_share_the_work_and_none_is_done_twice(collection, undisturbed, tmp_path):
     workers = [crew.start(collection, tmp_path, seconds=0.03, files_per_shard=2) for _ in range(3)]
     seen: dict[str, set[int]] = {}
-    while any(worker.is_alive() for worker in workers):
+    while any(one.is_alive() for one in workers):
         for path in tmp_path.glob("shard-*"):
             seen.setdefault(path.name, set()).add(path.stat().st_ino)
         time.sleep(0.01)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [one.exitcode for one in workers] == [0, 0, 0]
     assert all(len(files) == 1 for files in seen.values())
     assert crew.result(tmp_path) == undisturbed
 
@@ -207,9 +207,9 @@ def test_one_worker_looks_at_the_files_and_the_others_wait_and_both_say_so(colle
 
 
 def test_looks_at_the_others_do_not_grow_with_the_shards(collection, tmp_path, monkeypatch):
-    look, looks = extract._Worker._look, []
-    monkeypatch.setattr(extract._Worker, "_look", lambda self: looks.append(look(self)))
-    monkeypatch.setattr(extract, "_LOOK_SECONDS", 600.0)
+    look, looks = worker.Worker._look, []
+    monkeypatch.setattr(worker.Worker, "_look", lambda self: looks.append(look(self)))
+    monkeypatch.setattr(worker, "_LOOK_SECONDS", 600.0)
     counts = []
     for n in (1, 64):
         embed_collection(collection, tmp_path / str(n), crew.Tiny(), 0.1, files_per_shard=n)
