@@ -9,7 +9,12 @@ from typing import Any
 from ..errors import ConfigError
 from ..study.linear import ProbeConfig
 
-_RATES = "0.1,1"
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+_RATES, DECAYS = _listed(ProbeConfig.learning_rates), _listed(ProbeConfig.decays)
 # In batches each feature has unit spread, where all at once they have unit length together: 0.1 is then so much that no
 # pass may be better than the initial weights.
 _BATCH_RATES = "1e-4,1e-3,1e-2"

@@ -14,7 +14,7 @@ from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.distributed import pick_device
 from ..weights import DEFAULT
-from ._probe import at_the_edge, bounds, check_resamples, probe_config
+from ._probe import DECAYS, at_the_edge, bounds, check_resamples, probe_config
 from ._progress import stages
 from ._words import count
 from .study import UNITS, copies, left_out
@@ -28,7 +28,7 @@ def main(
     remainder: Literal["keep", "pad", "merge", "drop"] = "keep",
     aggregate: Aggregate = "mean",
     learning_rates: str | None = None,
-    decays: str = "1e-4,1e-3,1e-2,1e-1",
+    decays: str = DECAYS,
     probe_batch: int | None = None,
     seeds: int = 3,
     standardize: bool = True,

@@ -29,7 +29,7 @@ from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_s
 from ..tasks import DatasetError
 from ..train.distributed import pick_device
 from ..train.logs import versions
-from ._probe import at_the_edge, bounds, check_resamples, numbers, probe_config, probe_words
+from ._probe import DECAYS, at_the_edge, bounds, check_resamples, numbers, probe_config, probe_words
 from ._progress import stages
 from ._table import show
 
@@ -52,7 +52,7 @@ def main(
     cost_only: bool = False,
     batch_sizes: str = "1,16",
     learning_rates: str | None = None,
-    decays: str = "1e-4,1e-3,1e-2,1e-1",
+    decays: str = DECAYS,
     probe_batch: int | None = None,
     seeds: int = 3,
     standardize: bool = True,

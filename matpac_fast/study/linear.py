@@ -39,7 +39,7 @@ class ProbeConfig:
     """
 
     learning_rates: tuple[float, ...] = (0.1, 1.0)
-    decays: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    decays: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     seeds: int = 3
     steps: int = 300
     check_every: int = 10
