@@ -149,14 +149,14 @@ def make_lang(out: Path) -> None:
 def collected(
     folder: Path, language: str, sources: list[tuple[str, Path]], most: int, seen: set[bytes]
 ) -> list[dict[str, str]]:
-    """Write up to `most` words as files, one after the other, none that is `seen` by its bytes."""
+    """Write up to `most` words as files, one after the other, none whose wave was `seen`: some languages share one."""
     rows: list[dict[str, str]] = []
     for group, path in sources:
-        data = hashlib.sha256(path.read_bytes()).digest()
-        wave = None if data in seen or len(rows) == most else one_format(path)
-        seen.add(data)
-        if wave is None:
+        if len(rows) == most:
+            break
+        if (wave := one_format(path)) is None or (data := hashlib.sha256(wave).digest()) in seen:
             continue
+        seen.add(data)
         name = f"{language}-{group.split('-')[0] if folder.name == 'lang-shift' else 'w'}-{len(rows):03d}.flac"
         soundfile.write(folder / name, wave, RATE)
         rows.append(dict(path=name, label=language, group=group))
