@@ -71,7 +71,8 @@ def main(
     A task is NAME:FOLDER: folder (sub-folder = label, or a clips.csv), esc50, urbansound8k, gtzan, tau2020, openmic,
     magnatagatune, nsynth or fsd50k, in its official layout. Embeddings are probed linearly; the best and the cheapest
     temporal support are chosen on validation clips and scored on test clips, with 95 % intervals. Writes
-    results.parquet, comparisons.parquet, cost.parquet, PNG plots and report.html. Killed and run again, it goes on.
+    results.parquet, comparisons.parquet, encoders.parquet, cost.parquet, PNG plots and report.html. Killed and run
+    again, it goes on.
 
     Args:
         encoders: names, run folders or files, with commas between them, such as runs/a,runs/a@teacher,runs/a@layer6;
@@ -137,7 +138,7 @@ def main(
     cells: list[Cell] = []
     with stages(UNITS) as hear, _kept():
         if cost_only:
-            found, tables = list(cost_sweep(config, out, hear).values()), Tables([], [], [])
+            found, tables = list(cost_sweep(config, out, hear).values()), Tables()
         else:
             cells = _checked(config, out, hear)
             if not cells:  # a torchrun process that is not the first
@@ -153,8 +154,11 @@ def main(
         lines.append(f"All files that are left out are in {path}.")
     lines += _untold(out / "results.parquet", tables.results)
     if tables.results:
-        for name in ("results", "comparisons", "choices"):
-            write_table(out / f"{name}.parquet", getattr(tables, name))
+        for name in ("results", "comparisons", "choices", "encoders"):
+            if rows := getattr(tables, name):
+                write_table(out / f"{name}.parquet", rows)
+            else:  # of one encoder; what is there is of another command
+                (out / f"{name}.parquet").unlink(missing_ok=True)
     plots, failed = write_plots(out, tables.results, found)
     lines += failed
     write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made)
@@ -267,7 +271,22 @@ def _sentences(tables: Tables, margin: float) -> list[str]:
         if beyond:
             text = f"{task}: no clip is longer than {longest:.3g} s; beyond that a longer temporal support {more} "
             found.append(text + f"(here at {', '.join(f'{ts:g}' for ts in beyond)} s).")
-    return found + copies(tables.results)
+    return found + _ranking(tables) + copies(tables.results)
+
+
+def _ranking(tables: Tables) -> list[str]:
+    """A sentence a task of several encoders: how far each is, on test clips, from the best on validation clips."""
+    found = []
+    for task in dict.fromkeys(row["task"] for row in tables.encoders):
+        whole = [row for row in tables.results if row["task"] == task and not row["subset"]]
+        best = max(whole, key=lambda row: row["valid_score"])["encoder"]
+        apart = [
+            f"{row['encoder']} {row['difference']:+.3f} ({bounds(row['low'], row['high'], '+.3f', ' to ')})"
+            for row in tables.encoders
+            if row["task"] == task and row["other"] == best
+        ]
+        found.append(f"{task}: {best} is best on validation clips; against it, on test: {', '.join(apart)}.")
+    return found
 
 
 def copies(results: Sequence[dict[str, Any]]) -> list[str]:

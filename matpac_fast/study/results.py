@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,11 +64,13 @@ class Cell:
 @dataclass(frozen=True)
 class Tables:
     """`results`: a row a cell, and one more for each subset of its test clips. `comparisons`: a row a cell, against the
-    best temporal support of its task and encoder. `choices`: a row a task and encoder."""
+    best temporal support of its task and encoder. `choices`: a row a task and encoder. `encoders`: a row a task,
+    encoder and other encoder, either at its best temporal support."""
 
-    results: list[dict[str, Any]]
-    comparisons: list[dict[str, Any]]
-    choices: list[dict[str, Any]]
+    results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    comparisons: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    encoders: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def tabulate(
@@ -85,12 +88,13 @@ def tabulate(
     that see every clip whole, whose embeddings are the same, only the shortest is chosen. The resamples are the same
     for every cell of a task, so differences are paired.
     """
-    tables = Tables([], [], [])
+    tables = Tables()
     done = 0
     for task in {cell.task.name: cell.task for cell in cells}.values():
         draws = Draws.of([task.groups[fold.test] for fold in task.folds], cells[0].probed.valid.shape[1], resamples)
         targets = [torch.from_numpy(task.targets[fold.test]) for fold in task.folds]
         of_task = [cell for cell in cells if cell.task.name == task.name]
+        bests: list[tuple[Cell, Tensor]] = []  # of each encoder, with its resampled score
         for name in dict.fromkeys(cell.encoder for cell in of_task):
             mine = sorted((c for c in of_task if c.encoder == name), key=lambda c: c.view.temporal_support)
             scored = []
@@ -117,6 +121,8 @@ def tabulate(
                 tables.comparisons.append(_difference(task, name, mine[i], mine[best], scored[i][0] - scored[best][0]))
             told = None if cheapest is None else (rows[cheapest], scored[cheapest][0] - scored[best][0])
             tables.choices.append(_choice(task, name, rows[best], told))
+            bests.append((mine[best], scored[best][0]))
+        tables.encoders.extend(_pair(task, *one, *other) for one, other in itertools.permutations(bests, 2))
     return tables
 
 
@@ -193,6 +199,21 @@ def _difference(task: Task, encoder: str, cell: Cell, best: Cell, difference: Te
         best_temporal_support=best.view.temporal_support,
         metric=task.metric,
         difference=difference[0].item(),
+        low=low,
+        high=high,
+    )
+
+
+def _pair(task: Task, one: Cell, score: Tensor, other: Cell, other_score: Tensor) -> dict[str, Any]:
+    low, high = interval(score - other_score)
+    return dict(
+        task=task.name,
+        encoder=one.encoder,
+        temporal_support=one.view.temporal_support,
+        other=other.encoder,
+        other_temporal_support=other.view.temporal_support,
+        metric=task.metric,
+        difference=(score[0] - other_score[0]).item(),
         low=low,
         high=high,
     )

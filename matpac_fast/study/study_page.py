@@ -127,6 +127,15 @@ def write_report(
                 [sortable("comparisons", _COMPARED, compared)],
             )
         )
+    if tables.encoders:
+        sections.append(
+            Section(
+                "One encoder against another",
+                "Either at its best temporal support, on the same test clips, resampled together. Each pair by itself: "
+                "among many some differ by chance.",
+                [sortable("encoders", _ENCODERS, tables.encoders)],
+            )
+        )
     if costs and not tables.results:
         rows = [
             _dash(
@@ -150,6 +159,17 @@ _COMPARED = {
     "encoder": ("encoder", "{}"),
     "temporal_support": ("TS (s)", "{:g}"),
     "best_temporal_support": ("best TS (s)", "{:g}"),
+    "difference": ("difference", "{:+.3f}"),
+    "low": ("95 % from", "{:+.3f}"),
+    "high": ("to", "{:+.3f}"),
+    "metric": ("metric", "{}"),
+}
+_ENCODERS = {
+    "task": ("task", "{}"),
+    "encoder": ("encoder", "{}"),
+    "temporal_support": ("TS (s)", "{:g}"),
+    "other": ("against", "{}"),
+    "other_temporal_support": ("its TS (s)", "{:g}"),
     "difference": ("difference", "{:+.3f}"),
     "low": ("95 % from", "{:+.3f}"),
     "high": ("to", "{:+.3f}"),

@@ -3,7 +3,7 @@
 OUT/embeddings/...       see `cache`
 OUT/probes/KEY.npz       scores of every test clip by the chosen probes of one cell
 OUT/cost.parquet         see `cost`
-OUT/results.parquet, comparisons.parquet, settings.json     see `results`
+OUT/results.parquet, comparisons.parquet, encoders.parquet, choices.parquet     see `results`
 
 What is there under its key is not done again, so a killed study goes on, and one more encoder costs only itself.
 """

@@ -61,13 +61,15 @@ def test_everything_is_written(study):
     assert scores[:6] == scores[6:]  # the same weights under two names
     assert len(pq.read_table(study / "comparisons.parquet")) == 4
     assert len(pq.read_table(study / "choices.parquet")) == 2
+    pairs = pq.read_table(study / "encoders.parquet").to_pylist()
+    assert [(row["difference"], row["low"], row["high"]) for row in pairs] == [(0.0, 0.0, 0.0)] * 2
     for name in ("score-tones", "pareto-tones", "cost", "latency"):
         assert (study / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     made = json.loads((study / "settings.json").read_text())["made"]
     assert {"command", "device", "torch", "libsndfile"} <= set(made)
     assert made["probe"] == (
-        "linear; learning rates 0.1, 1; decays 0.0001, 0.001, 0.01, 0.1; seeds: 3; at most 300 steps, checked every 10 "
-        "and ended after 5 checks without gain; features standardised"
+        "linear; learning rates 0.1, 1; decays 0.0001, 0.001, 0.01, 0.1, 1, 10; seeds: 3; at most 300 steps, checked "
+        "every 10 and ended after 5 checks without gain; features standardised"
     )
 
 
@@ -161,7 +163,7 @@ def test_every_option_of_probe_reaches_it_and_what_is_left_out_is_said(tmp_path,
 
     def tabulated(cells, margin, **options):
         asked.append((margin, options["resamples"]))
-        return Tables([], [], [])
+        return Tables()
 
     monkeypatch.setattr(probe, "tabulate", tabulated)
     arguments = ["probe", "--task", "folder:a", "--encoder", "e", "--temporal-support", "0.5", *OPTIONS]
@@ -299,7 +301,7 @@ def test_processes_that_share_a_probe_need_a_folder_for_it(encoder_file, clips, 
 
 
 def test_changes_are_told_as_such(study):
-    tables = Tables([], [], pq.read_table(study / "choices.parquet").to_pylist())
+    tables = Tables(choices=pq.read_table(study / "choices.parquet").to_pylist())
     header, body = choice_cells(tables)
     assert header[-2:] == ["memory change", "time change"]
     tables.choices[0].update(memory_saved=0.0, time_saved=0.25)

@@ -163,6 +163,26 @@ def test_validation_clips_choose_and_test_clips_tell(clips):
     assert choice["cheapest_temporal_support"] == 0.25  # all take as long a second; then the smaller
 
 
+def test_encoders_are_compared_on_the_same_clips(clips, tmp_path):
+    """Each at its best temporal support: `b` is right where `a` is and on three more, so it is never behind."""
+    cells = [made_cell(clips, 0.25, 0.8, 12, 10.0), made_cell(clips, 0.5, 0.9, 6, 10.0)]
+    cells.append(dataclasses.replace(made_cell(clips, 0.25, 0.7, 9, 10.0), encoder="b"))
+    tables = tabulate(cells, 0.01, resamples=300)
+    there, back = tables.encoders
+    assert (there["encoder"], there["temporal_support"], there["other"]) == ("e", 0.5, "b")
+    assert (back["encoder"], back["other"], back["other_temporal_support"]) == ("b", "e", 0.5)
+    assert there["difference"] == pytest.approx(-0.25)
+    assert there["low"] < -0.25 < there["high"] <= 0
+    assert (back["difference"], back["low"], back["high"]) == (-there["difference"], -there["high"], -there["low"])
+    (said,) = (line for line in _sentences(tables, 0.01) if "against" in line)
+    assert said.startswith("tones: e is best on validation clips; against it, on test: b +0.250 (+")
+    write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [said], {})
+    assert "One encoder against another" in (tmp_path / "report.html").read_text()
+    alone = tabulate(cells[:2], 0.01, resamples=10)
+    assert alone.encoders == []
+    assert "against" not in " ".join(_sentences(alone, 0.01))
+
+
 def test_costs_are_those_of_the_largest_batch_and_the_latency_that_of_the_smallest(clips):
     cell = made_cell(clips, 0.5, 0.9, 9, 20.0)
     (large,) = cell.costs
@@ -225,7 +245,7 @@ def test_no_products_to_count_are_a_dash_and_no_zero(clips, tmp_path):
     none = dataclasses.replace(none, costs=[dataclasses.replace(none.costs[0], macs=0)])
     costs = [*some.costs, *none.costs]
     tables = tabulate([some, none], 0.01, resamples=10)
-    for shown, name in ((tables, "results"), (Tables([], [], []), "costs")):
+    for shown, name in ((tables, "results"), (Tables(), "costs")):
         write_report(tmp_path / "report.html", shown, costs, [], choice_cells(tables), [], {})
         table = (tmp_path / "report.html").read_text().split(f'id="{name}"')[1].split("</table>")[0]
         assert "<td>–</td>" in table
