@@ -119,14 +119,15 @@ def write_report(
             del columns["seconds_seen"]  # no clip is shorter than what an embedding may see
         rows = [_dash(row) for row in tables.results]
         sections.append(Section("Every number", _NO_MACS, [sortable("results", columns, rows)]))
-        sections.append(
-            Section(
-                "Against the best temporal support",
-                "The difference on the same test clips, resampled together: its interval is narrower than the two "
-                "scores' intervals suggest. The best is chosen on validation clips.",
-                [sortable("comparisons", _COMPARED, compared)],
+        if compared:  # there were several
+            sections.append(
+                Section(
+                    "Against the best temporal support",
+                    "The difference on the same test clips, resampled together: its interval is narrower than the two "
+                    "scores' intervals suggest. The best is chosen on validation clips.",
+                    [sortable("comparisons", _COMPARED, compared)],
+                )
             )
-        )
     if tables.encoders:
         sections.append(
             Section(

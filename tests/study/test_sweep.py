@@ -177,7 +177,12 @@ def test_encoders_are_compared_on_the_same_clips(clips, tmp_path):
     (said,) = (line for line in _sentences(tables, 0.01) if "against" in line)
     assert said.startswith("tones: e is best on validation clips; against it, on test: b +0.250 (+")
     write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [said], {})
-    assert "One encoder against another" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "One encoder against another" in text
+    assert "Against the best temporal support" in text
+    one_support = tabulate(cells[1:], 0.01, resamples=10)
+    write_report(tmp_path / "report.html", one_support, [], [], choice_cells(one_support), [], {})
+    assert "Against the best temporal support" not in (tmp_path / "report.html").read_text()
     alone = tabulate(cells[:2], 0.01, resamples=10)
     assert alone.encoders == []
     assert "against" not in " ".join(_sentences(alone, 0.01))
