@@ -118,11 +118,12 @@ def tabulate(
                         continue
                     score = draws.score(task.metric, cell.probed.scores, targets, within)
                     tables.results.append(_row(cell, subset, score))
-                tables.comparisons.append(_difference(task, name, mine[i], mine[best], scored[i][0] - scored[best][0]))
+                tables.comparisons.append(_difference(task, cell, mine[best], scored[i][0] - scored[best][0]))
             told = None if cheapest is None else (rows[cheapest], scored[cheapest][0] - scored[best][0])
             tables.choices.append(_choice(task, name, rows[best], told))
             bests.append((mine[best], scored[best][0]))
-        tables.encoders.extend(_pair(task, *one, *other) for one, other in itertools.permutations(bests, 2))
+        for (one, score), (other, others) in itertools.permutations(bests, 2):
+            tables.encoders.append(_pair(task, one, other, score - others))
     return tables
 
 
@@ -190,22 +191,18 @@ def _costs(cell: Cell) -> dict[str, Any]:
     )
 
 
-def _difference(task: Task, encoder: str, cell: Cell, best: Cell, difference: Tensor) -> dict[str, Any]:
-    low, high = interval(difference)
+def _difference(task: Task, cell: Cell, best: Cell, difference: Tensor) -> dict[str, Any]:
     return dict(
         task=task.name,
-        encoder=encoder,
+        encoder=cell.encoder,
         temporal_support=cell.view.temporal_support,
         best_temporal_support=best.view.temporal_support,
         metric=task.metric,
-        difference=difference[0].item(),
-        low=low,
-        high=high,
+        **_apart(difference),
     )
 
 
-def _pair(task: Task, one: Cell, score: Tensor, other: Cell, other_score: Tensor) -> dict[str, Any]:
-    low, high = interval(score - other_score)
+def _pair(task: Task, one: Cell, other: Cell, difference: Tensor) -> dict[str, Any]:
     return dict(
         task=task.name,
         encoder=one.encoder,
@@ -213,10 +210,13 @@ def _pair(task: Task, one: Cell, score: Tensor, other: Cell, other_score: Tensor
         other=other.encoder,
         other_temporal_support=other.view.temporal_support,
         metric=task.metric,
-        difference=(score[0] - other_score[0]).item(),
-        low=low,
-        high=high,
+        **_apart(difference),
     )
+
+
+def _apart(difference: Tensor) -> dict[str, float]:
+    low, high = interval(difference)
+    return dict(difference=difference[0].item(), low=low, high=high)
 
 
 _CHEAPEST = ("temporal_support", "seconds_seen", "score", "low", "high")
