@@ -154,7 +154,7 @@ def collected(
     for group, path in sources:
         if len(rows) == most:
             break
-        if (wave := one_format(path)) is None or (data := hashlib.sha256(wave).digest()) in seen:
+        if (wave := one_format(path)) is None or (data := hashlib.sha256(wave.tobytes()).digest()) in seen:
             continue
         seen.add(data)
         name = f"{language}-{group.split('-')[0] if folder.name == 'lang-shift' else 'w'}-{len(rows):03d}.flac"
