@@ -1,6 +1,6 @@
 """Judge the packaged encoder: build the held-out tasks, run the study, and put its table into the model card.
 
-    python benchmarks/model_card.py WORK             # packages: see make_study_sets.py; 75 minutes on two cores
+    python benchmarks/model_card.py WORK             # packages: see make_study_sets.py; two hours of one core
     python benchmarks/model_card.py WORK --no-cost   # scores alone, on a machine that is busy
 
 WORK/sets holds the tasks, WORK/study the study with its report. Killed and run again, it goes on. aiSFX and CREPE,

@@ -155,15 +155,18 @@ def write_report(
     write_text(path, page(title, lead, sections, style=_STYLE, script=_SCRIPT))
 
 
+_APART = {
+    "difference": ("difference", "{:+.3f}"),
+    "low": ("95 % from", "{:+.3f}"),
+    "high": ("to", "{:+.3f}"),
+    "metric": ("metric", "{}"),
+}
 _COMPARED = {
     "task": ("task", "{}"),
     "encoder": ("encoder", "{}"),
     "temporal_support": ("TS (s)", "{:g}"),
     "best_temporal_support": ("best TS (s)", "{:g}"),
-    "difference": ("difference", "{:+.3f}"),
-    "low": ("95 % from", "{:+.3f}"),
-    "high": ("to", "{:+.3f}"),
-    "metric": ("metric", "{}"),
+    **_APART,
 }
 _ENCODERS = {
     "task": ("task", "{}"),
@@ -171,10 +174,7 @@ _ENCODERS = {
     "temporal_support": ("TS (s)", "{:g}"),
     "other": ("against", "{}"),
     "other_temporal_support": ("its TS (s)", "{:g}"),
-    "difference": ("difference", "{:+.3f}"),
-    "low": ("95 % from", "{:+.3f}"),
-    "high": ("to", "{:+.3f}"),
-    "metric": ("metric", "{}"),
+    **_APART,
 }
 _COSTS = {
     "encoder": ("encoder", "{}"),

@@ -240,6 +240,7 @@ def test_what_the_report_no_longer_tells_is_said(study, encoder_file, clips, tmp
         assert cli.main(arguments) == 0
         said = capsys.readouterr().out
         assert len(re.findall(line.format(r"\S*copy\.safetensors on tones"), said)) == told
+        assert not (out / "encoders.parquet").exists()  # it was of two
 
 
 @pytest.mark.parametrize("kind", ["embeddings/*/part-*.parquet", "probes/*.npz", "cost.parquet", "results.parquet"])
