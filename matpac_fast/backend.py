@@ -9,11 +9,11 @@ CUDA tensor* warns once, naming the reasons.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import sysconfig
 import warnings
@@ -173,10 +173,10 @@ def _triton_missing() -> str | None:
     return None
 
 
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
     """Makes the tensor's GPU the current one, where Triton launches; nothing for a tensor on the CPU."""
     # torch.cuda.device takes four times as long, to accept all else that may name a device.
-    return torch.cuda._DeviceGuard(tensor.device.index) if tensor.is_cuda else contextlib.nullcontext()
+    return torch.cuda._DeviceGuard(tensor.device.index) if tensor.is_cuda else nullcontext()
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -360,6 +360,19 @@ class use_backend:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         global _forced
         _forced = self._before
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    from . import __version__
+
+    return {
+        "matpac_fast": __version__,
+        "torch": torch.__version__,
+        "numpy": importlib.metadata.version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
 
 
 def table() -> str:

@@ -43,6 +43,7 @@ _NESTED = ("_ema", "_cls_head_ema")
 # Fixed sines, which follow from the sizes: a model for another length of crop has its own.
 POSITIONS = ("frontend.pos_embed", "predictor.pos_embed")
 
+_NAMED = 8  # entries that an error's line names
 PARTS = "parts"  # in a checkpoint's folder, what the processes of a sharded training wrote
 
 
@@ -201,8 +202,8 @@ def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: s
         raise CheckpointError(f"{source} does not fit this model; {'; '.join(problems)}")
 
 
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f", and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def state_to_save(module: torch.nn.Module, made: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def load_encoder(
             A file may be an address, "https://..." with or without "#sha256=HEX": it is downloaded once, into the
             folder that `MATPAC_FAST_CACHE` names or ~/.cache/matpac_fast, and its SHA-256 is checked each time;
             `MATPAC_FAST_OFFLINE=1` or `HF_HUB_OFFLINE=1` forbids the download.
-        device: where to put it; by default CUDA where there is one.
+        device: where to put it; by default, as by "auto", CUDA where there is one.
         num_heads: attention heads, for official files off the rule of 64 channels a head.
         weights: "student" or "teacher", where a training checkpoint holds one; by default what the name says, else
             the student, as the official package takes.
@@ -199,13 +199,17 @@ def load_with_state(
 
 def _device(given: str | torch.device | None) -> torch.device:
     try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given in (None, "auto") else given)
     except (RuntimeError, TypeError):
         raise ConfigError(
             f"load_encoder: device is {given!r}; expected 'cpu', 'cuda' or 'cuda:0', or none for what there is"
         ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"load_encoder: device is {str(device)!r}, and torch sees no GPU; leave it out, or say 'cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"load_encoder: device is {str(device)!r}; torch finds {torch.cuda.device_count()} GPUs here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"load_encoder: device is {str(device)!r}, and torch finds no such GPU; leave it out")
     return device
 
 

@@ -83,6 +83,22 @@ def arrow_file(path: str | os.PathLike[str], mode: str = "rb") -> Any:
     return pa.OSFile(os.fsencode(path), mode)
 
 
+def write_parquet(path: str | os.PathLike[str], table: Any, **options: Any) -> None:
+    """A pyarrow table as Parquet, all of it or none; `options` are pyarrow's."""
+    import pyarrow.parquet as pq
+
+    with atomic(path) as beside, arrow_file(beside, "wb") as file:
+        pq.write_table(table, file, **options)
+
+
+def read_parquet(path: str | os.PathLike[str], columns: list[str] | None = None) -> Any:
+    """The pyarrow table of a Parquet file, or some of its columns; of a damaged one ArrowException or OSError."""
+    import pyarrow.parquet as pq
+
+    with arrow_file(path) as file:
+        return pq.read_table(file, columns=columns)
+
+
 @contextlib.contextmanager
 def made_anew(path: Path) -> Iterator[None]:
     """Around reading `path`, which a command makes anew where it is not there: ConfigError where it is damaged."""

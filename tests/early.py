@@ -63,7 +63,8 @@ def compiled_ahead(config: pytest.Config) -> Job | None:
     if (folder := triton_cache(config)) is None:
         return None
     code = "import test_compile_ahead as tests; [tests.compile_one(key) for key in tests.KEYS]"
-    return Job(config.rootpath, "-c", code, PYTHONPATH=str(HERE), TRITON_CACHE_DIR=str(folder))
+    modules = os.pathsep.join(map(str, (HERE, HERE.parent / "benchmarks")))
+    return Job(config.rootpath, "-c", code, PYTHONPATH=modules, TRITON_CACHE_DIR=str(folder))
 
 
 def triton_cache(config: pytest.Config) -> Path | None:

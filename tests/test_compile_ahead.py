@@ -10,7 +10,9 @@ import pkgutil
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
+from compile_ahead import TENSOR_LIMIT, Cost, compile_ahead, compiled_ahead
 from early import triton_cache
+from sass import overwritten_factors, unwritten_reads
 
 pytest.importorskip("triton", reason="needs triton: pip install 'matpac_fast[triton]'")
 
@@ -19,8 +21,7 @@ from torch.torch_version import TorchVersion
 from triton.runtime.jit import JITFunction
 
 from matpac_fast import kernels
-from matpac_fast.kernels._aot import SHARED_LIMIT, TENSOR_LIMIT, Cost, Launch, compile_ahead, compiled_ahead
-from matpac_fast.kernels._sass import overwritten_factors, unwritten_reads
+from matpac_fast.kernels._aot import SHARED_LIMIT, Launch
 
 MODULES = [
     importlib.import_module(f"matpac_fast.kernels.{module.name}")

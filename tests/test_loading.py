@@ -321,8 +321,8 @@ def test_sizes_that_cannot_be_are_damage(tmp_path, metadata, says):
 
 
 def test_options_that_cannot_be_are_refused(tmp_path):
-    for device in ("auto", "gpu", "cuda:x"):
-        with pytest.raises(ConfigError, match=f"device is '{device}'; expected 'cpu', 'cuda'"):
+    for device in ("gpu", "cuda:x", 1.5):
+        with pytest.raises(ConfigError, match=f"device is {device!r}; expected 'cpu', 'cuda'"):
             load_encoder("untrained-nano", device)
     with pytest.raises(ConfigError, match="'untrained-nano' has no option num_heads"):
         load_encoder("untrained-nano", "cpu", num_heads=3)
@@ -334,8 +334,10 @@ def test_options_that_cannot_be_are_refused(tmp_path):
 def test_a_gpu_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(ConfigError, match="device is 'cuda', and torch sees no GPU"):
-        load_encoder("untrained-nano", "cuda")
+    for device in ("cuda", "cuda:1", "mps"):
+        with pytest.raises(ConfigError, match=f"device is '{device}', and torch (sees no|finds no such) GPU"):
+            load_encoder("untrained-nano", device)
+    assert next(load_encoder("untrained-nano", "auto").parameters()).device.type == "cpu"
 
 
 def test_heads_that_a_file_knows_better_are_refused(tmp_path):

@@ -72,3 +72,17 @@ def test_a_changed_head_is_what_runs():
     assert model(spec).loss != plain.loss
     model.head.mlp = torch.nn.Sequential(*model.head.mlp, torch.nn.Identity())
     model(spec).loss.backward()
+
+
+def test_layers_without_a_bias_are_those_whose_bias_is_zero():
+    model, spec = Matpac(MatpacConfig.preset("nano")), torch.randn(2, 80, 96)
+    attn, embed = model.predictor.blocks[-1].attn, model.frontend.patch_embed
+    torch.nn.init.zeros_(attn.qkv.bias)
+    torch.nn.init.zeros_(embed.proj.bias)
+    zero = model(spec)
+    attn.qkv.bias = embed.proj.bias = None
+    bare = model(spec)
+    torch.testing.assert_close(bare.loss, zero.loss, rtol=1e-5, atol=1e-6)
+    bare.loss.backward()
+    assert attn.qkv.weight.grad is not None
+    assert embed.proj.weight.grad is not None

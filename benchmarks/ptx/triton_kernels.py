@@ -13,11 +13,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from compile_ahead import compiled_ahead
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from matpac_fast import kernels
-from matpac_fast.kernels._aot import Launch, compiled_ahead
+from matpac_fast.kernels._aot import Launch
 
 from .decode import decode
 from .machine import run

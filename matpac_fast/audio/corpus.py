@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import AudioError, ConfigError, CorpusError, first_line
-from ..files import arrow_file
+from ..files import read_parquet
 from .decode import check_samples
 
 INDEX = "index.parquet"
@@ -188,10 +188,7 @@ class Corpus:
         return needed
 
     def _column(self, name: str) -> list[Any]:
-        import pyarrow.parquet as pq
-
-        with arrow_file(Path(self.folder or "") / INDEX) as file:
-            table = pq.read_table(file, columns=["shard", "offset", name])
+        table = read_parquet(Path(self.folder or "") / INDEX, ["shard", "offset", name])
         # The corpus may have been prepared again since it was opened; a clip keeps its place, which no other one gets.
         shards, offsets, values = (table[column].to_pylist() for column in ("shard", "offset", name))
         found = dict(zip(zip(shards, offsets, strict=True), values, strict=True))
@@ -314,7 +311,6 @@ def read_metadata(schema: Any, path: Path) -> dict[str, Any]:
 def _read_index(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
     except ImportError as error:
         raise CorpusError(f"reading a corpus needs pyarrow ({error}): pip install pyarrow") from error
     path = folder / INDEX
@@ -323,8 +319,7 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
             raise CorpusError(f"{folder}: its preparation was interrupted: run the same matpac-fast prepare again")
         raise CorpusError(f"{folder}: no corpus, it has no {INDEX}: make one with matpac-fast prepare AUDIO {folder}")
     try:
-        with arrow_file(path) as file:
-            table = pq.read_table(file, columns=["frames", "shard", "offset"])
+        table = read_parquet(path, ["frames", "shard", "offset"])
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
     metadata = read_metadata(table.schema, path)

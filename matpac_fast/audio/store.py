@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorpusError
-from ..files import arrow_file, atomic, check_no_file, sync_folder
+from ..files import check_no_file, read_parquet, sync_folder, write_parquet
 from .corpus import FORMAT, INDEX, METADATA, PARTS, REJECTED, SHARDS, damaged, read_metadata, shard_path
 from .decode import decoder_versions
 
@@ -192,27 +192,22 @@ class Store:
         return pa.Table.from_pylist(rows, schema=_schema())
 
     def _write(self, table: Any, path: Path) -> None:
-        import pyarrow.parquet as pq
-
         metadata = {"format": FORMAT, **asdict(self._settings), "decoders": self._decoders}
         if path.name == INDEX:
             # No number is given twice, though no clip may be left in the last shard: whoever opened the corpus before
             # would read other audio there.
             metadata["next_shard"] = self.next_shard
-        with atomic(path) as beside, arrow_file(beside, "wb") as file:
-            pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(metadata)}), file, compression="zstd")
+        write_parquet(path, table.replace_schema_metadata({METADATA: json.dumps(metadata)}), compression="zstd")
 
     def _read(self, path: Path) -> Any:
         """A table with all columns, empty where there is no file; checks that it was made as this run would."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         schema = _schema()
         if not path.exists():
             return schema.empty_table()
         try:
-            with arrow_file(path) as file:
-                table = pq.read_table(file)
+            table = read_parquet(path)
         except (pa.ArrowException, OSError) as error:
             raise damaged(path, error) from None
         metadata = read_metadata(table.schema, path)

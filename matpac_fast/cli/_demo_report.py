@@ -14,6 +14,7 @@ import torch
 
 from .. import checkpoint, ops
 from ..audio.corpus import Corpus
+from ..backend import versions
 from ..config import MatpacConfig
 from ..files import write_text
 from ..reference import hz_to_mel, mel_to_hz
@@ -21,7 +22,7 @@ from ..study.cost import device_name
 from ..study.probe import Interval
 from ..study.report import Section, Series, facts, line_chart, mask_figure, page, table, tiles
 from ..train.config import TrainConfig
-from ..train.logs import Record, versions
+from ..train.logs import Record
 from ..train.sampler import Sampler
 from ..train.state import read_config
 from ._demo_study import CLIP_SECONDS, NAMES, STATISTICS, TRAINED, UNTRAINED, Row, verdicts

@@ -14,7 +14,6 @@ from ..audio_encoder import AudioEncoder
 from ..samples import SAMPLE_RATE, Samples
 from ..study.probe import Interval, ProbeResult, bootstrap_interval, linear_probe
 from ..weights import DEFAULT
-from ..zoo.statistics import LogMelStatistics
 
 STATISTICS, UNTRAINED, TRAINED = "log-mel statistics", "untrained encoder", "pre-trained encoder"
 PACKAGED = f"{DEFAULT}, of this package"
@@ -48,7 +47,7 @@ def compare(
     temporal_supports: tuple[float, ...],
     update: Callable[[int, int], None],
 ) -> list[Row]:
-    """Probe each encoder, and log-mel statistics, at each temporal support; `update` hears of (done, total) parts.
+    """Probe each encoder, by its name of NAMES, at each temporal support; `update` hears of (done, total) parts.
 
     A clip's features are the mean over its windows. Costs are those of the pre-trained encoder on its device.
     """
@@ -59,10 +58,10 @@ def compare(
     for ts in temporal_supports:
         probes, clip_ms = {}, 0.0
         for name in NAMES:
-            encoder, features = encoders.get(name), []
+            features = []
             for waves in clips:
                 clock = time.perf_counter()
-                features.append(statistics(waves, ts) if encoder is None else embed(encoder, waves, ts))
+                features.append(embed(encoders[name], waves, ts))
                 if name == TRAINED:
                     clip_ms = 1e3 * (time.perf_counter() - clock) / len(waves)
             probes[name] = linear_probe(features[0], labels[0], features[1], labels[1], groups=instrument)
@@ -81,11 +80,6 @@ def embed(encoder: AudioEncoder, waves: Tensor, temporal_support: float) -> Tens
         for some in waves.split(_CLIPS)
     ]
     return torch.cat(found).cpu()
-
-
-def statistics(waves: Tensor, temporal_support: float) -> Tensor:
-    """(N, S) -> (N, 160): mean and standard deviation of each of 80 mels over a window's time; mean over windows."""
-    return embed(LogMelStatistics(), waves, temporal_support)
 
 
 def window_ms(encoder: AudioEncoder, wave: Tensor, temporal_support: float) -> float:

@@ -27,7 +27,7 @@ from ..train.logs import Reporter, read_log
 from ..train.loop import pretrain
 from ..train.state import RunFolder, read_config
 from . import _demo_report as report
-from ._demo_study import CLIP_SECONDS, PACKAGED, TRAINED, UNTRAINED, compare, verdicts
+from ._demo_study import CLIP_SECONDS, PACKAGED, STATISTICS, TRAINED, UNTRAINED, compare, verdicts
 from ._progress import progress
 from ._table import show
 from .pretrain import _frames, _Signals
@@ -98,6 +98,7 @@ def main(
         Matpac(model).save(Path(folder, "untrained.safetensors"))
         untrained = load_encoder(Path(folder, "untrained.safetensors"), target)
     encoders = {
+        STATISTICS: load_encoder("logmel-stats", target),
         UNTRAINED: untrained,
         TRAINED: load_encoder(result.folder, target),
         PACKAGED: load_encoder(device=target),

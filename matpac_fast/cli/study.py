@@ -17,9 +17,10 @@ import torch
 
 from .._cores import n_cores
 from ..audio.decode import decoder_versions
+from ..backend import versions
 from ..choice import parse
 from ..errors import ConfigError
-from ..files import arrow_file, made_anew, write_text
+from ..files import made_anew, read_parquet, write_text
 from ..study.cache import Aggregate
 from ..study.cost import Cost, device_name
 from ..study.plots import write_plots
@@ -28,7 +29,6 @@ from ..study.study_page import write_report
 from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_study
 from ..tasks import DatasetError
 from ..train.distributed import pick_device
-from ..train.logs import versions
 from ._probe import DECAYS, at_the_edge, bounds, check_resamples, numbers, probe_config, probe_words
 from ._progress import stages
 from ._table import show
@@ -315,13 +315,11 @@ def _unsteady(costs: Sequence[Cost], path: Path) -> list[str]:
 
 def _untold(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence where the table at `path` has tasks and encoders that `rows` have not."""
-    import pyarrow.parquet as pq
-
     if not path.exists():
         return []
     try:
-        with made_anew(path), arrow_file(path) as file:
-            before = pq.read_table(file, columns=["task", "encoder"]).to_pylist()
+        with made_anew(path):
+            before = read_parquet(path, ["task", "encoder"]).to_pylist()
     except ConfigError:  # damaged, and about to be made anew
         return []
     there, now = (dict.fromkeys((row["task"], row["encoder"]) for row in some) for some in (before, rows))

@@ -7,16 +7,13 @@ Any number of workers may do so at once, in shells, jobs or on machines that sha
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy
-import torch
 
 from .._cores import n_cores
 from ..audio.decode import decoder_versions
 from ..audio_encoder import AudioEncoder
+from ..backend import versions
 from ..errors import ConfigError
 from .lease import SECONDS, Leases
 from .manifest import (
@@ -154,21 +151,10 @@ def embed_collection(
             if changed:
                 write_manifest(out, manifest)
             leases.claim(WORKER + leases.worker, keep=True)
-        settings |= {**stored_names(out), "made_by": _versions()}
+        settings |= {**stored_names(out), "made_by": versions()}
         worker = Worker(manifest, files, out, embedder, settings, leases, report, max_errors, progress)
         if shards is None:
             worker.run(workers)
         else:
             worker.run_only(shards, workers)
     return report
-
-
-def _versions() -> dict[str, str]:
-    from .. import __version__
-
-    return {
-        "matpac_fast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-    }

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ..audio.ahead import in_order
 from ..audio.archives import is_archive
 from ..errors import AudioError, ConfigError, first_line
-from ..files import arrow_file, atomic, check_no_file, write_text
+from ..files import check_no_file, read_parquet, write_parquet, write_text
 from .source import Entry, Source, Tell
 from .writer import Failure, read_errors, shard_path
 
@@ -80,7 +80,6 @@ def taken_back(out: Path) -> Iterator[None]:
 
 def read_manifest(out: Path) -> Manifest | None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = out / "manifest.parquet"
     # Without it nobody knows what the shards' numbers stand for, so a new one could not be made to fit them.
@@ -91,8 +90,7 @@ def read_manifest(out: Path) -> Manifest | None:
         return None
     manifest = Manifest()
     try:
-        with arrow_file(path) as file:
-            table = pq.read_table(file)
+        table = read_parquet(path)
         columns = [table[name].to_pylist() for name in _COLUMNS]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ConfigError(f"{path}: damaged ({first_line(error)}): {mend}") from None
@@ -108,14 +106,12 @@ def read_manifest(out: Path) -> Manifest | None:
 
 def write_manifest(out: Path, manifest: Manifest) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     rows = [(e.path, e.seconds, e.bytes, i, None) for i, shard in enumerate(manifest.shards) for e in shard]
     rows += [(name, None, None, None, reason) for name, reason in manifest.unusable]
     kinds = [pa.string(), pa.float64(), pa.int64(), pa.int32(), pa.string()]
     columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-    with atomic(out / "manifest.parquet") as beside, arrow_file(beside, "wb") as file:
-        pq.write_table(pa.table(dict(zip(_COLUMNS, columns, strict=True))), file)
+    write_parquet(out / "manifest.parquet", pa.table(dict(zip(_COLUMNS, columns, strict=True))))
 
 
 def extend(

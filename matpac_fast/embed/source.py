@@ -197,7 +197,7 @@ class Clips:
     """The clips of a corpus that `prepare` made, by the names that their files had."""
 
     def __init__(self, path: Path):
-        self.path, self.root = path, path
+        self.path = path
         self._corpus = Corpus(path)
         # At once: of clips that are replaced while another worker is waited for, the index no longer says the names.
         self._numbers = {name: i for i, name in enumerate(self._corpus.paths)}

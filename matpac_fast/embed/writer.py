@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..files import arrow_file, atomic, made_anew
+from ..files import arrow_file, atomic, made_anew, write_parquet
 
 FORMATS = ("parquet", "npz", "npy")
 DTYPES = ("float32", "float16")
@@ -196,9 +196,7 @@ def read_errors(path: Path) -> list[Failure]:
 def write_errors(out: Path, errors: list[Failure]) -> None:
     """errors.parquet: path and reason of every file that failed, none where none did."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns = {"path": [name for name, _ in errors], "reason": [reason for _, reason in errors]}
     table = pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
-    with atomic(out / "errors.parquet") as beside, arrow_file(beside, "wb") as file:
-        pq.write_table(table, file)
+    write_parquet(out / "errors.parquet", table)

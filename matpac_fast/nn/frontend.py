@@ -43,10 +43,9 @@ class Frontend(nn.Module):
     def split(self, spec: Tensor, ids_shuffle: Tensor, n_visible: int) -> tuple[Tensor, Tensor]:
         """(B, F, T) -> visible (B, 1 + V, D) for the student; masked (B, 1 + M, D), no gradient, for the teacher."""
         proj = self.patch_embed.proj
-        if not is_plain(proj, nn.Conv2d):
+        if not is_plain(proj, nn.Conv2d) or proj.bias is None:
             head, tokens = self(spec).split([1, ids_shuffle.shape[1]], dim=1)
             return hand_out(head, tokens, ids_shuffle, n_visible)
-        assert proj.bias is not None
         pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
         return ops.masked_patch_embed(spec, proj.weight, proj.bias, pos, self.cls_token, ids_shuffle, n_visible)
 

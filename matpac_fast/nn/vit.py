@@ -29,8 +29,9 @@ class Attention(nn.Module):
         """`forward` without its last layer."""
         b, n, d = x.shape
         heads = (self.num_heads, d // self.num_heads)
+        # A kernel's queries cost less than taking them apart from keys.
         one = first_query == 0 or has_kernel(x.device, dtype_of_products(x), b, n, *heads)
-        if one or not is_plain(self.qkv, nn.Linear):  # a kernel's queries cost less than taking them apart from keys
+        if one or not is_plain(self.qkv, nn.Linear) or self.qkv.bias is None:
             out = ops.attention(linear(self.qkv, x).view(b, n, 3, *heads))[:, first_query:]  # (B, N, H, D/H)
         else:
             q = F.linear(x[:, first_query:], self.qkv.weight[:d], self.qkv.bias[:d])

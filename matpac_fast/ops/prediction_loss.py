@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend, reference
-from ..backend import device_guard, fuses, takes_cpp, without_autocast
+from ..backend import device_guard, fuses, takes_cpp
 from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor
 from ._native import DTYPE, address
@@ -34,39 +33,6 @@ def _check(prediction: Tensor, target: Tensor, temperature: float | Tensor | Non
 
 def _heads(prediction: Tensor) -> int:
     return prediction.shape[1] if prediction.ndim == 3 else 1
-
-
-class _Distance(torch.autograd.Function):
-    """(N, [H,] D) and the target (N, D) -> 2 - 2 cos, (N, [H]).
-
-    The unit vectors of the prediction, which are as large as itself, are never stored: the cosine takes two passes
-    over the prediction and its gradient two more, where autograd of the formula takes a dozen.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
-        work = work_dtype(prediction, target)
-        with without_autocast(prediction.device):
-            unit = F.normalize(target.to(work), dim=-1)
-            if prediction.ndim == 3:
-                unit = unit[:, None]  # (N, 1, D)
-            norm = torch.linalg.vector_norm(prediction, dim=-1, dtype=work).clamp_min(_EPS)
-            if prediction.is_cuda:
-                cosine = (prediction * unit).sum(-1) / norm  # a product could be TF32's
-            else:
-                cosine = (prediction.to(work).unsqueeze(-2) @ unit.unsqueeze(-1))[..., 0, 0] / norm
-        ctx.save_for_backward(prediction, unit, norm, cosine)
-        return 2 - 2 * cosine
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        prediction, unit, norm, cosine = ctx.saved_tensors
-        along_target = -2 * grad / norm
-        # Of a vector shorter than _EPS the length is a constant.
-        along_itself = torch.where(norm > _EPS, -along_target * cosine / norm, 0.0)
-        out = (prediction * along_itself[..., None]).addcmul_(unit, along_target[..., None])
-        return out.to(prediction.dtype), None
 
 
 def _is_native(tensor: Tensor) -> bool:
@@ -153,8 +119,8 @@ torch.library.register_fake(
 )
 
 
-class _FusedDistance(torch.autograd.Function):
-    """`_Distance` as two kernels: each reads the predictions and the targets once."""
+class _Distance(torch.autograd.Function):
+    """(N, [H,] D) and the target (N, D) -> 2 - 2 cos, (N, [H]); either kernel reads both once."""
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -173,7 +139,7 @@ class _FusedDistance(torch.autograd.Function):
         return torch.ops.matpac_fast.prediction_distance_backward(grad, *ctx.saved_tensors), None
 
 
-under_autograd(_LIB, "prediction_distance", _FusedDistance)
+under_autograd(_LIB, "prediction_distance", _Distance)
 
 
 def prediction_loss(
@@ -182,7 +148,8 @@ def prediction_loss(
     """2 - 2 cos(prediction, target) a masked patch; with the heads of MATPAC++, their soft or hard minimum.
 
     The prediction loss of MATPAC (2502.12031) and its multiple-choice form (MATPAC++, 2508.12709). One kernel in either
-    direction, C++ on a CPU and Triton on a GPU; without them PyTorch, with the gradient by hand.
+    direction, C++ on a CPU and Triton on a GPU, that never stores unit vectors as large as the predictions; without
+    them PyTorch.
 
     Args:
         prediction: (N, D), or (N, H, D) with heads; float32, float64, bfloat16 or float16.
@@ -198,16 +165,12 @@ def prediction_loss(
         TypeError: an argument that is no tensor, or a dtype that is not listed.
         ValueError: shapes or devices that do not fit, a negative temperature.
 
-    The gradient reaches the prediction, once differentiable, the same bits every time. Autocast does not apply inside.
+    The gradient reaches the prediction, the same bits every time, of a kernel once differentiable. Autocast does not
+    apply inside.
     """
     _check(prediction, target, temperature)
-    if backend._forced == "reference" or (torch.is_grad_enabled() and target.requires_grad):
+    plain = backend._forced == "reference" or (torch.is_grad_enabled() and target.requires_grad)
+    if plain or not _is_fused(prediction, target) or backend.transformed():
         return reference.prediction_loss(prediction, target, temperature)
-    fused = _is_fused(prediction, target)
-    if backend.transformed():
-        return reference.prediction_loss(prediction, target, temperature)
-    if fused:
-        loss, _ = torch.ops.matpac_fast.prediction_distance(prediction, target)
-    else:
-        loss = _Distance.apply(prediction, target)
+    loss, _ = torch.ops.matpac_fast.prediction_distance(prediction, target)
     return (loss, None) if temperature is None else reference.over_heads(loss, temperature)

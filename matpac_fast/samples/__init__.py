@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import AudioError
+from ..errors import AudioError, ConfigError
 
 FOLDER = Path(__file__).parent
 SAMPLE_RATE = 16_000
@@ -42,13 +42,13 @@ def load_samples(split: Literal["train", "test", "mixtures"]) -> Samples:
     """The notes to train or to test on (400 each, 2.5 s), or the mixtures (64, 6.2 s) for pre-training.
 
     A note begins 0.05-0.4 s into its clip, is held for 0.5-1.8 s and rings out. Train and test share no pitch of an
-    instrument and no recording of the SoundFont; mixtures play the train pitches. Raises ValueError for another split
+    instrument and no recording of the SoundFont; mixtures play the train pitches. Raises ConfigError for another split
     and AudioError where the data are not as they were installed.
     """
     import soundfile
 
     if split not in ("train", "test", "mixtures"):
-        raise ValueError(f'split must be "train", "test" or "mixtures", not {split!r}')
+        raise ConfigError(f'split is {split!r}; expected "train", "test" or "mixtures"')
     try:
         with (FOLDER / "index.csv").open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]

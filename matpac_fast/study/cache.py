@@ -28,7 +28,7 @@ from ..audio.decode import decoder_versions, read_audio
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..errors import AudioError, ConfigError
-from ..files import arrow_file, atomic, made_anew, sha256, write_text
+from ..files import arrow_file, made_anew, sha256, write_parquet, write_text
 from ..tasks.task import Fold
 from .cost import dtype_name
 from .linear import Rows
@@ -155,7 +155,6 @@ class Cache:
     def write(self, audio: Sequence[str], found: Sequence[tuple[Tensor, Tensor]]) -> None:
         """One part, all of it or none: for each audio its embeddings (W, E) and the seconds (W,) that they saw."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         if not (self.folder / "settings.json").exists():
             write_text(self.folder / "settings.json", json.dumps(self.settings, indent=2) + "\n")
@@ -165,8 +164,7 @@ class Cache:
         column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.float32()), values.shape[1])
         table = pa.table({"audio": pa.array(names).dictionary_encode(), "seconds": seconds, "embedding": column})
         part = hashlib.sha256("".join(audio).encode()).hexdigest()[:16]
-        with atomic(self.folder / f"part-{part}.parquet") as beside, arrow_file(beside, "wb") as file:
-            pq.write_table(table, file, use_dictionary=["audio"], compression="none")  # pyright: ignore
+        write_parquet(self.folder / f"part-{part}.parquet", table, use_dictionary=["audio"], compression="none")
 
     def embed(self, waves: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
         """Of each wave (S,), at the encoder's rate: (1, E) for "mean" and "one", else (W, E); and the seconds seen."""

@@ -68,10 +68,6 @@ class Cost:
     matpac_fast: str
 
     @property
-    def window_ms(self) -> float:
-        return self.batch_ms / self.batch
-
-    @property
     def times_real_time(self) -> float:
         return 1e3 * self.batch * self.temporal_support / self.batch_ms
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..files import arrow_file, atomic, made_anew
+from ..files import made_anew, read_parquet, write_parquet
 from ..tasks import Task
 from .cache import View
 from .cost import Cost
@@ -266,7 +266,6 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     A column has one type, with values or without, so that tables of several studies can be read together.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     plain = [
         {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
@@ -279,8 +278,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         if pa.types.is_null(field.type):
             kind = types.get(field.name, pa.float64())
             table = table.set_column(i, field.name, table[field.name].cast(kind))
-    with atomic(path) as beside, arrow_file(beside, "wb") as file:
-        pq.write_table(table, file)
+    write_parquet(path, table)
 
 
 def add_cost(path: Path, cost: Cost) -> None:
@@ -293,9 +291,7 @@ def add_cost(path: Path, cost: Cost) -> None:
 
 
 def read_costs(path: Path) -> list[Cost]:
-    import pyarrow.parquet as pq
-
     if not path.exists():
         return []
-    with made_anew(path), arrow_file(path) as file:
-        return [Cost(**row) for row in pq.read_table(file).to_pylist()]
+    with made_anew(path):
+        return [Cost(**row) for row in read_parquet(path).to_pylist()]

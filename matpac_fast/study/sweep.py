@@ -333,8 +333,9 @@ def _probe(
     view = cache.view
     spans = Windowing(view.temporal_support, view.hop, remainder=view.remainder)
     rate = cache.encoder.sample_rate
-    counts = [len(spans.spans(max(1, round(seconds * rate)), rate)) for seconds in task.seconds.tolist()]
-    return Probed(scores, valid, valid_score, chosen), 1.0 if view.aggregate == "one" else float(np.mean(counts))
+    lengths, clips = np.unique(np.maximum(1, np.rint(task.seconds * rate)).astype(np.int64), return_counts=True)
+    windows = np.average([len(spans.spans(n, rate)) for n in lengths.tolist()], weights=clips)
+    return Probed(scores, valid, valid_score, chosen), 1.0 if view.aggregate == "one" else float(windows)
 
 
 def _wait_for_all(rank: int, world: int) -> None:

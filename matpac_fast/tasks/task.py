@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -122,7 +123,7 @@ class Task:
     def metric(self) -> str:
         return "accuracy" if self.kind == "single" else "mAP"
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything but the audio: which clips, what is true of them, how they are split."""
         digest = hashlib.sha256(repr((self.name, self.kind, self.classes)).encode())

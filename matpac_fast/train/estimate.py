@@ -17,6 +17,7 @@ from .config import TrainConfig, resolve_precision
 from .flops import step_flops
 from .sampler import Sampler
 from .step import make_optimizer, train_step
+from .watch import TrainingError
 from .weights import load_weights
 
 # Crops that the speed is measured on; more would only take longer on a CPU.
@@ -37,6 +38,9 @@ def estimate(
     Two steps on noise are timed on a model that is thrown away, on one device, as if more of them shared no work; the
     tensors that a third one keeps for its backward pass are counted. Where the steps do not fit into memory all but
     the time is told. Weights to begin from, `init`, that do not fit the model are refused as `load_weights` does.
+
+    Raises:
+        TrainingError: not even two crops fit into the memory of `device`.
     """
     precision = resolve_precision(config.precision, device)
     frames = config.crop_frames or (model_config.n_frames,)
@@ -46,10 +50,17 @@ def estimate(
     model = Matpac(model_config)
     if init is not None:
         load_weights(model, init)
-    model.to(device).train()
+    try:
+        kept = activation_bytes(model.to(device).train(), max(frames), precision, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"the model and two of its crops do not fit into the memory of {device}: choose a smaller preset or a "
+            "shorter crop, or --device cpu to have it counted there"
+        ) from None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    kept = activation_bytes(model, max(frames), precision, device)
     piece = config.batch_size // world // config.grad_accumulation  # crops at a time on one device
     shards = world if config.shard else 1
     fixed = 4 * (4 * trained + averaged) / shards

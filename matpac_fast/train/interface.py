@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import socket
 import struct
@@ -25,10 +26,8 @@ def interface_of(address: str) -> str | None:
 
 def _ipv4(name: str) -> ipaddress.IPv4Address | None:
     try:
-        import fcntl
-
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
             found = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-    except (ImportError, OSError):  # Windows; an interface without such an address, or another system
+    except OSError:  # an interface without such an address, or another system
         return None
     return ipaddress.IPv4Address(found[20:24])

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,22 +72,6 @@ class Reporters(Reporter):
                     text = f"{kind}.{what} failed, training goes on: {type(error).__name__}: {first_line(error)}"
                     self._untold.append(text)
                     warnings.warn(text, stacklevel=3)
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result may depend on."""
-    import numpy
-    import torch
-
-    from .. import __version__
-
-    return {
-        "matpac_fast": __version__,
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
 
 
 def read_log(path: str | os.PathLike[str]) -> list[Record]:

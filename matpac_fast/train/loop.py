@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import ops
 from ..audio.corpus import Corpus
+from ..backend import versions
 from ..config import MatpacConfig
 from ..model import Matpac
 from ..nn.statistics import effective_rank
@@ -27,7 +28,7 @@ from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .graph import GraphedStep
 from .joining import join
-from .logs import Log, Record, Reporter, Reporters, read_log, versions
+from .logs import Log, Record, Reporter, Reporters, read_log
 from .memory import freed_memory_kept
 from .oom import advice
 from .probing import Probe, ask

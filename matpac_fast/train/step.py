@@ -105,7 +105,6 @@ def train_step(
     with span("clip and optimiser"):
         _optimise(optimizer, norm, bad, lr, clip_norm)
         optimizer.zero_grad(set_to_none=True)
-        model.zero_grad(set_to_none=True)
     return Step(loss[0], loss[1], loss[2], norm, bad, summarise(sums) if sums else None, sums.get("gram"))
 
 
@@ -137,12 +136,12 @@ def _over_ranks(model: Matpac, loss: Tensor, sums: Sums, ranks: Ranks) -> Tensor
 def _hand_gradients(model: Matpac, optimizer: torch.optim.AdamW, ranks: Ranks) -> Tensor:
     """Give the optimiser its shards of weights and gradients, where FSDP cut them; return the whole gradient's norm."""
     held = optimizer.param_groups[0]["params"]
-    sharded = False
-    for parameter, part in zip(trained_parameters(model).values(), held, strict=True):
-        if is_sharded(parameter):
-            sharded = True
+    sharded = is_sharded(next(model.parameters()))  # then all are
+    if sharded:
+        for parameter, part in zip(trained_parameters(model).values(), held, strict=True):
             part.data = local(parameter)  # FSDP may have moved it
             part.grad = None if parameter.grad is None else local(parameter.grad)
+            parameter.grad = None
     gradients = [part.grad for part in held if part.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return ranks.sum_(norm.square()).sqrt() if sharded else norm

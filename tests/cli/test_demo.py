@@ -24,6 +24,7 @@ from matpac_fast.ops import log_mel
 from matpac_fast.samples import Samples
 from matpac_fast.study.probe import ProbeResult, bootstrap_interval
 from matpac_fast.train.logs import read_log
+from matpac_fast.zoo.statistics import LogMelStatistics
 
 OPTIONS = ["--crop-seconds", "0.16", "0.32", "--batch-size", "4", "--temporal-supports", "0.8", "2.4"]
 
@@ -206,7 +207,7 @@ def test_features_average_windows() -> None:
     halves = [waves[:, :19_200], waves[:, 19_200:]]
     specs = [log_mel(half.contiguous()) for half in halves]
     expected = sum(torch.cat([spec.mean(2), spec.var(2, correction=0).sqrt()], 1) for spec in specs) / 2
-    assert torch.allclose(study.statistics(waves, 1.2), expected, atol=1e-5)
+    assert torch.allclose(study.embed(LogMelStatistics(), waves, 1.2), expected, atol=1e-5)
     encoder = load_encoder("untrained-tiny", "cpu")
     expected = sum(encoder.embed(half, 16_000).values[:, 0] for half in halves) / 2
     assert torch.allclose(study.embed(encoder, waves, 1.2), expected, atol=1e-5)

@@ -56,6 +56,6 @@ def test_vectors_of_no_length_and_of_great_length():
     torch.testing.assert_close(grad.double(), want_grad, rtol=1e-4, atol=1e-3)
 
 
-def test_what_the_kernel_does_not_take_is_done_by_hand():
+def test_what_the_kernel_does_not_take_is_the_reference_s():
     prediction, target = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     assert ops.prediction_loss(prediction, target)[0].dtype == torch.float64

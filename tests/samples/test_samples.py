@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from matpac_fast import samples
-from matpac_fast.errors import AudioError
+from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.samples import FAMILIES, load_samples
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_samples.py"
@@ -74,7 +74,7 @@ def test_train_and_test_share_no_pitch_of_an_instrument() -> None:
 
 
 def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="'valid'"):
+    with pytest.raises(ConfigError, match="'valid'"):
         load_samples("valid")  # pyright: ignore[reportArgumentType]
 
 

@@ -13,6 +13,7 @@ from matpac_fast.model import Matpac
 from matpac_fast.train import estimate as module
 from matpac_fast.train.estimate import activation_bytes, estimate
 from matpac_fast.train.flops import step_flops
+from matpac_fast.train.watch import TrainingError
 
 CPU = torch.device("cpu")
 
@@ -85,4 +86,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_told(corpus, model_config, tr
     assert told["steps"].startswith("12, ")
     monkeypatch.setattr(module, "train_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
+        estimate(corpus, model_config, train_config, CPU)
+    monkeypatch.setattr(module, "activation_bytes", full)
+    with pytest.raises(TrainingError, match="two of its crops do not fit into the memory of cpu: choose a smaller"):
         estimate(corpus, model_config, train_config, CPU)
