@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, MatpacFastError
 from ..nn.ema import local
+from .host import copies_on_host
 from .lifeline import Lifeline, leave_reason
 from .meeting import PeerError
 
@@ -100,16 +101,15 @@ class Ranks:
             self._background = dist.new_group(backend="gloo")
         return self._background
 
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """A copy in host memory: of this rank's shard, as one, where FSDP has cut the tensor, else of all of it."""
-        copied = local(tensor).to("cpu", copy=True)
-        if not is_sharded(tensor):
-            return copied
-        if self._host_mesh is None:
+    def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory: of this rank's shard, as one, where FSDP has cut a tensor, else of all of it."""
+        copies = copies_on_host([local(tensor.detach()) for tensor in tensors.values()])
+        if self._host_mesh is None and any(map(is_sharded, tensors.values())):
             from torch.distributed.device_mesh import init_device_mesh
 
             self._host_mesh = init_device_mesh("cpu", (self.world,))
-        return cut_like(copied, tensor, self._host_mesh)
+        pairs = zip(tensors.items(), copies, strict=True)
+        return {name: cut_like(copied, tensor, self._host_mesh) for (name, tensor), copied in pairs}
 
     def hand_out(self, whole: Mapping[str, Tensor] | None, into: Mapping[str, Tensor]) -> None:
         """Copy rank 0's `whole` tensors into everyone's, or into the shards of them that this rank holds.

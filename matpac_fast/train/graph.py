@@ -91,6 +91,9 @@ class GraphedStep:
 
     def __call__(self, pieces: Pieces, step: int, lr: float, statistics: bool = False) -> Step:
         """As `train_step`; the result is valid until the next call."""
+        if self._if_it_fits and not self._seen:  # what others have taken, and freed by now, is no part of a step
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(next(self._model.parameters()).device)
         schedule = self._model.schedule(step)
         kind = (tuple(spec.shape for spec, _ in pieces), statistics, bool(schedule.mcl_temp))
         if kind not in self._graphs:

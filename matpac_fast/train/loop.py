@@ -17,7 +17,6 @@ from ..audio.corpus import Corpus
 from ..backend import versions
 from ..config import MatpacConfig
 from ..model import Matpac
-from ..nn.statistics import effective_rank
 from ..oom import is_out_of_memory
 from ..spans import span
 from .begin import begin, make_sampler, name_transform
@@ -28,6 +27,7 @@ from .feed import Batch, Feed
 from .flops import peak_flops, step_flops
 from .graph import GraphedStep
 from .joining import join
+from .journal import Journal
 from .logs import Log, Record, Reporter, Reporters, read_log
 from .memory import freed_memory_kept
 from .oom import advice
@@ -37,7 +37,7 @@ from .schedule import learning_rate
 from .state import RunFolder, Saver, Snapshot, read_config
 from .step import Step, make_optimizer, train_step
 from .transform import Transform
-from .watch import BadSteps, TrainingError, collapse
+from .watch import BadSteps, TrainingError
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _tell_failure(folder: RunFolder, run: _Run | None, reason: str) -> None:
     """The log's last line; what fails in telling it, log or reporter, takes not the place of the run's own error."""
     with contextlib.suppress(Exception):
         if run is not None:
-            run.tell({"event": "failed", "step": run.done, "text": reason})
+            run.journal.tell({"event": "failed", "step": run.done, "text": reason})
             return
         with contextlib.closing(Log(folder.log)) as log:
             log.write({"event": "failed", "text": reason})
@@ -191,14 +191,14 @@ class _Run:
         self.done: int = state["step"] if state else 0  # steps
         self.unreadable: set[str] = set()
         self.untold: list[str] = []
-        self.collapsed = False
         self.saved: int | None = self.done if state else None
         self.began = time.perf_counter() - (state["seconds"] if state else 0.0)
         self.bad = BadSteps(config.log_every, config.max_bad_steps, self.device)
         self.peak = peak_flops(self.device, config.precision)
         mel = model.config.log_mel
         self.flops = {n: config.batch_size * step_flops(model.config, mel.n_frames(n)) for n in sampler.crops}  # a step
-        self.log = Log(folder.log, keep_until=self.done if state else -1) if ranks.first else None
+        log = Log(folder.log, keep_until=self.done if state else -1) if ranks.first else None
+        self.journal = Journal(log, reporter, model.config, beside=self.device.type == "cuda")
         self.saver = Saver(
             folder, config.keep_last, config.keep_every, saved=lambda step: reporter.saved(folder.path, step)
         )
@@ -209,8 +209,7 @@ class _Run:
         """The last one first, and each whatever becomes of the others."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.reporter.close)
-            if self.log:
-                stack.callback(self.log.close)
+            stack.callback(self.journal.close)
             stack.callback(self.saver.close)
             stack.callback(self.feed.close)
 
@@ -218,8 +217,8 @@ class _Run:
         c = self.config
         if self.done == c.steps and self.ranks.from_first(self.has_finished):
             return Result(self.folder.path, self.done, finished=True)
-        if self.log:
-            self.tell(self.header())
+        if self.ranks.first:
+            self.journal.tell(self.header())
         if self.probed and self.done < c.steps and self.ranks.from_first(self.is_probe_due):
             self.run_probe()  # before the first step: what is to be beaten
         since, clock, waited, flops = self.done, time.perf_counter(), 0.0, 0.0
@@ -238,9 +237,9 @@ class _Run:
                 seconds = time.perf_counter() - clock
                 values |= self.rates((self.done - since) / seconds, flops / seconds)
                 values["data_wait"] = (self.feed.waited - waited) / seconds
-                self.tell(values)
-                self.warn_of_collapse(values)
+                self.journal.tell_measured(values, measured.gram)
                 since, clock, waited, flops = self.done, time.perf_counter(), self.feed.waited, 0.0
+            self.journal.settle(wait=False)
             self.reporter.step(self.done)
             self.saver.check()
             stopping, news = self.votes.cast(stop(), bool(self.untold))
@@ -260,7 +259,7 @@ class _Run:
         if self.probed and finished:
             self.run_probe()
         self.saver.wait()
-        self.tell({"event": "finished" if finished else "stopped", "step": self.done})
+        self.journal.tell({"event": "finished" if finished else "stopped", "step": self.done})
         self.ranks.barrier()
         return Result(self.folder.path, self.done, finished)
 
@@ -327,7 +326,7 @@ class _Run:
             mine = [self.corpus.paths[int(clip)] for clip in plan.clips]
             clips = [name for names in self.ranks.gather(mine) for name in names]
             text = "loss or gradient not finite"
-            self.tell({"event": "skipped", "step": plan.step + 1, "text": text, "clips": clips})
+            self.journal.tell({"event": "skipped", "step": plan.step + 1, "text": text, "clips": clips})
         if self.bad.limit_reached:
             raise TrainingError(
                 f"stopped at step {self.done}: loss or gradient not finite for {self.config.max_bad_steps} steps "
@@ -337,7 +336,7 @@ class _Run:
     def tell_unreadable(self) -> None:
         for text in dict.fromkeys(text for texts in self.ranks.gather(self.untold) for text in texts):
             self.unreadable.add(text)
-            self.tell({"event": "unreadable", "step": self.done, "text": text})
+            self.journal.tell({"event": "unreadable", "step": self.done, "text": text})
         self.untold = []
 
     def run_probe(self) -> float:
@@ -346,25 +345,15 @@ class _Run:
         values = ask(self.probe if self.ranks.first else None, self.model)
         if values is not None:
             seconds = round(time.perf_counter() - start, 3)
-            self.tell({"event": "probe", "step": self.done, **values, "seconds": seconds})
+            self.journal.tell({"event": "probe", "step": self.done, **values, "seconds": seconds})
         self.ranks.barrier()
         return time.perf_counter() - start
-
-    def warn_of_collapse(self, values: Record) -> None:
-        """Once when it begins, not on every line while it lasts."""
-        text = collapse(values, self.model.config.width, self.model.config.prototypes)
-        if text and not self.collapsed:
-            self.tell({"event": "warning", "step": self.done, "text": text})
-        self.collapsed = text is not None
 
     def fetch(self, measured: Step) -> Record:
         """The log's numbers of this step, in one transfer."""
         tensors = {name: getattr(measured, name) for name in ("loss", "loss_pred", "loss_cls", "grad_norm")}
         tensors |= measured.statistics or {}
         numbers = torch.stack([value.float() for value in tensors.values()]).tolist()
-        if measured.gram is not None:
-            tensors["effective_rank"] = measured.gram
-            numbers.append(effective_rank(measured.gram))
         lr = learning_rate(self.done - 1, self.config.lr, self.config.warmup_steps, self.config.steps)
         return {"step": self.done, **dict(zip(tensors, numbers, strict=True)), "lr": lr}
 
@@ -389,20 +378,12 @@ class _Run:
             "clips_left_out": self.sampler.n_dropped,
         }
 
-    def tell(self, record: Record) -> None:
-        if self.log:
-            failures = [{"event": "warning", "step": self.done, "text": text} for text in self.reporter.failures()]
-            for line in (*failures, record):
-                self.log.write(line)
-                self.reporter.record(line)
-
     def save(self) -> float:
         """Begin a checkpoint, unless this step has one; returns the seconds that training waited."""
         start = time.perf_counter()
         if self.saved != self.done:
             self.saver.wait()  # or two copies would stand in memory
-            if self.log:
-                self.log.sync()  # what led to a checkpoint is not lost where the checkpoint is kept
+            self.journal.sync()  # what led to a checkpoint is not lost where the checkpoint is kept
             state = {"step": self.done, "seconds": round(start - self.began, 3)}
             snapshot = Snapshot.take(self.model, self.optimizer, state, self.ranks)
             if self.ranks.first or snapshot.group:

@@ -80,9 +80,8 @@ class Snapshot:
         weights, moments = model.state_dict(), optimizer_tensors(model, optimizer)
         sharded = any(is_sharded(tensor) for tensor in weights.values())
 
-        def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            mine = tensors if sharded or ranks.first else {}
-            return {name: ranks.to_host(tensor.detach()) for name, tensor in mine.items()}
+        def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return ranks.to_host(tensors) if sharded or ranks.first else {}
 
         metadata = {"kind": "matpac", "config": model.config.to_dict(), "step": state["step"]}
         group = ranks.background_group() if sharded else None

@@ -156,16 +156,25 @@ def test_a_replay_never_waits_for_the_device(model_config):
 
 class Device:
     """A GPU of 100 bytes, of which others have some: what a step takes stays for the next that is not recorded; graphs
-    share what they take."""
+    share what they take. `earlier` is what this process has had, and still keeps unused."""
 
-    def __init__(self, monkeypatch, used: dict[int, int], others: int = 0):
+    def __init__(self, monkeypatch, used: dict[int, int], others: int = 0, earlier: int = 0):
         self.used, self.others, self.recording = used, others, False
-        self.eager = self.graphs = self.peak = 0
+        self.eager = self.peak = earlier
+        self.graphs = 0
         monkeypatch.setattr(module, "train_step", self.train_step)
         free = lambda device: (100 - self.others - self.eager - self.graphs, 100)  # noqa: E731
         monkeypatch.setattr(torch.cuda, "mem_get_info", free)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.eager + self.graphs)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    def empty_cache(self):
+        self.eager = 0
+
+    def reset(self, device):
+        self.peak = self.eager + self.graphs
 
     def train_step(self, model, optimizer, pieces, *rest, **options):
         used = self.used[pieces[0][0].shape[2]]
@@ -210,6 +219,15 @@ def test_what_others_have_of_the_device_is_no_room(model_config, monkeypatch, ot
     for step in range(8):
         graphed(batch(model_config, step, n_frames=16), step, lr_of(step), statistics=step > 3)
     assert len(graphed._graphs) == recorded
+
+
+def test_what_the_process_had_before_is_no_part_of_a_step(model_config, monkeypatch):
+    """As by another run, or by the probe before the first step."""
+    model, device = Matpac(model_config).train(), Device(monkeypatch, {16: 30}, earlier=90)
+    graphed = GraphedStep(model, make_optimizer(model, TrainConfig()), 3.0, "float32", device.record, True)
+    for step in range(4):
+        graphed(batch(model_config, step, n_frames=16), step, lr_of(step))
+    assert len(graphed._graphs) == 1
 
 
 def test_graphs_are_captured_on_a_stream_of_their_own_device(monkeypatch):

@@ -17,7 +17,7 @@ from matpac_fast import checkpoint, ops
 from matpac_fast.encoder import load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.model import Matpac
-from matpac_fast.train import loop, state
+from matpac_fast.train import journal, loop, state
 from matpac_fast.train.logs import Log, Reporter, read_log
 from matpac_fast.train.loop import pretrain
 from matpac_fast.train.schedule import learning_rate
@@ -404,7 +404,7 @@ def test_collapse_is_seen():
 
 def test_a_collapse_is_warned_of_once_while_it_lasts(tmp_path, corpus, model_config, train_config, monkeypatch):
     found = iter([None, "collapsing", "collapsing", None, "collapsing", None])
-    monkeypatch.setattr(loop, "collapse", lambda values, width, prototypes: next(found))
+    monkeypatch.setattr(journal, "collapse", lambda values, width, prototypes: next(found))
     pretrain(corpus, tmp_path / "run", model_config, train_config)
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl") if r.get("event") == "warning"] == [4, 10]
 

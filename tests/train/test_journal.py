@@ -1,0 +1,97 @@
+"""A run's log where effective ranks are found beside the training, as on a GPU."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from matpac_fast.config import MatpacConfig
+from matpac_fast.nn.statistics import effective_rank
+from matpac_fast.train import journal as module
+from matpac_fast.train.journal import Journal
+from matpac_fast.train.logs import Log, Reporter, Reporters, read_log
+
+CONFIG = MatpacConfig.preset("nano")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "log.jsonl"
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Ranks are found once it is set."""
+    gate = threading.Event()
+    monkeypatch.setattr(module, "effective_rank", lambda gram: gate.wait(20) and effective_rank(gram))
+    return gate
+
+
+def gram(rank):
+    return torch.diag(torch.tensor([1.0] * rank + [0.0] * (8 - rank), dtype=torch.float64))
+
+
+def test_a_line_waits_for_its_rank_and_what_follows_for_the_line(path, gate):
+    journal = Journal(Log(path), Reporters(), CONFIG, beside=True)
+    journal.tell_measured({"step": 20, "loss": 1.0}, gram(4))
+    journal.settle(wait=False)
+    assert read_log(path) == []  # the training goes on
+    gate.set()
+    journal.tell({"event": "probe", "step": 20})
+    first, second = read_log(path)
+    assert first == {"step": 20, "loss": 1.0, "effective_rank": pytest.approx(4, rel=1e-4)}
+    assert second["event"] == "probe"
+    journal.tell_measured({"step": 40}, gram(2))
+    journal.tell_measured({"step": 60}, None)
+    journal.tell_measured({"step": 80}, gram(8))
+    journal.close()
+    assert [record["step"] for record in read_log(path)] == [20, 20, 40, 60, 80]
+    assert read_log(path)[-1]["effective_rank"] == pytest.approx(8, rel=1e-4)
+
+
+def test_it_is_told_without_a_wait_once_it_is_known(path, gate):
+    journal = Journal(Log(path), Reporters(), CONFIG, beside=True)
+    journal.tell_measured({"step": 20}, gram(4))
+    gate.set()
+    journal._pending[1].result()  # pyright: ignore[reportOptionalSubscript]
+    journal.settle(wait=False)
+    assert [record["step"] for record in read_log(path)] == [20]
+    journal.close()
+
+
+def test_a_collapse_is_told_behind_its_line(path, gate):
+    gate.set()
+    heard = []
+    reporter = Reporter()
+    reporter.record = heard.append
+    journal = Journal(Log(path), Reporters(reporter), CONFIG, beside=True)
+    journal.tell_measured({"step": 20}, gram(1))
+    journal.sync()
+    journal.tell_measured({"step": 40}, gram(1))
+    journal.close()
+    told = [(record["step"], record.get("event")) for record in read_log(path)]
+    assert told == [(20, None), (20, "warning"), (40, None)]
+    assert [record["step"] for record in heard] == [20, 20, 40]
+
+
+def test_the_gram_may_be_overwritten_by_the_next_step(path, gate):
+    """As by a CUDA graph; on a GPU `cpu` copies."""
+    journal = Journal(Log(path), Reporters(), CONFIG, beside=True)
+    held = gram(4)
+    held.cpu = held.clone  # pyright: ignore[reportAttributeAccessIssue]
+    journal.tell_measured({"step": 20}, held)
+    held.copy_(gram(1))
+    gate.set()
+    journal.close()
+    assert read_log(path)[0]["effective_rank"] == pytest.approx(4, rel=1e-4)
+
+
+def test_other_ranks_tell_and_compute_nothing(monkeypatch):
+    monkeypatch.setattr(module, "effective_rank", None)
+    journal = Journal(None, Reporters(), CONFIG, beside=True)
+    journal.tell_measured({"step": 20}, gram(1))
+    journal.tell({"event": "probe", "step": 20})
+    journal.sync()
+    journal.close()
