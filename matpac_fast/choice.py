@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .checkpoint import checkpoints, step_name
 from .errors import CheckpointError
 
-_ENDING = re.compile(r"(.+)@(student|teacher|[0-9]{1,15}|layer[1-9][0-9]{0,3})", re.DOTALL)
+_ENDING = re.compile(r"(.+)@(student|teacher|[0-9]{1,15}|layer[0-9]{1,4})", re.DOTALL)
 ENDINGS = "@teacher, @student, @STEP such as @20000, and @layerN such as @layer6"
 _NAMED = 20  # steps that an error lists
 

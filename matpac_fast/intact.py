@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, distcp
 from .errors import CheckpointError
+from .files import crc32
 
 
 def _is_whole(folder: Path) -> bool:
@@ -23,14 +24,23 @@ def _is_whole(folder: Path) -> bool:
         else:
             for name in ("model", "optimizer"):
                 checkpoint.load(folder / f"{name}.safetensors")
-        read_state(folder)
+        check_sums(folder, read_state(folder))
     except CheckpointError:
         return False
     return True
 
 
+def check_sums(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a file of a checkpoint has other bytes than were written, by the sums in its state:
+    there are none of parts that processes wrote together."""
+    for name, sum_ in state.get("crc32", {}).items():
+        if crc32(folder / name) != sum_:
+            raise CheckpointError(f"{folder / name}: damaged: its bytes have changed since they were written")
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's state.json holds: its step, which is the folder's, and the seconds until then.
+    """What a checkpoint's state.json holds: its step, which is the folder's, the seconds until then, and the CRC-32 of
+    its files.
 
     Raises:
         CheckpointError: it cannot be read, or is another checkpoint's.

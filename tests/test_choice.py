@@ -214,7 +214,7 @@ def test_a_new_run_begins_with_the_whole_model_of_a_step(run):
         ("a", Choice("a")),
         ("a@teacher@7", Choice("a", "@teacher@7", 7, "teacher")),
         ("a@layer12@teacher@7", Choice("a", "@layer12@teacher@7", 7, "teacher", 12)),
-        ("a@layer0", Choice("a@layer0")),
+        ("a@layer0", Choice("a", "@layer0", layer=0)),
         ("a@layer", Choice("a@layer")),
         ("a@Teacher", Choice("a@Teacher")),
         ("@teacher", Choice("@teacher")),

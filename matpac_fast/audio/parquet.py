@@ -17,6 +17,20 @@ _BUFFER = 1 << 20  # bytes; without it, or with pre_buffer, pyarrow reads the co
 _BYTES = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view")
 _OTHERS = ("Image", "Video", "Pdf")  # features that have bytes, too
+# How files of audio begin; those of MPEG-4 after four bytes of length.
+_BEGINNINGS = (
+    b"RIFF",
+    b"RF64",
+    b"fLaC",
+    b"OggS",
+    b"ID3",
+    b"FORM",
+    b".snd",
+    b"caff",
+    b"\xff\xfb",
+    b"\xff\xf3",
+    b"\xff\xf2",
+)
 
 
 class Row(NamedTuple):
@@ -38,8 +52,8 @@ class _Column(NamedTuple):
 
 def listed(path: Path) -> Iterator[Row]:
     """The rows of the column that Hugging Face's description in the file calls Audio; else of "audio"; else of the
-    first that holds `bytes` (and `path`), as that feature does. A column "audio" may also be of bytes alone. Without
-    such a column there are none.
+    first that holds `bytes` (and `path`), as that feature does. A column "audio" may also be of bytes alone, as may one
+    of another name whose first row begins as a file of audio does. Without such a column there are none.
 
     Raises:
         AudioError: there is a column "audio", and it is none of those, nor one of names.
@@ -48,7 +62,7 @@ def listed(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     with arrow_file(path) as opened, pq.ParquetFile(opened) as file:
-        if (column := _audio_column(file.schema_arrow)) is None:
+        if (column := _audio_column(file)) is None:
             return
         sizes, number = _mean_sizes(file.metadata, column.place), 0
         i = column.type.get_field_index("path") if pa.types.is_struct(column.type) else -1
@@ -69,7 +83,7 @@ def read(path: Path, numbers: Sequence[int]) -> Iterator[bytes | AudioError]:
     import pyarrow.parquet as pq
 
     with arrow_file(path) as opened, pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False) as file:
-        if (column := _audio_column(file.schema_arrow)) is None:
+        if (column := _audio_column(file)) is None:
             return
         waiting, end = list(reversed(numbers)), 0
         for group in range(file.num_row_groups):
@@ -91,7 +105,8 @@ def read(path: Path, numbers: Sequence[int]) -> Iterator[bytes | AudioError]:
                     yield AudioError(f"in a part of its archive that cannot be read: {first_line(error)}")
 
 
-def _audio_column(schema: Any) -> _Column | None:
+def _audio_column(file: Any) -> _Column | None:
+    schema = file.schema_arrow
     declared = _declared(schema.metadata)
     for field in sorted(schema, key=lambda field: (declared.get(field.name) != "Audio", field.name != "audio")):
         if declared.get(field.name) in _OTHERS:
@@ -99,8 +114,22 @@ def _audio_column(schema: Any) -> _Column | None:
         if (place := _place(field)) is not None:
             return _Column(field.name, place, field.type)
         if field.name == "audio" and not _holds(field.type, _TEXT):  # names are of files that lie elsewhere
-            raise AudioError(f"its column audio is of {field.type}; expected bytes, alone or in a struct as `bytes`")
+            raise AudioError(
+                f"no bytes in its column audio: it is of {field.type}; expected bytes, alone or in a struct as `bytes`"
+            )
+    for field in schema:
+        bare = _holds(field.type, _BYTES) and declared.get(field.name) not in _OTHERS
+        if bare and _begins_as_audio(file, field.name):
+            return _Column(field.name, field.name, field.type)
     return None
+
+
+def _begins_as_audio(file: Any, name: str) -> bool:
+    """Whether the first row of a column of bytes does."""
+    for batch in file.iter_batches(1, columns=[name]):
+        start = (batch.column(0)[0].as_py() or b"")[:8]
+        return start.startswith(_BEGINNINGS) or start[4:] == b"ftyp"
+    return False
 
 
 def _declared(metadata: dict[bytes, bytes] | None) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 import tempfile
 import time
@@ -110,7 +111,10 @@ def main(
     made = report.made_by(train, run, target)
     report.write_results(out / "results.json", rows, made)
     report.write_report(out / "report.html", rows, corpus, model, train, read_log(run / "log.jsonl"), made)
-    print(f"\nopen {out / 'report.html'}; next: matpac-fast embed AUDIO --encoder {run} --out embeddings/")
+    print(
+        f"\nopen {out / 'report.html'}; "
+        f"next: matpac-fast embed AUDIO --encoder {shlex.quote(str(run))} --out embeddings/"
+    )
     return 0
 
 

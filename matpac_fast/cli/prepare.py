@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,7 @@ def summary(report: PrepareReport) -> str:
         left_out = count(sum(report.rejected.values()), "file")
         lines.append(f"{left_out} left out: {reasons}; {report.out / 'rejected.parquet'} says which and why")
     if report.sample_rate == _RATE_OF_TRAINING:
-        lines.append(f"next: matpac-fast pretrain {report.out} --out runs/a{_size_for_here()}")
+        lines.append(f"next: matpac-fast pretrain {shlex.quote(str(report.out))} --out runs/a{_size_for_here()}")
     return "\n".join(lines)
 
 

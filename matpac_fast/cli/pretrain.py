@@ -5,30 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ..config import PRESETS, MatpacConfig
 from ..errors import ConfigError
 from ..train.config import Precision, TrainConfig, fit_to_run
-from ..train.logs import Record, Reporter, Reporters, read_log
+from ..train.logs import Record, Reporter, read_log
 from ..train.sampler import Short
 from ._progress import unbreakable_console
 from ._set import read_fields, refuse_both
+from ._watching import live_probe, read_watching, reporters
 
 _SOON = 30.0  # seconds: where the log's first line comes later than this, one estimate is said before it
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..study.live import LiveProbe
 
 
 def main(
@@ -64,8 +62,8 @@ def main(
     keep_every: int | None = None,
     probe_data: Path | None = None,
     probe_every: int | None = None,
-    probe_clips: int = 500,
-    tensorboard: bool = False,
+    probe_clips: int | None = None,
+    tensorboard: bool | None = None,
     dry_run: bool = False,
 ) -> int:
     """Pre-train an encoder on a corpus.
@@ -117,10 +115,10 @@ def main(
         keep_last: newest checkpoints that stay on disk. Default: 3.
         keep_every: keep those of every so many steps too, a multiple of save-every. Default: none of them.
         probe_data: a folder of audio whose sub-folders are labels: score student and teacher on it as they are trained,
-            by nearest neighbours and a linear probe. Default: no scores.
+            by nearest neighbours and a linear probe; "none" ends it in a run that is gone on with. Default: no scores.
         probe_every: steps between two scores. Default: those between two checkpoints.
-        probe_clips: clips to score on, evenly over the labels; all are kept in memory.
-        tensorboard: write all that is logged for TensorBoard too, into the run's folder.
+        probe_clips: clips to score on, evenly over the labels; all are kept in memory. Default: 500.
+        tensorboard: write all that is logged for TensorBoard too, into the run's folder. Default: not.
         dry_run: print the size of model and run and an estimate of the time, and train nothing.
     """
     from ..audio.corpus import Corpus
@@ -134,6 +132,7 @@ def main(
     target = pick_device(device)
     clips = Corpus(corpus)
     stored = read_config(out)
+    watching = read_watching(out).but(probe_data, probe_clips, tensorboard)
     first = os.environ.get("RANK", "0") == "0"
     given_model = _given(mask_ratio=mask_ratio, mcl_heads=mcl_heads, teacher_init=teacher_init, center_of=center_of)
     given_train = _given(
@@ -185,6 +184,8 @@ def main(
         defaults = {"batch_size": 256 * int(os.environ.get("WORLD_SIZE", "1")) if target.type == "cuda" else 32}
         train = TrainConfig.from_dict({**defaults, **given_train})
         model = MatpacConfig.from_dict({**fit_to_run(MatpacConfig(), train).to_dict(), **given_model})
+        if "sample_rate" in fields["model"]:
+            _warn_of_another_rate_s_front_end(model)
     else:
         train = TrainConfig.from_dict({**stored["train"], **given_train})
         model = MatpacConfig.from_dict({**stored["model"], **given_model})
@@ -201,29 +202,40 @@ def main(
             world = int(os.environ.get("WORLD_SIZE", "1"))
             check_options(clips, model, train, target, world)
             train = check_run(out, model, train, clips, init, target)
-            if probe_data and not complete:
+            if probe_data and watching.probe_data and not complete:
                 from ..study.live import check_folder
 
-                check_folder(probe_data, probe_clips)
+                check_folder(watching.probe_data, watching.probe_clips)
             done = steps_done(out) if out.exists() else 0
             print(estimate(clips, model, train, target, world, done, None if done else init))
         return 0
     with _Watcher(train, quiet=not first) as watcher, _Signals(watcher.say) as signals:
-        reporter = _reporters(out, watcher, tensorboard) if first else None
-        probe = (
-            _probe(probe_data, probe_clips, target, model.sample_rate, watcher)
-            if first and probe_data and not complete
-            else None
-        )
+        reporter = reporters(out, watching, watcher, watcher.say) if first else None
+        gone = probe_data is None and watching.probe_data is not None and not os.path.isdir(watching.probe_data)
+        if gone and first:
+            watcher.say(f"note: this run was probed on {watching.probe_data}, which is not there: it goes on without")
+        probes = first and not gone and not complete
+        probe = live_probe(watching, target, model.sample_rate, watcher.say) if probes else None
         result = pretrain(clips, out, model, train, target, init, reporter, signals.caught, probe)
     if complete:
         watcher.say("nothing to do, the run was complete already" + (": nothing was probed" if probe_data else ""))
     watcher.say(f"{'finished' if result.finished else 'stopped'} at step {result.step} of {train.steps}: {out}")
     if result.finished:
-        watcher.say(f"next: matpac-fast embed AUDIO --encoder {out} --out embeddings/")
+        watcher.say(f"next: matpac-fast embed AUDIO --encoder {shlex.quote(str(out))} --out embeddings/")
         return 0
     watcher.say("the same command goes on from here")
     return 128 + (signals.number or signal.SIGTERM)  # where another process was asked to stop, all of them do
+
+
+def _warn_of_another_rate_s_front_end(model: MatpacConfig) -> None:
+    usual, names = MatpacConfig(), ("n_fft", "win_length", "hop", "f_max")
+    if model.sample_rate != usual.sample_rate and all(getattr(model, name) == getattr(usual, name) for name in names):
+        warnings.warn(
+            f"model.sample_rate is {model.sample_rate}, and windows of {model.win_length} samples every {model.hop}, "
+            f"with bands up to {model.f_max:g} Hz, are those of {usual.sample_rate}: give n_fft, win_length, hop, "
+            "f_max, mean and std too (docs/training.md, another front end)",
+            stacklevel=2,
+        )
 
 
 def _is_complete(run: Path, steps: int) -> bool:
@@ -244,29 +256,6 @@ def _frames(seconds: float, model: MatpacConfig = MatpacConfig()) -> int:
         near = " or ".join(f"{n / rate:g}" for n in (below, below + patch) if n)
         raise ConfigError(f"--crop-seconds {seconds:g}: expected a multiple of {patch / rate:g} s, such as {near}")
     return frames
-
-
-def _reporters(out: Path, watcher: _Watcher, tensorboard: bool) -> Reporter:
-    from ..train.reporters import Curves, TensorBoard
-
-    reporters: list[Reporter] = [watcher]
-    try:
-        reporters.append(Curves())
-    except ConfigError as error:  # the run is worth as much without its picture
-        watcher.say(f"note: {error}")
-    if tensorboard:
-        reporters.append(TensorBoard(out / "tensorboard"))
-    return Reporters(*reporters)
-
-
-def _probe(folder: Path, n_clips: int, device: torch.device, sample_rate: int, watcher: _Watcher) -> LiveProbe:
-    from ..study.live import LiveProbe
-
-    probe = LiveProbe(folder, n_clips, device=device, sample_rate=sample_rate)
-    watcher.say(f"probing on {len(probe)} clips of {len(probe.labels)} labels")
-    for line in probe.left_out:
-        watcher.say(f"left out of the probe: {line}")
-    return probe
 
 
 class _Signals:

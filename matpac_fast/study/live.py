@@ -145,13 +145,13 @@ def _by_label(folder: Path) -> dict[str, list[Path]]:
 
 def _too_few(label: Path, n: int, chosen: Sequence[Path], there: Sequence[Path]) -> str:
     taken = f" of {len(there)} taken" if len(there) > len(chosen) else ""
-    return f"{label}: {n} clips{taken}; a label needs four"
+    return f"{label}: {n} clip{'s' * (n != 1)}{taken}; a label needs four"
 
 
 def _check_labels(folder: Path, n: int, left_out: Sequence[str]) -> None:
     if n < 2:
         raise ConfigError(
-            f"{folder}: {n} labels with four clips or more; expected sub-folders of audio, two or "
+            f"{folder}: labels with four clips or more: {n}; expected sub-folders of audio, two or "
             f"more, whose names are the labels{': ' + left_out[0] if left_out else ''}"
         )
 

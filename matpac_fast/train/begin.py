@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def check_options(
     if corpus.sample_rate != mel.sample_rate:
         raise ConfigError(
             f"the corpus is at {corpus.sample_rate} Hz; expected {mel.sample_rate} Hz, the model's sample_rate: "
-            f"prepare it with --sample-rate {mel.sample_rate}, or give the model a front end of {corpus.sample_rate} Hz"
+            f"prepare it with --sample-rate {mel.sample_rate}, or give the model a front end of {corpus.sample_rate} "
+            "Hz, as docs/training.md shows"
         )
     patch, longest = model_config.patch_size, model_config.n_frames
     frames = config.crop_frames or (longest,)
@@ -200,14 +202,14 @@ def refusal(run: Path, different: Mapping[str, tuple[Any, Any]], by_set: Collect
     """What differs, in the words of the options that give it, and how to go on."""
     corpus = [name for name in different if name.startswith("corpus.")]
     options = _by_option({name: values for name, values in different.items() if name not in corpus}, by_set)
-    told, advice = _told(options), []
+    told, advice, quoted = _told(options), [], shlex.quote(str(run))
     begun = bool(read_latest(run))  # else it has no weights to begin from
     if corpus:
         clips = different.get("corpus.clips")
         count = f", of {clips[0]} clips there and {clips[1]} here" if clips else ""
         told.insert(0, f"its corpus is another one, or has grown or changed since{count}")
         advice.append(
-            f"To go on with its weights on this corpus, add --init {run} and give a new folder to --out"
+            f"To go on with its weights on this corpus, add --init {quoted} and give a new folder to --out"
             if begun
             else "It has no checkpoint yet: for a run on this corpus, give a new folder to --out"
         )
@@ -219,7 +221,7 @@ def refusal(run: Path, different: Mapping[str, tuple[Any, Any]], by_set: Collect
             )
         elif "" not in options:
             advice.append(f"To go on with it, leave out {', '.join(options)}")
-        from_it = f", with --init {run} for one from its weights" if begun else ""
+        from_it = f", with --init {quoted} for one from its weights" if begun else ""
         advice.append(f"For another run, give a new folder to --out{from_it}")
     return f"{run} holds another run: {'; '.join(told)}. {'. '.join(advice)}"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -80,7 +83,10 @@ def estimate(
         "teachers' parameters": f"{averaged / 1e6:.1f} M",
         "weights, gradients, Adam": _mib(fixed),
         "activations": f"{_mib(kept * piece)}, {kept / 2**20:.1f} MiB a crop, {piece} at a time",
-        "memory": f"about {_mib(fixed + kept * piece)} on each device, and what its kernels need in passing",
+        "memory": (
+            f"about {_mib(fixed + kept * piece)} on each device, and what its kernels need in passing; "
+            + _room(fixed, kept, config, world, free_memory(device))
+        ),
         "checkpoint": (
             f"{_mib(4 * (3 * trained + averaged))} on disk, the newest {config.keep_last} stay; as much of the host's "
             "memory until it is written"
@@ -123,6 +129,33 @@ def activation_bytes(model: Matpac, n_frames: int, precision: str, device: torch
     model.center_sum.zero_()
     model.center_count.zero_()
     return sizes[1] - sizes[0]
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a process may still take: of a GPU, or of the host, which a control group may bound."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+        most, taken = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, most - taken)
+    return free
+
+
+def _room(fixed: float, kept: float, config: TrainConfig, world: int, free: float) -> str:
+    """Whether the step fits, of `fixed` bytes and `kept` for a crop; where it does not, in how many pieces it would."""
+    if free == math.inf:
+        return "how much is free is not known"
+    rows = config.batch_size // world
+    pieces = [n for n in range(config.grad_accumulation, rows + 1) if rows % n == 0]
+    fitting = next((n for n in pieces if fixed + kept * (rows // n) <= free), None)
+    if fitting == config.grad_accumulation:
+        return f"{_mib(free)} are free"
+    advice = f"--grad-accumulation {fitting} would fit" if fitting else "choose a smaller preset or a shorter crop"
+    return f"too much for the {_mib(free)} that are free: {advice}"
 
 
 def _mib(size: float) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import threading
 import uuid
@@ -30,8 +31,8 @@ from torch import Tensor
 from .. import checkpoint, distcp
 from ..config import MatpacConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import check_no_file, sync_folder, write_text
-from ..intact import intact_named, read_state
+from ..files import check_no_file, crc32, sync_folder, write_text
+from ..intact import check_sums, intact_named, read_state
 from ..model import Matpac
 from .config import TrainConfig
 from .distributed import ALONE, Ranks, cut_like, is_sharded
@@ -97,7 +98,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         others = [p for p in self.path.iterdir() if not p.name.startswith(".")]  # but our lock and a torn first write
         if others and not (self.path / "config.json").exists():
-            raise ConfigError(f"{self.path} is not empty and holds no run; give a new folder")
+            told = f"{self.path} is not empty and holds no run; give a new folder"
+            if whole := checkpoint.checkpoints(self.path):
+                newest = shlex.quote(str(list(whole.values())[-1]))
+                told = f"{self.path / 'config.json'} is missing; to begin a run with its weights, add --init {newest}"
+            raise ConfigError(told)
         self._checkpoints = self.path / "checkpoints"
         self._held: int | None = None  # the folder, opened while it is locked
 
@@ -168,7 +173,8 @@ class RunFolder:
                 part.mkdir(parents=True)
                 checkpoint.save(part / "model.safetensors", snapshot.model, snapshot.metadata)
                 checkpoint.save(part / "optimizer.safetensors", snapshot.optimizer, {"kind": "optimizer"})
-            write_text(part / "state.json", json.dumps(snapshot.state, indent=2) + "\n")
+            state = {**snapshot.state, "crc32": {file.name: crc32(file) for file in part.glob("*.safetensors")}}
+            write_text(part / "state.json", json.dumps(state, indent=2) + "\n")
             if done.exists():  # left by a run that was killed before it moved `latest` here
                 shutil.rmtree(done)
             os.rename(part, done)
@@ -228,7 +234,8 @@ class RunFolder:
                 moments.update(checkpoint.load(folder / "optimizer.safetensors")[0])
             checkpoint.check_fits(model.state_dict(), weights, str(folder))
             check_optimizer_tensors(model, moments, str(folder))
-            return read_state(folder), list(moments), parts if in_parts else None
+            check_sums(folder, state := read_state(folder))
+            return state, list(moments), parts if in_parts else None
 
         def read_or_name_another() -> tuple[dict[str, Any], list[str], Path | None] | None:
             with intact_named(self.path, "to go on from it, echo {name} > {run}/latest"):

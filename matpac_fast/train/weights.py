@@ -13,7 +13,7 @@ from ..choice import parse
 from ..config import FRONT_END, PRESETS, stored_config
 from ..encoder import list_encoders
 from ..errors import CheckpointError, ConfigError
-from ..intact import intact_named
+from ..intact import check_sums, intact_named, read_state
 from ..model import Matpac
 from ..reference import LogMelConfig
 
@@ -82,6 +82,8 @@ def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[st
     with intact_named(source, _INIT):
         path = checkpoint.find_weights(source)
         state, metadata = checkpoint.load(path)
+        if (path.parent / "state.json").exists():  # of a run
+            check_sums(path.parent, read_state(path.parent))
     official = "config" not in metadata and checkpoint.is_official(state)
     if official:
         state = checkpoint.from_official_names(state, str(path))

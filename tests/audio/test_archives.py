@@ -415,13 +415,16 @@ def test_the_column_of_audio_is_told_from_others(files, tmp_path):
         "named": pa.table({"image": image, "audio": speech}),
         "bytes alone": pa.table({"other": pa.array([picture], pa.binary()), "audio": pa.array([sound], pa.binary())}),
         "first": pa.table({"label": [1], "speech": speech, "image": image}),
+        "by its bytes": pa.table({"hash": pa.array([picture], pa.binary()), "flac": pa.array([sound], pa.binary())}),
     }
     for name, table in tables.items():
         pq.write_table(table, tmp_path / "x.parquet")
         inside, reason = archives.members(tmp_path / "x.parquet")
         assert reason is None, name
         assert list(archives.contents(tmp_path / "x.parquet", inside)) == [sound], name
-    for table in (pictures, pa.table({"embedding": [[1.0]], "path": ["a"]}), pa.table({"audio": ["a.wav"]})):
+    hashes, none = (pa.table({"hash": pa.array(rows, pa.binary())}) for rows in ([picture, None], []))
+    tables = (pictures, pa.table({"embedding": [[1.0]], "path": ["a"]}), pa.table({"audio": ["a.wav"]}), hashes, none)
+    for table in tables:
         pq.write_table(table, tmp_path / "x.parquet")
         assert archives.members(tmp_path / "x.parquet") == ([], None)
 
@@ -431,7 +434,8 @@ def test_a_column_audio_of_something_else_is_said(tmp_path, kind):
     pq.write_table(pa.table({"audio": pa.array([None], kind)}), tmp_path / "x.parquet")
     inside, reason = archives.members(tmp_path / "x.parquet")
     kind = str(kind).replace("item", "element")  # as Parquet calls it
-    assert (inside, reason) == ([], f"its column audio is of {kind}; expected bytes, alone or in a struct as `bytes`")
+    assert inside == []
+    assert reason == f"no bytes in its column audio: it is of {kind}; expected bytes, alone or in a struct as `bytes`"
     wanted = [archives.Member(tmp_path / "x.parquet", "a", 0, 1)]
     (found,) = archives.contents(tmp_path / "x.parquet", wanted)
     assert isinstance(found, AudioError)

@@ -42,7 +42,7 @@ def test_a_dry_run_looks_at_the_folder_of_the_probe(corpus, tmp_path, refused):
     dry = ["--preset", "nano", "--dry-run", "--probe-data"]
     assert "nowhere: no such folder" in refused(*dry, tmp_path / "nowhere")
     said = refused(*dry, three)
-    assert "three: 0 labels with four clips or more" in said
+    assert "three: labels with four clips or more: 0" in said
     assert said.endswith("three/a: 3 clips; a label needs four")
     assert refused(*dry, four, "--probe-clips", 6).endswith("four/a: 3 clips of 4 taken; a label needs four")
     assert run(corpus, tmp_path / "run", *dry, four) == 0

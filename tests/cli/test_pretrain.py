@@ -315,6 +315,21 @@ def test_a_model_of_another_front_end_on_a_corpus_of_its_rate(corpus, tmp_path, 
     assert run(tmp_path / "corpus", *theirs, "--crop-seconds", "0.4", "--dry-run") == 0
     assert run(tmp_path / "corpus", *theirs, "--crop-seconds", "0.4") == 0
     assert load_encoder(tmp_path / "run").native_seconds == 0.4
+    capsys.readouterr()
+    told = "warning: model.sample_rate is 32000, and windows of 400 samples every 160"
+    rate = [
+        "--dry-run",
+        "--out",
+        tmp_path / "new",
+        *options[2:],
+        "--preset",
+        "nano",
+        "--set",
+        "model.sample_rate=32000",
+    ]
+    for more, warned in (([], True), (["model.hop=320"], False)):
+        assert run(tmp_path / "corpus", *rate, *more, "--crop-seconds", "0.32") == 0
+        assert (told in capsys.readouterr().err) == warned
 
 
 def test_the_bar_shows_loss_and_speed(corpus, tmp_path, capsys, monkeypatch):
@@ -458,29 +473,6 @@ def test_a_signal_in_the_midst_of_a_print_is_said_after_it(monkeypatch):
         assert signals.caught()
         assert signals.caught()
     assert output.written.decode().splitlines() == ["step 1", "saving after this step; once more to leave without"]
-
-
-def test_probe_tensorboard_and_curves_stand_in_the_runs_folder(corpus, tmp_path, capsys):
-    out, rng = tmp_path / "run", np.random.default_rng(0)
-    for i in range(8):
-        (tmp_path / "labelled" / str(i % 2)).mkdir(parents=True, exist_ok=True)
-        soundfile.write(tmp_path / "labelled" / str(i % 2) / f"{i}.wav", rng.uniform(-0.5, 0.5, 6_000), 16_000)
-    options = ["--probe-data", tmp_path / "labelled", "--probe-every", 2, "--tensorboard", "--keep-last", 1]
-    assert run(corpus, "--out", out, "--steps", 4, *SMALL, *options) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "probing on 8 clips of 2 labels"
-    assert [line.split(":")[0] for line in said if line.startswith("probe at")] == [
-        f"probe at step {step}" for step in (0, 2, 4)
-    ]
-    assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
-        "checkpoints",
-        "config.json",
-        "curves.png",
-        "latest",
-        "log.jsonl",
-        "tensorboard",
-    ]
-    assert len(list((out / "tensorboard").iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_that_of_a_run_is_said_before_anything(corpus, tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_it_tells_tones_apart_and_says_what_it_left_out(tones):
     assert (probe.labels, len(probe)) == (["high", "low", "middle"], 24)
     assert all(len(wave) == 4_000 and wave.dtype == np.int16 for wave in probe._waves)
     assert len(probe.left_out) == 2
-    assert "few: 1 clips; a label needs four" in probe.left_out[0]
+    assert "few: 1 clip; a label needs four" in probe.left_out[0]
     assert "broken.wav" in probe.left_out[1]
     state = Matpac(CONFIG).state_dict()
     found = probe(state, CONFIG)
@@ -123,7 +123,7 @@ def test_folders_without_labels_are_refused(tmp_path):
     with pytest.raises(AudioError, match="no such folder"):
         LiveProbe(tmp_path / "nowhere")
     write(tmp_path, "one/0.wav", np.ones(400) / 3)
-    with pytest.raises(ConfigError, match=r"0 labels with four clips or more.*one: 1 clips; a label needs four"):
+    with pytest.raises(ConfigError, match=r"labels with four clips or more: 0;.*one: 1 clip; a label needs four"):
         LiveProbe(tmp_path)
 
 

@@ -76,6 +76,26 @@ def test_crops_of_several_lengths_cost_their_mean(corpus, model_config, train_co
     assert told["time"] == f"about 0:{seconds // 60:02d}:{seconds % 60:02d} for the 800 steps that are left"
 
 
+def test_whether_a_step_fits_is_said(corpus, model_config, train_config, monkeypatch):
+    monkeypatch.setattr(module, "_speed", lambda *_: 1.0)
+    monkeypatch.setattr(module, "activation_bytes", lambda *_: 2.0**40)  # of a crop
+    config = dataclasses.replace(train_config, batch_size=12)
+
+    def told(free, world=1):
+        monkeypatch.setattr(module, "free_memory", lambda device: free)
+        return rows_of(estimate(corpus, model_config, config, CPU, world))["memory"].partition("in passing; ")[2]
+
+    assert told(13 * 2.0**40) == "13631488 MiB are free"
+    assert told(5 * 2.0**40).endswith("5242880 MiB that are free: --grad-accumulation 3 would fit")
+    assert told(5 * 2.0**40, 2).endswith("--grad-accumulation 2 would fit")
+    assert told(2.0**40).endswith("that are free: choose a smaller preset or a shorter crop")
+    assert told(float("inf")) == "how much is free is not known"
+
+
+def test_what_is_free_here():
+    assert 2**20 < module.free_memory(CPU) < 2**50
+
+
 def test_what_does_not_fit_is_said_and_the_rest_is_told(corpus, model_config, train_config, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 
@@ -166,6 +167,31 @@ def test_a_damaged_checkpoint_is_named(tmp_path, corpus, model_config, train_con
         (newest_folder / damage).write_bytes((newest_folder / damage).read_bytes()[:20])
     with pytest.raises(CheckpointError, match="step-00000005"):
         pretrain(corpus, tmp_path / "run", model_config, train_config)
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+def test_a_bit_that_has_changed_is_noticed(tmp_path, corpus, model_config, train_config, name):
+    run = tmp_path / "run"
+    pretrain(corpus, run, model_config, train_config, stop=after(5))
+    path = run / "checkpoints" / "step-00000005" / f"{name}.safetensors"
+    held = bytearray(path.read_bytes())
+    held[-5] ^= 64
+    path.write_bytes(held)
+    says = rf"{name}.safetensors: damaged: its bytes have changed since they were written. step-00000004 is intact"
+    with pytest.raises(CheckpointError, match=says):
+        pretrain(corpus, run, model_config, train_config)
+    with pytest.raises(CheckpointError, match=says):
+        pretrain(corpus, tmp_path / "b", model_config, train_config, init=run)
+
+
+def test_a_run_without_its_configuration_says_how_to_use_its_weights(tmp_path, corpus, model_config, train_config):
+    run = tmp_path / "a run"
+    pretrain(corpus, run, model_config, train_config, stop=after(5))
+    (run / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"config.json is missing; to begin a run .*, add --init '") as caught:
+        pretrain(corpus, run, model_config, train_config)
+    (init,) = shlex.split(str(caught.value).rpartition("--init ")[2])
+    assert pretrain(corpus, tmp_path / "b", model_config, train_config, init=init).finished
 
 
 def test_the_newest_intact_checkpoint_is_named_beside_a_damaged_one(tmp_path, corpus, model_config, train_config):
