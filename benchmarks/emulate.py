@@ -54,7 +54,7 @@ def attention() -> None:
         qkv = torch.randn(1, tokens, 3, heads, width).to(BF16)
         out, lse = kernels.forward(qkv, need_lse=learns)
         if learns:
-            kernels.backward(torch.randn_like(out), qkv, out, lse)
+            kernels.backward(torch.randn_like(out), qkv, out, lse, need_sums=True)
 
 
 def bias_gelu() -> None:

@@ -146,12 +146,31 @@ def _load_lse(lse, n, I: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr)
 
 
 @triton.jit
+def _sum_of_rows(x0, x1, x2, x3, BLOCKS: tl.constexpr):
+    """(D,) float32, over the rows of all blocks; whole ones are added up first, for rows lie on several warps."""
+    total = x0
+    for i in tl.static_range(1, BLOCKS):
+        x = _pick(x0, x1, x2, x3, i)
+        if x.shape[0] == x0.shape[0]:
+            total += x
+    rows = tl.sum(total, axis=0)
+    last = _pick(x0, x1, x2, x3, BLOCKS - 1)
+    if last.shape[0] != x0.shape[0]:
+        rows += tl.sum(last, axis=0)
+    return rows
+
+
+@triton.jit
 def attention_bwd_kernel(
-    grad, qkv, out, lse, dqkv, n, scale, scale2,
+    grad, qkv, out, lse, dqkv, sums, n, scale, scale2,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr,
-    KEYS: tl.constexpr,
+    KEYS: tl.constexpr, NEED_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One program per head, which keeps q and grad for all keys; n is in ((BLOCKS - 1) * 64, BLOCKS * 64]."""
+    """One program per head, which keeps q and grad for all keys; n is in ((BLOCKS - 1) * 64, BLOCKS * 64].
+
+    `sums` (B, 3, H, D) float32 is what each sample's rows of dqkv add up to. That is zero for keys, for a softmax does
+    not see what is added to all of its logits; and for values what the rows of grad do, for its weights add up to one.
+    """
     head = tl.program_id(0)
     sample = (head // HEADS).to(tl.int64) * n
     ROW: tl.constexpr = HEADS * D
@@ -160,6 +179,8 @@ def attention_bwd_kernel(
     out += sample * ROW + head % HEADS * D
     grad += sample * ROW + head % HEADS * D
     lse += head.to(tl.int64) * n
+    if NEED_SUMS:
+        sums += (head // HEADS).to(tl.int64) * (3 * ROW) + head % HEADS * D + tl.arange(0, D)
 
     for i in tl.static_range(BLOCKS):
         g = _load_block(grad, ROW, n, i, BLOCKS, TAIL, D)
@@ -175,6 +196,10 @@ def attention_bwd_kernel(
             g2, delta2, dq2 = g, delta, zero
         else:
             g3, delta3, dq3 = g, delta, zero
+    if NEED_SUMS:
+        w0, w1, w2, w3 = g0.to(tl.float32), g1.to(tl.float32), g2.to(tl.float32), g3.to(tl.float32)
+        tl.store(sums + ROW, tl.zeros([D], dtype=tl.float32))
+        tl.store(sums + 2 * ROW, _sum_of_rows(w0, w1, w2, w3, BLOCKS))
     q0, q1, q2, q3 = _load_blocks(qkv, 3 * ROW, n, BLOCKS, TAIL, D)
 
     # A loop: unrolled, the compiler would work on several blocks of keys at once, for which no registers are left.
@@ -205,6 +230,8 @@ def attention_bwd_kernel(
         _store_rows(dqkv + ROW, 3 * ROW, n, start, dk * scale, True, KEYS, D)
         _store_rows(dqkv + 2 * ROW, 3 * ROW, n, start, dv, True, KEYS, D)
 
+    if NEED_SUMS:
+        tl.store(sums, _sum_of_rows(dq0, dq1, dq2, dq3, BLOCKS) * scale)
     for i in tl.static_range(BLOCKS):
         dq = _pick(dq0, dq1, dq2, dq3, i)
         _store_rows(dqkv, 3 * ROW, n, i * BLOCK, dq * scale, i == BLOCKS - 1, dq.shape[0], D)
@@ -255,30 +282,34 @@ def forward(qkv: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """grad (B, N, H, D) and what `forward` took and gave, contiguous -> the gradient of qkv (B, N, 3, H, D); the same
-    bits every time."""
+def backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, need_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """grad (B, N, H, D) and what `forward` took and gave, contiguous -> the gradient of qkv (B, N, 3, H, D), the same
+    bits every time; and with `need_sums` that of a bias in qkv, (3 H D,) float32."""
     batch, n, _, heads, d = qkv.shape
     blocks = _blocks(n)
     options = _bwd_options(d, blocks["BLOCKS"], capability_of(qkv))
     dqkv = torch.empty_like(qkv)
+    sums = qkv.new_empty((batch, 3 * heads * d), dtype=torch.float32) if need_sums else None
     if batch:
         scale = d**-0.5
         attention_bwd_kernel[(batch * heads,)](
-            grad, qkv, out, lse, dqkv, n, scale, scale * math.log2(math.e),
-            HEADS=heads, D=d, num_stages=1, **blocks, **options,
+            grad, qkv, out, lse, dqkv, sums, n, scale, scale * math.log2(math.e),
+            HEADS=heads, D=d, NEED_SUMS=need_sums, num_stages=1, **blocks, **options,
         )  # fmt: skip
-    return dqkv
+    return dqkv, None if sums is None else sums.sum(0)
 
 
 def _aot() -> list[Launch]:
     """What a step of ViT-B launches: 58 tokens of the student, 134 of the teacher without gradient, 191 to predict."""
     pointers = dict.fromkeys(("qkv", "out", "grad", "dqkv"), "*bf16")
-    signature = {**pointers, "lse": "*fp32", "n": "i32", "scale": "fp32", "scale2": "fp32"}
+    signature = {**pointers, "lse": "*fp32", "sums": "*fp32", "n": "i32", "scale": "fp32", "scale2": "fp32"}
     launches = []
     for n, d, heads in ((58, 64, 12), (134, 64, 12), (191, 32, 16)):
         blocks = _blocks(n)
         constexprs = {**blocks, "HEADS": heads, "D": d, "NEED_LSE": n != 134, "QUERIES": blocks["BLOCKS"]}
+        constexprs["NEED_SUMS"] = True
         # What the teacher launches stands for all of its kind, and holds the most.
         capabilities = CAPABILITIES if n == 134 else (90,)
         fwd = attention_fwd_kernel

@@ -76,20 +76,20 @@ def _in_halves(
     block: Block, x: Tensor, pending: Pending, first_query: int, dtype: torch.dtype
 ) -> tuple[Tensor, Pending]:
     attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
-    x, qkv = halves.norm_linear(x, *pending, block.norm1, attn.qkv, dtype)
     b, n, d = x.shape
-    attended = _attention(qkv.view(b, n, 3, attn.num_heads, d // attn.num_heads))
+    # For few numbers too: to leave them to torch would spare the host alone, which launches most steps as one graph.
+    by_triton = is_fused(x.device, dtype, n, d // attn.num_heads)
+    of_bias = by_triton and torch.is_grad_enabled() and attn.qkv.bias.requires_grad
+    x, qkv = halves.norm_linear(x, *pending, block.norm1, attn.qkv, dtype, not of_bias)
+    qkv = qkv.view(b, n, 3, attn.num_heads, d // attn.num_heads)
+    if of_bias:
+        attended = halves.attend(qkv, attn.qkv.bias)
+    else:
+        attended = by_kernel(qkv) if by_triton else ops.attention(qkv)
     if first_query:
         attended, x = attended[:, first_query:], x[:, first_query:].contiguous()
     x, out = halves.mlp(attended.reshape(x.shape), x, attn.proj, block.norm2, fc1, fc2)
     return x, (out, fc2.bias)
-
-
-def _attention(qkv: Tensor) -> Tensor:
-    """`ops.attention`, by a kernel for few numbers too: to leave them to torch would spare the host alone, which
-    launches most steps as one graph."""
-    fused = is_fused(qkv.device, qkv.dtype, qkv.shape[1], qkv.shape[-1])
-    return by_kernel(qkv) if fused else ops.attention(qkv)
 
 
 def _block(block: Block, x: Tensor, pending: Pending, first_query: int, dtype: torch.dtype) -> tuple[Tensor, Pending]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..ops._once import once_differentiable
 from ..ops.add_layer_norm import launch as add_layer_norm
 from ..ops.add_layer_norm import launch_backward as add_layer_norm_backward
+from ..ops.attention import launch as attention
+from ..ops.attention import launch_backward as attention_backward
 from ..ops.bias_gelu import launch as bias_gelu
 from ..ops.bias_gelu import launch_backward as bias_gelu_backward
 
@@ -24,7 +26,13 @@ _Maybe = Tensor | None
 
 
 def norm_linear(
-    x: Tensor, delta: _Maybe, bias: _Maybe, norm: nn.LayerNorm, layer: nn.Linear, dtype: torch.dtype
+    x: Tensor,
+    delta: _Maybe,
+    bias: _Maybe,
+    norm: nn.LayerNorm,
+    layer: nn.Linear,
+    dtype: torch.dtype,
+    of_bias: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(x + delta + bias, `layer` of its LayerNorm): a block up to its attention.
 
@@ -33,10 +41,18 @@ def norm_linear(
         delta, bias: (B, N, D) in `dtype` and (D,), a product and the bias that it lacks, if any; neither in a first
             block.
         dtype: 16 bits, of the products.
+        of_bias: whether the layer's bias gets its gradient here; not where `attend` gives it.
     """
-    args = (x, delta, bias, norm.weight, norm.bias, norm.eps, layer.weight, layer.bias, dtype)
+    layer_bias = layer.bias if of_bias else layer.bias.detach()
+    args = (x, delta, bias, norm.weight, norm.bias, norm.eps, layer.weight, layer_bias, dtype)
     new_x, out, *_ = (_NormLinear.apply if torch.is_grad_enabled() else _norm_linear)(*args)
     return (x if delta is None else new_x), out
+
+
+def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Attention (B, N, H, d) by its kernel, whose gradient gives that of the bias in `qkv` too: to sum it up from the
+    gradient of qkv (B, N, 3, H, d), which is then read once more, took 0.9 ms of a step on an H200."""
+    return _Attend.apply(qkv, bias)  # pyright: ignore[reportReturnType]
 
 
 def mlp(
@@ -101,6 +117,19 @@ class _NormLinear(torch.autograd.Function):
             return dx, None, None, sums[0], sums[1], None, dweight, dweight_bias, None
         dbias = sums[2] if ctx.needs_input_grad[2] else None
         return dx, ddelta.view(dx.shape), dbias, sums[0], sums[1], None, dweight, dweight_bias, None
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        out, stats = attention(qkv, True)
+        ctx.save_for_backward(qkv, out, stats)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[_Maybe, ...]:  # type: ignore[override]
+        return attention_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
 
 
 def _mlp(

@@ -60,10 +60,23 @@ def _impl(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         out, stats = _fake(qkv, keep)
         _launch_cpp(qkv.contiguous(), out, stats if keep else None)
         return out, stats
+    return launch(qkv.contiguous(), keep)
+
+
+def launch(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """By Triton, of what `is_fused` and is contiguous: the result, and what the gradient needs if that is kept."""
     from ..kernels.attention import forward
 
     with device_guard(qkv):
-        return forward(qkv.contiguous(), keep)
+        return forward(qkv, keep)
+
+
+def launch_backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient of qkv, and if it is wanted that of a bias (3 H d,) in it, in float32."""
+    from ..kernels.attention import backward
+
+    with device_guard(qkv):
+        return backward(grad.contiguous(), qkv, out, stats, bias)
 
 
 def _fake(qkv: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -78,10 +91,7 @@ def _backward_impl(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor) -> Ten
         found = qkv.new_empty(qkv.shape)
         _launch_cpp(qkv.contiguous(), found, stats.contiguous(), out.contiguous(), grad.contiguous())
         return found
-    from ..kernels.attention import backward
-
-    with device_guard(qkv):
-        return backward(grad.contiguous(), qkv.contiguous(), out, stats)
+    return launch_backward(grad, qkv.contiguous(), out, stats, bias=False)[0]
 
 
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")

@@ -44,7 +44,7 @@ def exact(qkv: Tensor, grad: Tensor, dtype: torch.dtype = torch.float64) -> tupl
 
 def run(qkv: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     out, lse = kernels.forward(qkv, need_lse=True)
-    return out, lse, kernels.backward(grad, qkv, out, lse)
+    return out, lse, kernels.backward(grad, qkv, out, lse)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -64,6 +64,21 @@ def test_output_and_gradient(shape, dtype):
     assert (lse - lse64).abs().max() <= 1e-5 * (1 + lse64.abs().max())
     for part, part64 in zip(dqkv.unbind(2), dqkv64.unbind(2), strict=True):  # of q, k and v
         assert (part - part64).abs().max() <= 2 * eps * part64.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(64, 2, 2, 32), (191, 2, 1, 32), (70, 1, 2, 64), (256, 1, 1, 32)], ids=str)
+def test_the_gradient_of_a_bias_comes_with_it(shape):
+    qkv, grad = problem(*shape, torch.bfloat16)
+    out, lse, dqkv = run(qkv, grad)
+    same, sums = kernels.backward(grad, qkv, out, lse, need_sums=True)
+    assert torch.equal(same, dqkv)
+    assert sums is not None
+    exact64 = exact(qkv, grad)[2].sum((0, 1))  # (3, H, D)
+    rounded = dqkv.double().sum((0, 1))
+    for i, mine in enumerate(sums.view(exact64.shape).double()):
+        assert (mine - exact64[i]).abs().max() <= (rounded[i] - exact64[i]).abs().max() + 1e-2
+    assert not sums.view(exact64.shape)[1].any()  # that of the keys' bias
+    assert exact64[1].abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(64, 1, 2, 32), (134, 2, 1, 64)], ids=str)
