@@ -16,8 +16,9 @@ from ..train.distributed import pick_device
 from ..weights import DEFAULT
 from ._probe import DECAYS, at_the_edge, bounds, check_resamples, probe_config
 from ._progress import stages
+from ._study_words import copies, left_out
 from ._words import count
-from .study import UNITS, copies, left_out
+from .study import UNITS
 
 
 def main(

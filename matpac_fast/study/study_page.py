@@ -87,10 +87,11 @@ def write_report(
     """`plots` are (file name, caption) beside the report; `choices` header and body of the table of temporal supports
     to take; `sentences` say what was found, `made` how."""
     sections = []
+    several = any(len(row["best_by_fold"]) > 1 for row in tables.choices)
     if tables.choices:
         costed = any(row["cheapest_temporal_support"] is not None for row in tables.choices)
         text = "Both are chosen on validation clips; their" if costed else "The best is chosen on validation clips; its"
-        text += " scores are those of test clips, with 95 % intervals."
+        text += " scores are those of test clips, with 95 % intervals." + (_BY_FOLD if several else "")
         sections.append(Section("Which temporal support to take", text, [table(*choices), _list(sentences)]))
     scores = [plot for plot in plots if plot[0].startswith(("score-", "pareto-"))]
     rest = [plot for plot in plots if plot not in scores]
@@ -124,7 +125,8 @@ def write_report(
                 Section(
                     "Against the best temporal support",
                     "The difference on the same test clips, resampled together: its interval is narrower than the two "
-                    "scores' intervals suggest. The best is chosen on validation clips.",
+                    "scores' intervals suggest. The best is chosen on validation clips."
+                    + (_BY_FOLD if several else ""),
                     [sortable("comparisons", _COMPARED, compared)],
                 )
             )
@@ -133,7 +135,7 @@ def write_report(
             Section(
                 "One encoder against another",
                 "Either at its best temporal support, on the same test clips, resampled together. Each pair by itself: "
-                "among many some differ by chance.",
+                "among many some differ by chance." + (_BY_FOLD if several else ""),
                 [sortable("encoders", _ENCODERS, tables.encoders)],
             )
         )
@@ -155,6 +157,10 @@ def write_report(
     write_text(path, page(title, lead, sections, style=_STYLE, script=_SCRIPT))
 
 
+_BY_FOLD = (
+    " Where a task has several folds, the temporal support named is that of all folds' validation clips; as these "
+    "are tested in other folds, scores and differences are of what each fold's own validation clips choose."
+)
 _APART = {
     "difference": ("difference", "{:+.3f}"),
     "low": ("95 % from", "{:+.3f}"),

@@ -20,7 +20,8 @@ import soundfile
 from matpac_fast import cli, load_encoder
 from matpac_fast.cli import probe
 from matpac_fast.cli import study as study_command
-from matpac_fast.cli.study import _paths, choice_cells, copies
+from matpac_fast.cli._study_words import choice_cells, copies
+from matpac_fast.cli.study import _paths
 from matpac_fast.config import MatpacConfig
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac

@@ -17,7 +17,7 @@ from ranks import on_ranks
 
 from matpac_fast import load_encoder
 from matpac_fast.audio_encoder import AudioEncoder
-from matpac_fast.cli.study import _sentences, choice_cells, cost_cells
+from matpac_fast.cli._study_words import choice_cells, cost_cells, sentences
 from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.study import cache as cache_module
 from matpac_fast.study import sweep
@@ -174,7 +174,7 @@ def test_encoders_are_compared_on_the_same_clips(clips, tmp_path):
     assert there["difference"] == pytest.approx(-0.25)
     assert there["low"] < -0.25 < there["high"] <= 0
     assert (back["difference"], back["low"], back["high"]) == (-there["difference"], -there["high"], -there["low"])
-    (said,) = (line for line in _sentences(tables, 0.01) if "against" in line)
+    (said,) = (line for line in sentences(tables, 0.01) if "against" in line)
     assert said.startswith("tones: e is best on validation clips; against it, on test: b +0.250 (+")
     write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [said], {})
     text = (tmp_path / "report.html").read_text()
@@ -185,7 +185,7 @@ def test_encoders_are_compared_on_the_same_clips(clips, tmp_path):
     assert "Against the best temporal support" not in (tmp_path / "report.html").read_text()
     alone = tabulate(cells[:2], 0.01, resamples=10)
     assert alone.encoders == []
-    assert "against" not in " ".join(_sentences(alone, 0.01))
+    assert "against" not in " ".join(sentences(alone, 0.01))
 
 
 def test_costs_are_those_of_the_largest_batch_and_the_latency_that_of_the_smallest(clips):
@@ -229,7 +229,7 @@ def test_of_temporal_supports_that_see_all_the_shortest_is_chosen(clips):
 def test_where_clips_are_shorter_what_an_embedding_sees_is_said(clips, tmp_path):
     tables = tabulate([made_cell(clips, 0.5, 0.8, 6, 1.0), made_cell(clips, 5.0, 0.9, 9, 2.0)], 0.01, resamples=10)
     assert "5 s (sees 1 s)" in choice_cells(tables)[1][0]
-    best, beyond = _sentences(tables, 0.01)
+    best, beyond = sentences(tables, 0.01)
     assert "5 s (sees 1 s) is best on validation clips" in best
     assert "no clip is longer than 1 s; beyond that a longer temporal support changes nothing" in beyond
     assert "(here at 5 s)" in beyond
@@ -238,7 +238,7 @@ def test_where_clips_are_shorter_what_an_embedding_sees_is_said(clips, tmp_path)
     assert '<button type="button">sees (s)</button>' in text
     assert 'data-value="1.0">1</td>' in text
     tables = tabulate([made_cell(clips, 0.5, 0.8, 6, 1.0), made_cell(clips, 1.0, 0.9, 9, 2.0)], 0.01, resamples=10)
-    assert len(_sentences(tables, 0.01)) == 1
+    assert len(sentences(tables, 0.01)) == 1
     write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [], {})
     assert "sees" not in "".join(choice_cells(tables)[1][0])
     assert "sees (s)" not in (tmp_path / "report.html").read_text()
