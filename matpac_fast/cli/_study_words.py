@@ -50,7 +50,8 @@ def _score(row: dict[str, Any], which: str) -> str:
     return f"{row[which + '_score']:.3f} ({bounds(row[which + '_low'], row[which + '_high'])})"
 
 
-def cost_cells(costs: list[Cost]) -> tuple[list[str], list[list[str]]]:
+def cost_cells(costs: list[Cost], hop: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and body: each point, and what a second of audio costs with a window every `hop` seconds."""
     header = ["encoder", "TS", "windows", "peak MiB", "ms", "times real time", "GMAC/s of audio"]
     return header, [
         [
@@ -59,8 +60,8 @@ def cost_cells(costs: list[Cost]) -> tuple[list[str], list[list[str]]]:
             str(cost.batch),
             f"{cost.peak_mib:.1f}",
             f"{cost.batch_ms:.2f}",
-            f"{cost.times_real_time:.0f}",
-            f"{cost.macs_per_second / 1e9:.3f}" if cost.macs else "–",
+            f"{cost.times_real_time(hop):.0f}",
+            f"{cost.macs_per_second(hop) / 1e9:.3f}" if cost.macs else "–",
         ]
         for cost in costs
     ]

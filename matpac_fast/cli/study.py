@@ -79,7 +79,8 @@ def main(
         out: folder for results and embeddings.
         tasks: NAME:FOLDER, several with commas between them.
         temporal_support: seconds of audio that one embedding sees, with commas between them.
-        hop: seconds from one window to the next. Default: the temporal support.
+        hop: seconds from one window to the next, by which a second of audio costs more or less. Default: the temporal
+            support.
         remainder: the end of a clip that fills no window: keep it as a shorter one, pad it with zeros, merge it into
             the last one, or drop it.
         aggregate: mean probes the mean embedding of a clip's windows; score probes every window and averages what the
@@ -158,12 +159,13 @@ def main(
                 write_table(out / f"{name}.parquet", rows)
             else:  # of one encoder; what is there is of another command
                 (out / f"{name}.parquet").unlink(missing_ok=True)
-    plots, failed = write_plots(out, tables.results, found)
+    step = None if aggregate == "one" else hop  # of one window a clip there is no next one
+    plots, failed = write_plots(out, tables.results, found, step)
     lines += failed
-    write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made)
+    write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made, step)
     settings = {"settings": dataclasses.asdict(config), "made": made}
     write_text(out / "settings.json", json.dumps(settings, indent=2) + "\n")
-    show(*(choice_cells(tables) if tables.choices else cost_cells(found)))
+    show(*(choice_cells(tables) if tables.choices else cost_cells(found, step)))
     print("\n" + "\n".join([*lines, f"open {out / 'report.html'}"]))
     return 0
 

@@ -47,6 +47,11 @@ class View:
     remainder: str = "keep"
     aggregate: Aggregate = "mean"
 
+    @property
+    def step(self) -> float:
+        """Seconds of audio to which a window comes."""
+        return self.temporal_support if self.hop is None or self.aggregate == "one" else self.hop
+
     def settings(self, encoder: AudioEncoder, encoder_id: str) -> dict[str, Any]:
         """Everything but the audio that decides the embeddings; the batch's size, device and threads do not, beyond
         rounding."""

@@ -67,14 +67,13 @@ class Cost:
     torch: str
     matpac_fast: str
 
-    @property
-    def times_real_time(self) -> float:
-        return 1e3 * self.batch * self.temporal_support / self.batch_ms
+    def times_real_time(self, hop: float | None = None) -> float:
+        """Seconds of audio a second. `hop`: seconds from one window to the next; None: as the temporal support."""
+        return 1e3 * self.batch * (hop or self.temporal_support) / self.batch_ms
 
-    @property
-    def macs_per_second(self) -> float:
-        """Multiply-adds per second of audio, windows that do not overlap."""
-        return self.macs / self.temporal_support
+    def macs_per_second(self, hop: float | None = None) -> float:
+        """Multiply-adds per second of audio; `hop` as above."""
+        return self.macs / (hop or self.temporal_support)
 
 
 def measure(

@@ -30,10 +30,11 @@ def _pyplot() -> Any:
 
 
 def write_plots(
-    out: Path, results: Sequence[dict[str, Any]], costs: Sequence[Cost]
+    out: Path, results: Sequence[dict[str, Any]], costs: Sequence[Cost], hop: float | None = None
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Draw what there is into `out`; return (file name, caption) of each plot, in the order of reading, and a sentence
-    on each that could not be drawn, which costs the study's numbers nothing."""
+    on each that could not be drawn, which costs the study's numbers nothing. `hop`: seconds from one window to the
+    next; None: as the temporal support."""
     try:
         plt = _pyplot()
     except ConfigError as error:
@@ -63,7 +64,12 @@ def write_plots(
     if costs:
         largest = max(cost.batch for cost in costs)
         caption = f"Cost against temporal support, {_windows(largest)} at a time"
-        draw(_cost, "cost.png", caption, [cost for cost in costs if cost.batch == largest])
+        draw(
+            lambda plt, path, costs, look: _cost(plt, path, costs, look, hop),
+            "cost.png",
+            caption,
+            [cost for cost in costs if cost.batch == largest],
+        )
         smallest = min(cost.batch for cost in costs)
         caption = f"Latency: from {_windows(smallest)} to the embedding; bars are quartiles"
         draw(_latency, "latency.png", caption, [cost for cost in costs if cost.batch == smallest])
@@ -211,11 +217,11 @@ def _label(axis: Any, points: dict[tuple[float, float], tuple[str, str]]) -> Non
             label.remove()
 
 
-def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None:
+def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any], hop: float | None) -> None:
     wanted: list[tuple[str, Callable[[Cost], float]]] = [
-        ("milliseconds per second of audio", lambda cost: 1e3 / cost.times_real_time),
+        ("milliseconds per second of audio", lambda cost: 1e3 / cost.times_real_time(hop)),
         ("peak memory (MiB)", lambda cost: cost.peak_mib),
-        ("GMAC per second of audio", lambda cost: cost.macs_per_second / 1e9),
+        ("GMAC per second of audio", lambda cost: cost.macs_per_second(hop) / 1e9),
     ]
     panels = [(label, value) for label, value in wanted if any(value(cost) > 0 for cost in costs)]
     figure, axes = plt.subplots(

@@ -83,9 +83,11 @@ def write_report(
     choices: tuple[Sequence[str], Sequence[Sequence[str]]],
     sentences: Sequence[str],
     made: dict[str, str],
+    hop: float | None = None,
 ) -> None:
     """`plots` are (file name, caption) beside the report; `choices` header and body of the table of temporal supports
-    to take; `sentences` say what was found, `made` how."""
+    to take; `sentences` say what was found, `made` how. `hop`: seconds from one window to the next, by which a
+    second of audio costs; None: as the temporal support."""
     sections = []
     several = any(len(row["best_by_fold"]) > 1 for row in tables.choices)
     if tables.choices:
@@ -144,8 +146,8 @@ def write_report(
             _dash(
                 dict(
                     cost.__dict__,
-                    ms_per_audio_second=1e3 / cost.times_real_time,
-                    macs_per_audio_second=cost.macs_per_second,
+                    ms_per_audio_second=1e3 / cost.times_real_time(hop),
+                    macs_per_audio_second=cost.macs_per_second(hop),
                 )
             )
             for cost in costs

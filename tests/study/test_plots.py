@@ -91,7 +91,7 @@ def test_without_matplotlib_there_are_no_plots(tmp_path, monkeypatch):
 def test_each_plot_is_of_its_own_rows(monkeypatch, tmp_path):
     drawn: dict[str, list[Any]] = {}
     for name in ("_score", "_pareto", "_cost", "_latency"):
-        monkeypatch.setattr(plots, name, lambda plt, path, rows, look: drawn.update({path.name: rows}))
+        monkeypatch.setattr(plots, name, lambda plt, path, rows, *_: drawn.update({path.name: rows}))
     small = made_cost("e", 1.0, 1)
     large = dataclasses.replace(small, batch=16)
     row = dict(task="t", encoder="e", subset="", metric="accuracy", peak_mib=1.0)

@@ -1,0 +1,60 @@
+"""What the rows of a study's tables hold: costs of the audio that is embedded, and bounds of scores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from matpac_fast.cli._study_words import cost_cells
+from matpac_fast.study import plots
+from matpac_fast.study.cache import View
+from matpac_fast.study.results import Tables, tabulate
+from matpac_fast.study.study_page import write_report
+from tests.study.conftest import made_cost
+from tests.study.test_choose import cell, rotating
+
+
+def one_cell(view: View, **changes):
+    return dataclasses.replace(
+        cell(rotating(3, 10), view.temporal_support, np.arange(30) % 3 > 0), view=view, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("hop", "aggregate", "step"), [(None, "mean", 2.0), (0.5, "mean", 0.5), (4.0, "score", 4.0), (0.5, "one", 2.0)]
+)
+def test_a_second_of_audio_costs_a_window_each_hop(hop, aggregate, step):
+    (row,) = tabulate([one_cell(View(2.0, hop, aggregate=aggregate))], 0.01, resamples=10).results
+    cost = made_cost(2.0)
+    assert row["ms_per_audio_second"] == pytest.approx(cost.batch_ms / cost.batch / step)
+    assert row["macs_per_audio_second"] == pytest.approx(cost.macs / step)
+
+
+def test_the_cheapest_of_a_second_of_audio_is_so_at_the_hop():
+    # A window of 4 s takes half as long as four of 1 s; with one of either a second it takes twice as long.
+    cells = [
+        one_cell(View(ts), costs=[dataclasses.replace(made_cost(ts), batch_ms=ms)])
+        for ts, ms in ((1.0, 4.0), (4.0, 8.0))
+    ]
+    (choice,) = tabulate(cells, 1.0, "time", resamples=10).choices
+    assert choice["cheapest_temporal_support"] == 4.0
+    cells = [dataclasses.replace(each, view=dataclasses.replace(each.view, hop=1.0)) for each in cells]
+    (choice,) = tabulate(cells, 1.0, "time", resamples=10).choices
+    assert choice["cheapest_temporal_support"] == 1.0
+
+
+def test_costs_alone_are_of_a_second_of_audio_at_the_hop_too(tmp_path, monkeypatch):
+    cost = dataclasses.replace(made_cost(2.0), macs=4 * 10**9, batch_ms=8.0)  # 1 s a second for a batch of 4: 2 ms each
+    for hop, real_time, macs in ((None, "1000", "2.000"), (0.5, "250", "8.000")):
+        assert cost_cells([cost], hop)[1][0][-2:] == [real_time, macs]
+        write_report(tmp_path / "report.html", Tables(), [cost], [], ([], []), [], {}, hop)
+        assert f'data-value="{4e9 / (hop or 2)}"' in (tmp_path / "report.html").read_text()
+    pytest.importorskip("matplotlib")
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append((path.name, figure)))
+    plots.write_plots(tmp_path, [], [cost], 0.5)
+    drawn = {axis.get_ylabel(): axis.lines[0].get_ydata()[0] for axis in dict(saved)["cost.png"].axes}
+    assert drawn["milliseconds per second of audio"] == 4.0
+    assert drawn["GMAC per second of audio"] == 8.0
