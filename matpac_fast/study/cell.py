@@ -15,7 +15,11 @@ from .linear import Probed
 
 @dataclass(frozen=True)
 class Cell:
-    """One task, encoder and temporal support: what its probes said, and what it cost at each batch size."""
+    """One task, encoder and temporal support: what its probes said, and what it cost at each batch size.
+
+    `windows` and `full_windows`: of a clip, on average; the second counts each by its length over the temporal support,
+    for the last or only one may be much shorter. None: all are full.
+    """
 
     task: Task
     encoder: str
@@ -26,6 +30,7 @@ class Cell:
     windows: float
     shared_audio: int
     costs: list[Cost]
+    full_windows: float | None = None
 
     @property
     def valid_score(self) -> float:

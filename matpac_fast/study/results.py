@@ -166,17 +166,18 @@ def _costs(cell: Cell) -> dict[str, Any]:
         names = ("batch", "latency_ms", "ms_per_audio_second", "ms_per_clip", "peak_mib", "weights_mib", "macs")
         names += ("macs_per_audio_second", "macs_per_clip", "parameters", "device", "dtype", "threads")
         return dict.fromkeys(names)
+    full = cell.windows if cell.full_windows is None else cell.full_windows
     small, large = (pick(cell.costs, key=lambda cost: cost.batch) for pick in (min, max))
     return dict(
         batch=large.batch,
         latency_ms=small.batch_ms,
         ms_per_audio_second=1e3 / large.times_real_time(cell.view.step),
-        ms_per_clip=large.batch_ms / large.batch * cell.windows,
+        ms_per_clip=large.batch_ms / large.batch * full,
         peak_mib=large.peak_mib,
         weights_mib=large.weights_mib,
         macs=large.macs,
         macs_per_audio_second=large.macs_per_second(cell.view.step),
-        macs_per_clip=large.macs * cell.windows,
+        macs_per_clip=large.macs * full,
         parameters=large.parameters,
         device=large.device,
         dtype=large.dtype,

@@ -286,10 +286,12 @@ def _probe_all(
         for task in tasks:
             for cache in caches[name]:
                 part = lambda share, done=done: progress("probing", done + share, total)  # noqa: E731
-                probed, windows = _probe(config, out, cache, task, audio[task.name], device, part)
+                probed = _probe(config, out, cache, task, audio[task.name], device, part)
+                windows, full = _windows(task, cache.view, cache.encoder.sample_rate)
                 mine = [costs[key] for key in costs if key[:2] == (name, cache.view.temporal_support)]
                 identity, dim, shared = cache.settings["encoder"], cache.encoder.embedding_dim, copies[task.name]
-                cells[task.name].append(Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine))
+                cell = Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine, full)
+                cells[task.name].append(cell)
                 done += 1
                 progress("probing", done, total)
     return [cell for task in tasks for cell in cells[task.name]]
@@ -303,8 +305,8 @@ def _probe(
     audio: list[str],
     device: torch.device,
     progress: Callable[[float], None],
-) -> tuple[Probed, float]:
-    """The probes of one cell, and the mean number of windows a clip; read where they are there."""
+) -> Probed:
+    """The probes of one cell; read where they are there."""
     settings = config.trained()
     made_of = [_PROBES, cache.key, task.fingerprint, hashlib.sha256("".join(audio).encode()).hexdigest()]
     made_of += [json.dumps(dataclasses.asdict(settings), sort_keys=True), task.metric, device.type, __version__]
@@ -330,12 +332,20 @@ def _probe(
     with made_anew(path), np.load(path, allow_pickle=False) as stored:
         scores = [torch.from_numpy(stored[f"scores{f}"]).double() for f in range(len(task.folds))]
         valid, valid_score, chosen = (torch.from_numpy(stored[key]) for key in ("valid", "valid_score", "chosen"))
-    view = cache.view
-    spans = Windowing(view.temporal_support, view.hop, remainder=view.remainder)
-    rate = cache.encoder.sample_rate
+    return Probed(scores, valid, valid_score, chosen)
+
+
+def _windows(task: Task, view: View, rate: int) -> tuple[float, float]:
+    """`windows` and `full_windows` of a cell."""
     lengths, clips = np.unique(np.maximum(1, np.rint(task.seconds * rate)).astype(np.int64), return_counts=True)
-    windows = np.average([len(spans.spans(n, rate)) for n in lengths.tolist()], weights=clips)
-    return Probed(scores, valid, valid_score, chosen), 1.0 if view.aggregate == "one" else float(windows)
+    windowing = Windowing(view.temporal_support, view.hop, remainder=view.remainder)
+    size, _ = windowing.samples(rate)
+    assert size is not None
+    if view.aggregate == "one":  # never padded
+        return 1.0, float(np.average(np.minimum(lengths, size) / size, weights=clips))
+    spans = [windowing.spans(n, rate) for n in lengths.tolist()]
+    counts, seen = zip(*((len(each), (each[:, 1] - each[:, 0]).sum() / size) for each in spans), strict=True)
+    return float(np.average(counts, weights=clips)), float(np.average(seen, weights=clips))
 
 
 def _wait_for_all(rank: int, world: int) -> None:

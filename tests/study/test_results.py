@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from matpac_fast.cli._study_words import cost_cells
-from matpac_fast.study import plots
+from matpac_fast.study import plots, sweep
 from matpac_fast.study.cache import View
 from matpac_fast.study.results import Tables, tabulate
 from matpac_fast.study.study_page import write_report
@@ -58,3 +58,27 @@ def test_costs_alone_are_of_a_second_of_audio_at_the_hop_too(tmp_path, monkeypat
     drawn = {axis.get_ylabel(): axis.lines[0].get_ydata()[0] for axis in dict(saved)["cost.png"].axes}
     assert drawn["milliseconds per second of audio"] == 4.0
     assert drawn["GMAC per second of audio"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("view", "windows", "full"),
+    [  # of clips of 1 s and 5.5 s
+        (View(2.0), 2.0, (0.5 + 2.75) / 2),
+        (View(2.0, remainder="pad"), 2.0, 2.0),
+        (View(2.0, remainder="merge"), 1.5, (0.5 + 2.75) / 2),
+        (View(2.0, remainder="drop"), 1.5, (0.5 + 2.0) / 2),
+        (View(2.0, hop=1.0), 3.0, (0.5 + 4.75) / 2),
+        (View(2.0, hop=1.0, aggregate="one"), 1.0, (0.5 + 1.0) / 2),
+        (View(10.0), 1.0, (0.1 + 0.55) / 2),
+    ],
+)
+def test_windows_of_a_clip_are_charged_by_their_length(view, windows, full):
+    task = rotating(3, 10)
+    task = dataclasses.replace(task, seconds=np.where(np.arange(30) < 15, 1.0, 5.5))
+    assert sweep._windows(task, view, 8_000) == (windows, pytest.approx(full))
+    found = one_cell(view, task=task, windows=windows, full_windows=full)
+    (row,) = tabulate([found], 0.01, resamples=10).results
+    cost = made_cost(view.temporal_support)
+    assert row["windows"] == windows
+    assert row["ms_per_clip"] == pytest.approx(full * cost.batch_ms / cost.batch)
+    assert row["macs_per_clip"] == pytest.approx(full * cost.macs)

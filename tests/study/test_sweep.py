@@ -56,6 +56,7 @@ def test_scores_are_those_of_the_test_clips(studied):
         assert row["score"] == pytest.approx(right.mean())
         assert row["low"] <= row["score"] <= row["high"]
         assert row["score"] > 0.5  # chance is a third
+        assert cell.full_windows == row["windows"]  # clips of 1 s: all are full
         assert (row["test_clips"], row["clips"], row["windows"]) == (12, 30, 5 if row["temporal_support"] == 0.2 else 2)
     even = tables.results[1]
     assert even["test_clips"] == 6
