@@ -32,8 +32,9 @@ from ..errors import AudioError, ConfigError
 from ..files import atomic, check_no_file, made_anew
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
-from .cost import Cost, device_name, dtype_name, measure
+from .cost import Cost, device_name, measure
 from .linear import ProbeConfig, Probed, probe
+from .own_code import class_name, dtype_name, own_code
 from .results import Cell, Progress, add_cost, ignored, read_costs
 
 _PROBES = 3  # raised where stored probes may be wrong: those of 2 may be chosen on groups that they learnt from
@@ -222,10 +223,11 @@ def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple
     progress("measuring cost", 0, total)
     for name in config.encoders:
         encoder = load_encoder(name, "cpu", dtype=config.dtype)
-        identity, dtype = encoder.id, dtype_name(encoder)
+        kind = dict(encoder_id=encoder.id, dtype=dtype_name(encoder), encoder_class=class_name(encoder))
+        kind |= dict(code=own_code(encoder))
         for ts in config.temporal_supports:
             for batch in config.batch_sizes:
-                wanted = dict(encoder_id=identity, temporal_support=ts, batch=batch, dtype=dtype, threads=threads)
+                wanted = kind | dict(temporal_support=ts, batch=batch, threads=threads)
                 wanted |= dict(device=device_name(device), torch=torch.__version__, matpac_fast=__version__)
                 known = read_costs(path)  # again each time: another study may write there too
                 same = [cost for cost in known if all(getattr(cost, key) == value for key, value in wanted.items())]
