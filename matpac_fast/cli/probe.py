@@ -14,7 +14,7 @@ from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.distributed import pick_device
 from ..weights import DEFAULT
-from ._probe import DECAYS, at_the_edge, bounds, check_resamples, probe_config
+from ._probe import DECAYS, at_the_edge, bounds, check_resamples, probe_config, untrained
 from ._progress import stages
 from ._study_words import copies, left_out
 from ._words import count
@@ -112,6 +112,7 @@ def main(
             f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({within}), "
             f"{count(row['test_clips'], 'test clip')}, {count(row['folds'], 'fold')}, {count(row['seeds'], 'seed')}"
         )
-    for line in [*copies(results), *at_the_edge(results, config.probe.decays), *left_out(cells)[0]]:
+    said = at_the_edge(results, config.probe.decays) + untrained(results)
+    for line in [*copies(results), *said, *left_out(cells)[0]]:
         print(line)
     return 0

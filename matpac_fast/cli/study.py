@@ -29,7 +29,7 @@ from ..study.study_page import write_report
 from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_study
 from ..tasks import DatasetError
 from ..train.distributed import pick_device
-from ._probe import DECAYS, at_the_edge, check_resamples, numbers, probe_config, probe_words
+from ._probe import DECAYS, at_the_edge, check_resamples, numbers, probe_config, probe_words, untrained
 from ._progress import stages
 from ._study_words import NAMED, choice_cells, cost_cells, left_out, sentences, unsteady, untold
 from ._table import show
@@ -147,6 +147,7 @@ def main(
             tables = tabulate(cells, margin, cheapest_by, resamples, hear)
     made = _made(config)
     lines = sentences(tables, margin) + at_the_edge(tables.results, config.probe.decays)
+    lines += untrained(tables.results)
     lines += unsteady(found, out / "cost.parquet")
     told, files = left_out(cells)
     lines += told

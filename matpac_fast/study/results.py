@@ -155,6 +155,7 @@ def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, An
         embedding_dim=cell.embedding_dim,
         learning_rates=cell.probed.chosen[..., 0].flatten().tolist(),
         decays=cell.probed.chosen[..., 1].flatten().tolist(),
+        untrained=int(cell.probed.untrained.sum()),
         probe_version=__version__,
     )
     return row | _costs(cell)

@@ -37,7 +37,7 @@ from .linear import ProbeConfig, Probed, probe
 from .own_code import class_name, dtype_name, own_code
 from .results import Cell, Progress, add_cost, ignored, read_costs
 
-_PROBES = 3  # raised where stored probes may be wrong: those of 2 may be chosen on groups that they learnt from
+_PROBES = 4  # raised where stored probes are wrong, or lack something: those of 3 do not say which are untrained
 _OURS = {"probes", "cost.parquet", "results.parquet", "problems.txt"}  # and embeddings/, the first to be there
 _SHORTEST = 1e-3  # seconds that a window or a hop has at least
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
@@ -327,14 +327,15 @@ def _probe(
             progress=progress,
         )
         arrays = {f"scores{f}": scores.float().numpy() for f, scores in enumerate(found.scores)}
-        for key in ("valid", "valid_score", "chosen"):
+        for key in ("valid", "valid_score", "chosen", "untrained"):
             arrays[key] = getattr(found, key).double().numpy()
         with atomic(path) as beside, open(beside, "wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     with made_anew(path), np.load(path, allow_pickle=False) as stored:
         scores = [torch.from_numpy(stored[f"scores{f}"]).double() for f in range(len(task.folds))]
         valid, valid_score, chosen = (torch.from_numpy(stored[key]) for key in ("valid", "valid_score", "chosen"))
-    return Probed(scores, valid, valid_score, chosen)
+        untrained = torch.from_numpy(stored["untrained"]).bool()
+    return Probed(scores, valid, valid_score, chosen, untrained)
 
 
 def _windows(task: Task, view: View, rate: int) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def cell(task: Task, ts: float, right: np.ndarray, valid: list[float] | None = N
     scores = [torch.nn.functional.one_hot(said[fold.test], 2).double()[None] for fold in task.folds]
     found = [[right[fold.valid].mean()] for fold in task.folds] if valid is None else [[v] for v in valid]
     n = len(task.folds)
-    probed = Probed(scores, torch.zeros(n, 1), torch.tensor(found), torch.zeros(n, 1, 2))
+    probed = Probed(scores, torch.zeros(n, 1), torch.tensor(found), torch.zeros(n, 1, 2), torch.zeros(n, 1))
     return Cell(task, encoder, "id", 8, View(ts), probed, 1.0, 0, [made_cost(ts, ts)])
 
 

@@ -142,7 +142,7 @@ def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
     said = torch.from_numpy(task.targets[task.folds[0].test].copy())
     said[right:] = (said[right:] + 1) % 3
     scores = torch.nn.functional.one_hot(said, 3).double()[None]
-    probed = Probed([scores], torch.zeros(1, 1), torch.tensor([[valid]]), torch.zeros(1, 1, 2))
+    probed = Probed([scores], torch.zeros(1, 1), torch.tensor([[valid]]), torch.zeros(1, 1, 2), torch.zeros(1, 1))
     return Cell(task, "e", "id", 8, View(ts), probed, 1.0, 0, [made_cost(ts, peak)])
 
 
