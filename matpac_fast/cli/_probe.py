@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..study.linear import ProbeConfig
+from ..study.study_page import NO_CLIP, NO_SCORE, no_clip_differs
 
 
 def _listed(values: Sequence[float]) -> str:
@@ -75,6 +76,19 @@ def untrained(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def bounds(low: float, high: float, form: str = ".3f", between: str = "–") -> str:
     """An interval in words; of one group of test clips there is none."""
     return "no interval: one group" if math.isnan(low) else f"{low:{form}}{between}{high:{form}}"
+
+
+def scored(score: float, low: float, high: float, form: str = ".3f", between: str = "–") -> str:
+    """A score and its interval in words; without a clip of any class there is no mean average precision."""
+    if math.isnan(score):
+        return NO_SCORE
+    return f"{score:{form}} ({bounds(low, high, form, between)})"
+
+
+def differs(difference: float, low: float, high: float) -> str:
+    """A difference and its interval in words: of none on any clip it has no width, and says nothing of other clips."""
+    same = no_clip_differs(difference, low, high)
+    return f"{difference:+.3f} ({NO_CLIP if same else bounds(low, high, '+.3f', ' to ')})"
 
 
 def check_resamples(resamples: int) -> None:

@@ -11,7 +11,7 @@ from ..files import made_anew, read_parquet
 from ..study.cell import Cell
 from ..study.cost import Cost
 from ..study.results import Tables
-from ._probe import bounds
+from ._probe import differs, scored
 
 NAMED = 5  # files that one line names
 _WIDE = 1 / 3  # from quartile to quartile, of the median time: more than a machine at rest shows
@@ -47,7 +47,7 @@ def _change(saved: float) -> str:
 
 
 def _score(row: dict[str, Any], which: str) -> str:
-    return f"{row[which + '_score']:.3f} ({bounds(row[which + '_low'], row[which + '_high'])})"
+    return scored(row[which + "_score"], row[which + "_low"], row[which + "_high"])
 
 
 def cost_cells(costs: list[Cost], hop: float | None = None) -> tuple[list[str], list[list[str]]]:
@@ -87,8 +87,8 @@ def sentences(tables: Tables, margin: float) -> list[str]:
             text += f"; nothing cheaper is within {margin:g} of it."
         else:
             chosen = "" if folds == 1 else "chosen fold by fold "
-            text += f"; {_support(row, 'cheapest')} is cheaper and within {margin:g}, {chosen}{row['difference']:+.3f} "
-            text += f"on test ({bounds(row['difference_low'], row['difference_high'], '+.3f', ' to ')})."
+            text += f"; {_support(row, 'cheapest')} is cheaper and within {margin:g}, {chosen}"
+            text += f"{differs(row['difference'], row['difference_low'], row['difference_high'])} on test."
         found.append(text)
     for task in dict.fromkeys(row["task"] for row in tables.results):
         rows = [row for row in tables.results if row["task"] == task]
@@ -115,8 +115,7 @@ def _ranking(tables: Tables) -> list[str]:
         rows = [row for row in tables.choices if row["task"] == task]
         best = rows[0]["best_encoder"]
         apart = [
-            f"{row['encoder']} {row['against_best']:+.3f} "
-            f"({bounds(row['against_best_low'], row['against_best_high'], '+.3f', ' to ')})"
+            f"{row['encoder']} {differs(row['against_best'], row['against_best_low'], row['against_best_high'])}"
             for row in rows
             if row["encoder"] != best
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from ..errors import ConfigError
 RESAMPLES = 1000
 _FEW = 5  # groups of a fold's test clips, below which resampling them says too little: folds are resampled as well
 _CELLS = 1 << 24  # resamples x clips held at a time
+_TAIL = 0.025  # on either side of a 95 % interval
+_ROUNDING = 1e-9
 
 
 def accuracy(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -167,5 +170,23 @@ def interval(values: Tensor) -> tuple[float, float]:
     resampled = values[1:][~values[1:].isnan()]
     if not len(resampled):
         return float("nan"), float("nan")
-    low, high = resampled.quantile(resampled.new_tensor([0.025, 0.975])).tolist()
+    low, high = resampled.quantile(resampled.new_tensor([_TAIL, 1 - _TAIL])).tolist()
     return low, high
+
+
+def score_interval(values: Tensor, metric: str, groups: int) -> tuple[float, float]:
+    """`interval` of a score (1 + B,) on clips of so many groups, within 0 and 1.
+
+    Where all clips are right no resample has a wrong one, though others may be: then the lower end is the chance of
+    being right at which `groups` in a row are so in 2.5 of 100 tests; likewise where all are wrong.
+    """
+    low, high = interval(values)
+    if math.isnan(low):
+        return low, high
+    if metric == "accuracy":
+        bound = _TAIL ** (1 / groups)
+        if values[0] > 1 - _ROUNDING:
+            return bound, 1.0
+        if values[0] < _ROUNDING:
+            return 0.0, 1 - bound
+    return max(0.0, low), min(1.0, high)  # that of a mAP is shifted

@@ -22,7 +22,7 @@ from ..tasks import Task
 from .cell import Cell
 from .choose import Choice, best_encoder, choose
 from .cost import Cost
-from .metrics import RESAMPLES, Draws, interval
+from .metrics import RESAMPLES, Draws, interval, score_interval
 
 # Hears of (stage, parts done, parts in all).
 Progress = Callable[[str, float, int], None]
@@ -122,9 +122,10 @@ def tabulate(
 
 def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, Any]:
     task, view = cell.task, cell.view
-    (low, high), (low_folds, high_folds) = interval(scored[0]), interval(scored[1])
     tested = np.unique(np.concatenate([fold.test for fold in task.folds]))
     counted = tested if not subset else tested[task.subsets[subset][tested]]
+    groups = len(np.unique(task.groups[counted]))
+    (low, high), (low_folds, high_folds) = (score_interval(values, task.metric, groups) for values in scored)
     row: dict[str, Any] = dict(
         task=task.name,
         encoder=cell.encoder,
@@ -142,6 +143,7 @@ def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, An
         high_folds=high_folds if len(task.folds) > 1 else math.nan,
         valid_score=cell.valid_score,
         test_clips=len(counted),
+        test_groups=groups,
         clips=len(task.paths),
         left_out=len(task.left_out),
         shared_audio=cell.shared_audio,
@@ -226,7 +228,8 @@ def _choice(task: Task, encoder: str, rows: list[dict[str, Any]], best: Choice, 
 def _taken(which: str, rows: list[dict[str, Any]], choice: Choice, score: Tensor) -> dict[str, Any]:
     """`rows` are those of the cells, `score` (1 + B,) is the choice's."""
     row, supports = rows[choice.taken], [rows[i]["temporal_support"] for i in choice.by_fold]
-    told = (row["temporal_support"], supports, row["seconds_seen"], score[0].item(), *interval(score))
+    ends = score_interval(score, row["metric"], row["test_groups"])
+    told = (row["temporal_support"], supports, row["seconds_seen"], score[0].item(), *ends)
     return {f"{which}_{name}": value for name, value in zip(_TAKEN, told, strict=True)}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from matpac_fast.cli._study_words import cost_cells
+from matpac_fast.cli._study_words import choice_cells, cost_cells, sentences
 from matpac_fast.study import plots, sweep
 from matpac_fast.study.cache import View
 from matpac_fast.study.results import Tables, tabulate
@@ -82,3 +82,32 @@ def test_windows_of_a_clip_are_charged_by_their_length(view, windows, full):
     assert row["windows"] == windows
     assert row["ms_per_clip"] == pytest.approx(full * cost.batch_ms / cost.batch)
     assert row["macs_per_clip"] == pytest.approx(full * cost.macs)
+
+
+def test_of_no_wrong_clip_and_of_no_difference_tables_and_report_say_what_is_known(tmp_path):
+    task = dataclasses.replace(rotating(3, 10), folds=rotating(3, 10).folds[:1])
+    cells = [cell(task, ts, np.ones(30, bool)) for ts in (1.0, 2.0)]
+    cells += [cell(task, 1.0, np.ones(30, bool), encoder="other")]
+    tables = tabulate(cells, 0.01, resamples=20)
+    (one, _) = tables.choices
+    exact = pytest.approx((0.025 ** (1 / 10), 1.0))
+    assert (tables.results[0]["low"], tables.results[0]["high"]) == (one["best_low"], one["best_high"]) == exact
+    assert tables.results[0]["test_groups"] == 10
+    assert sentences(tables, 0.01)[-1].endswith("on test: other +0.000 (no clip differs).")
+    write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [], {})
+    text = (tmp_path / "report.html").read_text()
+    for name in ("comparisons", "encoders"):
+        assert "<td>no clip differs</td>" in text.split(f'id="{name}"')[1].split("</table>")[0]
+
+
+def test_a_subset_without_a_clip_of_any_class_has_no_score(tmp_path):
+    targets = np.tile(np.eye(2, dtype=np.float32), (15, 1))
+    targets[1::2] = 0
+    plain = rotating(3, 10)
+    found = cell(plain, 1.0, np.ones(30, bool))
+    task = dataclasses.replace(plain, kind="multi", targets=targets, subsets={"silent": np.arange(30) % 2 == 1})
+    tables = tabulate([dataclasses.replace(found, task=task)], 0.01, resamples=20)
+    assert [np.isnan(row["score"]) for row in tables.results] == [False, True]
+    write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [], {})
+    table = (tmp_path / "report.html").read_text().split('id="results"')[1].split("</table>")[0]
+    assert table.count("<td>no score: no clip of any class</td>") == 1
