@@ -117,8 +117,8 @@ def _multi(labels: list[list[str]]) -> tuple[tuple[str, ...], np.ndarray]:
 def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strata: np.ndarray, seed: int) -> list[Fold]:
     if all(any(row.get(name) for row in rows) for name in ("split", "fold")):
         raise DatasetError(
-            f"{layout.folder / 'clips.csv'} says which clips are tested twice, by split and by fold; expected one of the "
-            "two columns: remove or empty the other"
+            f"{layout.folder / 'clips.csv'} says which clips are tested twice, by split and by fold; expected one of "
+            "the two columns: remove or empty the other"
         )
     if any(row.get("split") for row in rows):
         splits = np.array([row.get("split", "") for row in rows])
