@@ -79,12 +79,12 @@ def sentences(tables: Tables, margin: float) -> list[str]:
         elif set(row["best_by_fold"]) == {best}:
             text += f"the validation clips of all {folds} folds, and of each; {score} on test"
         else:
-            text += f"the validation clips of all {folds} folds; what each fold's own choose"
+            text += f"the validation clips of all {folds} folds; each fold's own choice"
             text += f" ({_by_fold(row['best_by_fold'])}) scores {score} on test"
         if cheapest is None:  # costs were not measured, so nothing is known of cheaper ones
             text += "."
         elif cheapest == best:
-            text += f"; nothing cheaper is within {margin:g} of it."
+            text += f"; nothing cheaper is within {margin:g} of {'it' if folds == 1 else f'{best:g} s'}."
         else:
             chosen = "" if folds == 1 else "chosen fold by fold "
             text += f"; {_support(row, 'cheapest')} is cheaper and within {margin:g}, {chosen}"
@@ -119,7 +119,7 @@ def _ranking(tables: Tables) -> list[str]:
             for row in rows
             if row["encoder"] != best
         ]
-        it = "it" if len(rows[0]["best_by_fold"]) == 1 else "the best of each fold's own"
+        it = "it" if len(rows[0]["best_by_fold"]) == 1 else "each fold's own best"
         found.append(f"{task}: {best} is best on validation clips; against {it}, on test: {', '.join(apart)}.")
     return found
 

@@ -47,7 +47,7 @@ class View:
 
     @property
     def step(self) -> float:
-        """Seconds of audio to which a window comes."""
+        """Seconds of audio for each window: from one to the next, or those that the only one sees."""
         return self.temporal_support if self.hop is None or self.aggregate == "one" else self.hop
 
     def settings(self, encoder: AudioEncoder, encoder_id: str) -> dict[str, Any]:

@@ -104,11 +104,12 @@ def test_encoders_are_compared_at_their_choices_fold_by_fold(tmp_path):
     assert other["against_best"] == pytest.approx(0.7 - 2.0 / 3)
     said = sentences(tables, 0.01)
     assert said[0].startswith(
-        "t, e: 2 s is best on the validation clips of all 3 folds; what each fold's own choose (1 s in folds 0, 2; "
-        "2 s in fold 1) scores 0.567 ("
+        "t, e: 2 s is best on the validation clips of all 3 folds; each fold's own choice (1 s in folds 0, 2; 2 s in "
+        "fold 1) scores 0.567 ("
     )
+    assert said[0].endswith("; nothing cheaper is within 0.01 of 2 s.")
     assert said[1].startswith("t, other: 1 s is best on the validation clips of all 3 folds, and of each; 0.700 (")
-    assert "t: e is best on validation clips; against the best of each fold's own, on test: other +0.033 (" in said[2]
+    assert "t: e is best on validation clips; against each fold's own best, on test: other +0.033 (" in said[2]
     write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), said, {})
     assert "each fold's own validation clips choose" in html.unescape((tmp_path / "report.html").read_text())
 
