@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..study.linear import ProbeConfig
+from ..study.study_page import NO_CLIP, NO_SCORE, no_clip_differs
 
 
 def _listed(values: Sequence[float]) -> str:
@@ -57,9 +58,37 @@ def at_the_edge(results: Sequence[Mapping[str, Any]], decays: Sequence[float]) -
     return found
 
 
+def untrained(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each task and encoder some of whose probes no step has bettered."""
+    found = []
+    for task, encoder in dict.fromkeys((row["task"], row["encoder"]) for row in results):
+        rows = [r for r in results if (r["task"], r["encoder"], r["subset"]) == (task, encoder, "") and r["untrained"]]
+        if rows:
+            at = ", ".join(f"{row['temporal_support']:g} s" for row in rows)
+            n, of = sum(row["untrained"] for row in rows), sum(row["folds"] * row["seeds"] for row in rows)
+            found.append(
+                f"{task}, {encoder}: no step lowered the validation loss of {n} of {of} probes at {at}, whose scores "
+                "are those of untrained weights; smaller --learning-rates or larger --decays may train them."
+            )
+    return found
+
+
 def bounds(low: float, high: float, form: str = ".3f", between: str = "–") -> str:
     """An interval in words; of one group of test clips there is none."""
     return "no interval: one group" if math.isnan(low) else f"{low:{form}}{between}{high:{form}}"
+
+
+def scored(score: float, low: float, high: float, form: str = ".3f", between: str = "–") -> str:
+    """A score and its interval in words; without a clip of any class there is no mean average precision."""
+    if math.isnan(score):
+        return NO_SCORE
+    return f"{score:{form}} ({bounds(low, high, form, between)})"
+
+
+def differs(difference: float, low: float, high: float) -> str:
+    """A difference and its interval in words: of none on any clip it has no width, and says nothing of other clips."""
+    same = no_clip_differs(difference, low, high)
+    return f"{difference:+.3f} ({NO_CLIP if same else bounds(low, high, '+.3f', ' to ')})"
 
 
 def check_resamples(resamples: int) -> None:

@@ -14,10 +14,11 @@ from ..study.results import tabulate
 from ..study.sweep import StudyConfig, check_folder, run_study
 from ..train.distributed import pick_device
 from ..weights import DEFAULT
-from ._probe import DECAYS, at_the_edge, bounds, check_resamples, probe_config
+from ._probe import DECAYS, at_the_edge, check_resamples, probe_config, scored, untrained
 from ._progress import stages
+from ._study_words import copies, left_out
 from ._words import count
-from .study import UNITS, copies, left_out
+from .study import UNITS
 
 
 def main(
@@ -106,11 +107,11 @@ def main(
         results = tabulate(cells, 0.0, resamples=resamples, progress=hear).results if cells else []
     for row in results:
         where = f", {row['subset']}" if row["subset"] else ""
-        within = bounds(row["low"], row["high"], ".4f", " to ")
         print(
-            f"{row['task']}{where}: {row['metric']} {row['score']:.4f} ({within}), "
+            f"{row['task']}{where}: {row['metric']} {scored(row['score'], row['low'], row['high'], '.4f', ' to ')}, "
             f"{count(row['test_clips'], 'test clip')}, {count(row['folds'], 'fold')}, {count(row['seeds'], 'seed')}"
         )
-    for line in [*copies(results), *at_the_edge(results, config.probe.decays), *left_out(cells)[0]]:
+    said = at_the_edge(results, config.probe.decays) + untrained(results)
+    for line in [*copies(results), *said, *left_out(cells)[0]]:
         print(line)
     return 0

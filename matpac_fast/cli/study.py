@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,22 +20,21 @@ from ..audio.decode import decoder_versions
 from ..backend import versions
 from ..choice import parse
 from ..errors import ConfigError
-from ..files import made_anew, read_parquet, write_text
+from ..files import write_text
 from ..study.cache import Aggregate
-from ..study.cost import Cost, device_name
+from ..study.cost import device_name
 from ..study.plots import write_plots
 from ..study.results import Cell, Tables, tabulate, write_table
 from ..study.study_page import write_report
 from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_study
 from ..tasks import DatasetError
 from ..train.distributed import pick_device
-from ._probe import DECAYS, at_the_edge, bounds, check_resamples, numbers, probe_config, probe_words
+from ._probe import DECAYS, at_the_edge, check_resamples, numbers, probe_config, probe_words, untrained
 from ._progress import stages
+from ._study_words import NAMED, choice_cells, cost_cells, left_out, sentences, unsteady, untold
 from ._table import show
 
 UNITS = {"hashing": "files", "measuring cost": "points", "embedding": "clips", "probing": "probes", "scoring": "probes"}
-_NAMED = 5  # files that one line names
-_WIDE = 1 / 3  # from quartile to quartile, of the median time: more than a machine at rest shows
 
 
 def main(
@@ -70,9 +69,9 @@ def main(
 
     A task is NAME:FOLDER: folder (sub-folder = label, or a clips.csv), esc50, urbansound8k, gtzan, tau2020, openmic,
     magnatagatune, nsynth or fsd50k, in its official layout. Embeddings are probed linearly; the best and the cheapest
-    temporal support are chosen on validation clips and scored on test clips, with 95 % intervals. Writes
-    results.parquet, comparisons.parquet, encoders.parquet, cost.parquet, PNG plots and report.html. Killed and run
-    again, it goes on.
+    temporal support are chosen on validation clips, for their scores fold by fold, and scored on test clips, with
+    95 % intervals. Writes results.parquet, comparisons.parquet, encoders.parquet, choices.parquet, cost.parquet, PNG
+    plots and report.html. Killed and run again, it goes on.
 
     Args:
         encoders: names, run folders or files, with commas between them, such as runs/a,runs/a@teacher,runs/a@layer6;
@@ -80,7 +79,8 @@ def main(
         out: folder for results and embeddings.
         tasks: NAME:FOLDER, several with commas between them.
         temporal_support: seconds of audio that one embedding sees, with commas between them.
-        hop: seconds from one window to the next. Default: the temporal support.
+        hop: seconds from one window to the next, by which a second of audio costs more or less. Default: the temporal
+            support.
         remainder: the end of a clip that fills no window: keep it as a shorter one, pad it with zeros, merge it into
             the last one, or drop it.
         aggregate: mean probes the mean embedding of a clip's windows; score probes every window and averages what the
@@ -146,25 +146,27 @@ def main(
             found = list({id(cost): cost for cell in cells for cost in cell.costs}.values())
             tables = tabulate(cells, margin, cheapest_by, resamples, hear)
     made = _made(config)
-    lines = _sentences(tables, margin) + at_the_edge(tables.results, config.probe.decays)
-    lines += _unsteady(found, out / "cost.parquet")
+    lines = sentences(tables, margin) + at_the_edge(tables.results, config.probe.decays)
+    lines += untrained(tables.results)
+    lines += unsteady(found, out / "cost.parquet")
     told, files = left_out(cells)
     lines += told
     if cells and (path := _listed(out, files)):
         lines.append(f"All files that are left out are in {path}.")
-    lines += _untold(out / "results.parquet", tables.results)
+    lines += untold(out / "results.parquet", tables.results)
     if tables.results:
         for name in ("results", "comparisons", "choices", "encoders"):
             if rows := getattr(tables, name):
                 write_table(out / f"{name}.parquet", rows)
             else:  # of one encoder; what is there is of another command
                 (out / f"{name}.parquet").unlink(missing_ok=True)
-    plots, failed = write_plots(out, tables.results, found)
+    step = None if aggregate == "one" else hop  # of one window a clip there is no next one
+    plots, failed = write_plots(out, tables.results, found, step)
     lines += failed
-    write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made)
+    write_report(out / "report.html", tables, found, plots, choice_cells(tables), lines, made, step)
     settings = {"settings": dataclasses.asdict(config), "made": made}
     write_text(out / "settings.json", json.dumps(settings, indent=2) + "\n")
-    show(*(choice_cells(tables) if tables.choices else cost_cells(found)))
+    show(*(choice_cells(tables) if tables.choices else cost_cells(found, step)))
     print("\n" + "\n".join([*lines, f"open {out / 'report.html'}"]))
     return 0
 
@@ -182,7 +184,7 @@ def _checked(config: StudyConfig, out: Path, hear: Progress) -> list[Cell]:
 def _listed(out: Path, lines: Sequence[str]) -> Path | None:
     """Where the files are that one line cannot name; what an earlier study found there is told no longer."""
     path = out / "problems.txt"
-    if len(lines) > _NAMED:
+    if len(lines) > NAMED:
         write_text(path, "".join(f"{line}\n" for line in lines))
         return path
     path.unlink(missing_ok=True)
@@ -196,155 +198,6 @@ def _kept() -> Iterator[None]:
     except KeyboardInterrupt:
         print("what is embedded, probed and measured is kept; the same command goes on from there", file=sys.stderr)
         raise
-
-
-def choice_cells(tables: Tables) -> tuple[list[str], list[list[str]]]:
-    """Header and body: for each task and encoder the best and the cheapest temporal support."""
-    header = ["task", "encoder", "metric", "best TS", "score (95 %)"]
-    costed = any(row["cheapest_temporal_support"] is not None for row in tables.choices)
-    if costed:
-        header += ["cheapest TS", "score (95 %)", "memory change", "time change"]
-    body = []
-    for row in tables.choices:
-        line = [row["task"], row["encoder"], row["metric"], _support(row, "best"), _score(row, "best")]
-        if costed and row["cheapest_temporal_support"] is None:
-            line += ["–"] * 4
-        elif costed:
-            changes = (_change(row["memory_saved"]), _change(row["time_saved"]))
-            line += [_support(row, "cheapest"), _score(row, "cheapest"), *changes]
-        body.append(line)
-    return header, body
-
-
-def _support(row: dict[str, Any], which: str) -> str:
-    """A temporal support, and what an embedding sees on average where clips are shorter."""
-    ts, seen = row[which + "_temporal_support"], row[which + "_seconds_seen"]
-    return f"{ts:g} s" if f"{seen:.3g}" == f"{ts:.3g}" else f"{ts:g} s (sees {seen:.3g} s)"
-
-
-def _change(saved: float) -> str:
-    text = f"{-100 * saved:+.0f} %"
-    return "same" if text[1:] == "0 %" else text
-
-
-def _score(row: dict[str, Any], which: str) -> str:
-    return f"{row[which + '_score']:.3f} ({bounds(row[which + '_low'], row[which + '_high'])})"
-
-
-def cost_cells(costs: list[Cost]) -> tuple[list[str], list[list[str]]]:
-    header = ["encoder", "TS", "windows", "peak MiB", "ms", "times real time", "GMAC/s of audio"]
-    return header, [
-        [
-            cost.encoder,
-            f"{cost.temporal_support:g} s",
-            str(cost.batch),
-            f"{cost.peak_mib:.1f}",
-            f"{cost.batch_ms:.2f}",
-            f"{cost.times_real_time:.0f}",
-            f"{cost.macs_per_second / 1e9:.3f}" if cost.macs else "–",
-        ]
-        for cost in costs
-    ]
-
-
-def _sentences(tables: Tables, margin: float) -> list[str]:
-    """What was found, a sentence a task and encoder."""
-    found = []
-    for row in tables.choices:
-        best, cheapest = row["best_temporal_support"], row["cheapest_temporal_support"]
-        text = f"{row['task']}, {row['encoder']}: {_support(row, 'best')} is best on validation clips, "
-        text += f"{_score(row, 'best')} on test"
-        if cheapest is None:  # costs were not measured, so nothing is known of cheaper ones
-            text += "."
-        elif cheapest == best:
-            text += f"; nothing cheaper is within {margin:g} of it."
-        else:
-            text += f"; {_support(row, 'cheapest')} is cheaper and within {margin:g}, {row['difference']:+.3f} on test "
-            text += f"({bounds(row['difference_low'], row['difference_high'], '+.3f', ' to ')})."
-        found.append(text)
-    for task in dict.fromkeys(row["task"] for row in tables.results):
-        rows = [row for row in tables.results if row["task"] == task]
-        longest = rows[0]["longest_seconds"]
-        beyond = sorted({row["temporal_support"] for row in rows if row["temporal_support"] > longest})
-        padded = rows[0]["remainder"] == "pad" and rows[0]["aggregate"] != "one"
-        more = "adds only silence" if padded else "changes nothing: it is the whole clip"
-        if beyond:
-            text = f"{task}: no clip is longer than {longest:.3g} s; beyond that a longer temporal support {more} "
-            found.append(text + f"(here at {', '.join(f'{ts:g}' for ts in beyond)} s).")
-    return found + _ranking(tables) + copies(tables.results)
-
-
-def _ranking(tables: Tables) -> list[str]:
-    """A sentence a task of several encoders: how far each is, on test clips, from the best on validation clips."""
-    found = []
-    for task in dict.fromkeys(row["task"] for row in tables.encoders):
-        whole = [row for row in tables.results if row["task"] == task and not row["subset"]]
-        best = max(whole, key=lambda row: row["valid_score"])["encoder"]
-        apart = [
-            f"{row['encoder']} {row['difference']:+.3f} ({bounds(row['low'], row['high'], '+.3f', ' to ')})"
-            for row in tables.encoders
-            if row["task"] == task and row["other"] == best
-        ]
-        found.append(f"{task}: {best} is best on validation clips; against it, on test: {', '.join(apart)}.")
-    return found
-
-
-def copies(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each task that tests on audio that it learns from."""
-    shared = {row["task"]: row["shared_audio"] for row in results if row["shared_audio"]}
-    are = {task: "1 test clip is a copy" if n == 1 else f"{n} test clips are copies" for task, n in shared.items()}
-    return [f"{task}: {text} of training clips, by their bytes." for task, text in are.items()]
-
-
-def _unsteady(costs: Sequence[Cost], path: Path) -> list[str]:
-    """A sentence where the times of a point's runs differ so much that something else took the machine's time."""
-
-    def spread(cost: Cost) -> float:
-        return (cost.batch_ms_high - cost.batch_ms_low) / cost.batch_ms
-
-    wide = [cost for cost in costs if spread(cost) > _WIDE]
-    if not wide:
-        return []
-    worst = max(wide, key=spread)
-    return [
-        f"Times are uncertain at {len(wide)} of {len(costs)} points, most at {worst.encoder}, "
-        f"{worst.temporal_support:g} s, batch {worst.batch}: half of its runs took {worst.batch_ms_low:.3g} to "
-        f"{worst.batch_ms_high:.3g} ms, so the machine was busy. To measure again at rest, delete {path}."
-    ]
-
-
-def _untold(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence where the table at `path` has tasks and encoders that `rows` have not."""
-    if not path.exists():
-        return []
-    try:
-        with made_anew(path):
-            before = read_parquet(path, ["task", "encoder"]).to_pylist()
-    except ConfigError:  # damaged, and about to be made anew
-        return []
-    there, now = (dict.fromkeys((row["task"], row["encoder"]) for row in some) for some in (before, rows))
-    gone = [f"{encoder} on {task}" for task, encoder in there if (task, encoder) not in now]
-    if not gone:
-        return []
-    some = ", ".join(gone[:_NAMED]) + (f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else "")
-    return [
-        f"The report that was here told of {some} as well; to have all in one, name all encoders and tasks in one "
-        "command: what is embedded and probed is kept."
-    ]
-
-
-def left_out(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
-    """A sentence for each task that is not whole, with the first few files by name; and a line for every file."""
-    sentences, lines = [], []
-    for task in {cell.task.name: cell.task for cell in cells}.values():
-        if not task.left_out:
-            continue
-        named = [f"{name}: {reason}" for name, reason in task.left_out]
-        some = "; ".join(named[:_NAMED]) + (f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
-        count = "1 clip is" if len(named) == 1 else f"{len(named)} clips are"
-        sentences.append(f"{task.name}: {count} left out, missing, altered or damaged: {some}.")
-        lines += [f"{task.name}: {line}" for line in named]
-    return sentences, lines
 
 
 def _made(config: StudyConfig) -> dict[str, str]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +28,8 @@ from ..embedding import Windowing
 from ..errors import AudioError, ConfigError
 from ..files import arrow_file, made_anew, sha256, write_parquet, write_text
 from ..tasks.task import Fold
-from .cost import dtype_name
 from .linear import Rows
+from .own_code import class_name, dtype_name, own_code
 
 Aggregate = Literal["mean", "score", "one", "attend"]
 _CLIPS = 128  # in one part; a killed run loses so many clips' work at most
@@ -47,13 +45,18 @@ class View:
     remainder: str = "keep"
     aggregate: Aggregate = "mean"
 
+    @property
+    def step(self) -> float:
+        """Seconds of audio for each window: from one to the next, or those that the only one sees."""
+        return self.temporal_support if self.hop is None or self.aggregate == "one" else self.hop
+
     def settings(self, encoder: AudioEncoder, encoder_id: str) -> dict[str, Any]:
         """Everything but the audio that decides the embeddings; the batch's size, device and threads do not, beyond
         rounding."""
         Windowing(self.temporal_support, self.hop, remainder=self.remainder).samples(encoder.sample_rate)
         return {
             "encoder": encoder_id,
-            "encoder_class": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
+            "encoder_class": class_name(encoder),
             "dtype": dtype_name(encoder),
             "temporal_support": self.temporal_support,
             "hop": self.hop,
@@ -62,28 +65,8 @@ class View:
             "matpac_fast": __version__,
             "torch": torch.__version__,
             "decoder": decoder_versions(),
-            **_code(encoder),
+            **({"code": code} if (code := own_code(encoder)) else {}),
         }
-
-
-def _code(encoder: AudioEncoder) -> dict[str, str]:
-    """SHA-256 of the source of an encoder's classes, without those whose package's version is told already.
-
-    An encoder that is being written changes under one name, with the weights and settings that it had.
-    """
-    kinds = {kind for module in encoder.modules() for kind in type(module).__mro__}
-    sources = sorted(filter(None, map(_source, kinds)))
-    return {"code": hashlib.sha256("\0".join(sources).encode()).hexdigest()} if sources else {}
-
-
-@functools.cache
-def _source(kind: type) -> str | None:
-    if kind.__module__.partition(".")[0] in {"torch", "matpac_fast", *sys.stdlib_module_names}:
-        return None
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed in at a prompt, or compiled
-        return None
 
 
 class Cache:

@@ -26,6 +26,7 @@ from .. import __version__
 from ..audio_encoder import AudioEncoder
 from ..encoder import list_encoders, load_encoder
 from ..errors import ConfigError
+from .own_code import class_name, dtype_name, own_code
 
 _SECONDS = 1.0  # of timing, at least
 _RUNS = (5, 200)
@@ -45,6 +46,8 @@ class Cost:
         peak_mib: the most memory held at once: CUDA's allocator; on the CPU the weights and what became resident
             while the batch ran.
         weights_mib: of it, the weights.
+        encoder_class, code: of own_code.py, by which an encoder that is being written is told from what it was; "" in a
+            table of before they were kept.
     """
 
     encoder: str
@@ -66,15 +69,16 @@ class Cost:
     embedding_dim: int
     torch: str
     matpac_fast: str
+    encoder_class: str = ""
+    code: str = ""
 
-    @property
-    def times_real_time(self) -> float:
-        return 1e3 * self.batch * self.temporal_support / self.batch_ms
+    def times_real_time(self, hop: float | None = None) -> float:
+        """Seconds of audio a second. `hop`: seconds from one window to the next; None: as the temporal support."""
+        return 1e3 * self.batch * (hop or self.temporal_support) / self.batch_ms
 
-    @property
-    def macs_per_second(self) -> float:
-        """Multiply-adds per second of audio, windows that do not overlap."""
-        return self.macs / self.temporal_support
+    def macs_per_second(self, hop: float | None = None) -> float:
+        """Multiply-adds per second of audio; `hop` as above."""
+        return self.macs / (hop or self.temporal_support)
 
 
 def measure(
@@ -156,6 +160,8 @@ def measure_here(encoder: AudioEncoder, name: str, ts: float, batch: int) -> Cos
         embedding_dim=encoder.embedding_dim,
         torch=torch.__version__,
         matpac_fast=__version__,
+        encoder_class=class_name(encoder),
+        code=own_code(encoder),
     )
 
 
@@ -178,11 +184,6 @@ def macs_of(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops() // 2
-
-
-def dtype_name(encoder: AudioEncoder) -> str:
-    """What it computes in, whatever was asked for: some have float32 alone."""
-    return str(getattr(encoder, "dtype", torch.float32)).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -19,77 +17,13 @@ from ..errors import ConfigError
 from ..tasks.task import Fold, deal_groups
 from .metrics import METRICS
 from .probe import one_thread
+from .probed import ProbeConfig, Probed, Rows
 
 CELLS = 1 << 25  # logits held at a time
 _HELD_OUT = 6  # one part in so many of the training groups validates where the task has no validation clips
 _FEATURES = 1 << 24  # of the features in float64, held at a time
 _SHARED = 1 << 26  # multiply-adds of a step's product from which threads gain more than they lose by waiting
 _RANK = 1e-6  # singular values below this share of the largest are rounding
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """How the probes are trained.
-
-    `learning_rates` x `decays` is the grid; each fold and seed takes the pair, and the step, of least validation loss.
-    `decays` are strengths of an L2 penalty decay / 2 * |weight|^2 beside the mean loss of a clip. A seed draws the
-    initial weights, and the validation clips where the task names none. `standardize`: features to zero mean and unit
-    spread over the fold's training and validation clips. `attentive`: as attentive.py says; a study sets it.
-    `batch`: rows of a gradient, as batches.py says, where steps are passes; None: all.
-    """
-
-    learning_rates: tuple[float, ...] = (0.1, 1.0)
-    decays: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    seeds: int = 3
-    steps: int = 300
-    check_every: int = 10
-    patience: int = 5  # checks without any probe of the grid getting better
-    standardize: bool = True
-    attentive: bool = False
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "check_every", "patience", "batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"probe: {name} is {value}; expected at least 1")
-        if self.attentive and self.batch is not None:
-            raise ConfigError("probe: an attentive probe is trained on all clips at once; expected no batch for it")
-        rates, decays = self.learning_rates, self.decays
-        usable = all(0 < rate < math.inf for rate in rates) and all(0 <= decay < math.inf for decay in decays)
-        if not (rates and decays and usable):  # of NaN all comparisons are false
-            raise ConfigError(f"probe: learning rates {rates}, decays {decays}; expected finite, positive ones")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Embeddings (R, D), the clip (R,) of each and the seconds (R,) that each saw, by which a clip's rows share its
-    weight: the end of a clip may be a window of a few milliseconds."""
-
-    values: Tensor
-    clip: np.ndarray
-    seconds: np.ndarray
-
-    def shares(self) -> np.ndarray:
-        """(R,) of its clip."""
-        whole = np.bincount(self.clip, self.seconds)
-        return self.seconds / whole[self.clip]
-
-
-@dataclass(frozen=True)
-class Probed:
-    """What the chosen probes say.
-
-    `scores[f]` (S, N_f, K): probabilities for the test clips of fold f by each seed, averaged over a clip's rows.
-    `valid` (F, S): loss on the validation clips; `valid_score` (F, S): their score by the task's metric;
-    `chosen` (F, S, 2): learning rate and decay; `weights[f]` (S, D + 1, K) for features as given, bias last; of an
-    attentive probe (S, D + 1, K + 1), the query last.
-    """
-
-    scores: list[Tensor]
-    valid: Tensor
-    valid_score: Tensor
-    chosen: Tensor
-    weights: list[Tensor] = field(default_factory=list)
 
 
 def probe(
@@ -143,8 +77,8 @@ def probe(
         for i, fold in enumerate(folds):
             probes = kind(rows, targets, groups, fold, n_classes, config, torch.device(device), dtype)
             found.append(probes.run(metric, lambda share, done=i: progress((done + share) / len(folds))))
-    scores, losses, valid_scores, chosen, weights = zip(*found, strict=True)
-    return Probed(list(scores), torch.stack(losses), torch.stack(valid_scores), torch.stack(chosen), list(weights))
+    scores, *others, weights = zip(*found, strict=True)
+    return Probed(list(scores), *map(torch.stack, others), weights=list(weights))
 
 
 def _sum(blocks: Iterable[Tensor]) -> Tensor:
@@ -273,7 +207,8 @@ class FoldProbes:
         goal = self.targets[torch.from_numpy(clip)]
         return goal.to(self.device, self.dtype) if self.multi else goal.to(self.device)
 
-    def run(self, metric: str, progress: Callable[[float], None]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def run(self, metric: str, progress: Callable[[float], None]) -> tuple[Tensor, ...]:
+        """Of the fold what `Probed` has of it, in its order."""
         pairs = [(lr, decay) for lr in self.config.learning_rates for decay in self.config.decays]
         loss, weight, bias, untrained = self._train(pairs, progress)
         seeds = self.config.seeds
@@ -296,6 +231,7 @@ class FoldProbes:
             loss[picked].cpu(),
             self._valid_scores(metric, weight, bias),
             chosen,
+            untrained[picked].cpu(),
             self._given(weight, bias),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from ..errors import ConfigError
 RESAMPLES = 1000
 _FEW = 5  # groups of a fold's test clips, below which resampling them says too little: folds are resampled as well
 _CELLS = 1 << 24  # resamples x clips held at a time
+_TAIL = 0.025  # on either side of a 95 % interval
+_ROUNDING = 1e-9
 
 
 def accuracy(scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -97,45 +100,60 @@ class Draws:
     def score(
         self, metric: str, scores: list[Tensor], targets: list[Tensor], within: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(1 + B,) scores twice: resampled over groups and seeds, and over folds as well.
+        """`together` of `by_fold`, whose arguments it takes."""
+        return self.together(metric, self.by_fold(metric, scores, targets, within), within)
 
-        Where a fold tests on fewer than five groups the first is the second. Where there is one fold, of one group,
-        nothing can be resampled: the resamples are NaN.
+    def by_fold(
+        self, metric: str, scores: list[Tensor], targets: list[Tensor], within: list[Tensor] | None = None
+    ) -> Tensor:
+        """(1 + B, F): each fold's score and its resamples over groups and seeds; NaN where a fold has none.
 
-        `scores[f]` (S, N_f, K), `targets[f]`, and `within[f]` (N_f,) bool, the clips that count. A seed's folds are
-        scored one by one and averaged; then the seeds are. Index 0 is the score itself, the rest its resamples.
+        `scores[f]` (S, N_f, K), `targets[f]`, and `within[f]` (N_f,) bool, the clips that count. A fold's seeds are
+        scored one by one and averaged.
 
         Raises:
             ConfigError: scores that are not finite.
         """
-        measure, by_fold, n_groups = METRICS[metric], [], []
+        measure, found = METRICS[metric], []
         for f, (some, target, weights) in enumerate(zip(scores, targets, self.clips, strict=True)):
             if bad := int((~some.isfinite()).any(2).any(0).sum()):
                 raise ConfigError(
                     f"the probes' scores of {bad} of {some.shape[1]} test clips, fold {f}, are not finite; expected "
                     "probabilities; remove the folder probes/ of the study and run it again"
                 )
-            groups = self.groups[f]
             if within is not None:
                 some, target, weights = some[:, within[f]], target[within[f]], weights[:, within[f]]
-                groups = groups[within[f]]
                 if not len(target):
+                    found.append(torch.full_like(self.folds[:, f], torch.nan))
                     continue
-            n_groups.append(len(groups.unique()))
             rows = max(1, _CELLS // max(1, weights.shape[1]))
             by_seed = torch.stack(
                 [torch.cat([measure(one, target, w) for w in weights.split(rows)]) for one in some], 1
             )
-            by_fold.append((f, (by_seed * self.seeds).sum(1)))  # (1 + B,)
-        values = torch.stack([value for _, value in by_fold], 1)  # (1 + B, F)
-        plain = values.nanmean(1)
-        share = self.folds[:, [f for f, _ in by_fold]] * ~values.isnan()
-        folds = (values.nan_to_num() * share).sum(1) / torch.where(share.sum(1) > 0, share.sum(1), torch.nan)
+            found.append((by_seed * self.seeds).sum(1))
+        return torch.stack(found, 1)
+
+    def together(self, metric: str, by_fold: Tensor, within: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """(1 + B, F) of `by_fold` -> (1 + B,) twice: the folds' mean, and with the folds resampled as well.
+
+        Where a fold tests on fewer than five groups the first is the second. Where there is one fold, of one group,
+        nothing can be resampled: the resamples are NaN. Index 0 is the score itself, the rest its resamples.
+        """
+        n_groups = [len(groups.unique()) for groups in self._counted(within)]
+        plain = by_fold.nanmean(1)
+        share = self.folds * ~by_fold.isnan()
+        folds = (by_fold.nan_to_num() * share).sum(1) / torch.where(share.sum(1) > 0, share.sum(1), torch.nan)
         if n_groups == [1]:
             plain[1:] = folds[1:] = torch.nan
         elif len(n_groups) > 1 and min(n_groups) < _FEW:
             plain = folds
         return (_centred(plain), _centred(folds)) if metric == "mAP" else (plain, folds)
+
+    def _counted(self, within: list[Tensor] | None) -> list[Tensor]:
+        """The groups of each fold's clips that count, of the folds that have some."""
+        if within is None:
+            return self.groups
+        return [groups[part] for groups, part in zip(self.groups, within, strict=True) if part.any()]
 
 
 def _centred(values: Tensor) -> Tensor:
@@ -152,5 +170,23 @@ def interval(values: Tensor) -> tuple[float, float]:
     resampled = values[1:][~values[1:].isnan()]
     if not len(resampled):
         return float("nan"), float("nan")
-    low, high = resampled.quantile(resampled.new_tensor([0.025, 0.975])).tolist()
+    low, high = resampled.quantile(resampled.new_tensor([_TAIL, 1 - _TAIL])).tolist()
     return low, high
+
+
+def score_interval(values: Tensor, metric: str, groups: int) -> tuple[float, float]:
+    """`interval` of a score (1 + B,) on clips of so many groups, within 0 and 1.
+
+    Where all clips are right no resample has a wrong one, though others may be: then the lower end is the chance of
+    being right at which `groups` in a row are so in 2.5 of 100 tests; likewise where all are wrong.
+    """
+    low, high = interval(values)
+    if math.isnan(low):
+        return low, high
+    if metric == "accuracy":
+        bound = _TAIL ** (1 / groups)
+        if values[0] > 1 - _ROUNDING:
+            return bound, 1.0
+        if values[0] < _ROUNDING:
+            return 0.0, 1 - bound
+    return max(0.0, low), min(1.0, high)  # that of a mAP is shifted

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError
 from ..files import atomic
 from .cost import Cost
@@ -30,13 +32,17 @@ def _pyplot() -> Any:
 
 
 def write_plots(
-    out: Path, results: Sequence[dict[str, Any]], costs: Sequence[Cost]
+    out: Path, results: Sequence[dict[str, Any]], costs: Sequence[Cost], hop: float | None = None
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Draw what there is into `out`; return (file name, caption) of each plot, in the order of reading, and a sentence
-    on each that could not be drawn, which costs the study's numbers nothing."""
+    """Draw what there is into `out`, and remove what an earlier command drew there and this one does not.
+
+    Returns (file name, caption) of each plot, in the order of reading, and a sentence on each that could not be drawn,
+    which costs the study's numbers nothing. `hop`: seconds from one window to the next; None: as the temporal support.
+    """
     try:
         plt = _pyplot()
     except ConfigError as error:
+        _clear(out, set())
         return [], [f"No plots: {error}"]
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[tuple[str, str]] = []
@@ -63,11 +69,25 @@ def write_plots(
     if costs:
         largest = max(cost.batch for cost in costs)
         caption = f"Cost against temporal support, {_windows(largest)} at a time"
-        draw(_cost, "cost.png", caption, [cost for cost in costs if cost.batch == largest])
+        draw(
+            lambda plt, path, costs, look: _cost(plt, path, costs, look, hop),
+            "cost.png",
+            caption,
+            [cost for cost in costs if cost.batch == largest],
+        )
         smallest = min(cost.batch for cost in costs)
         caption = f"Latency: from {_windows(smallest)} to the embedding; bars are quartiles"
         draw(_latency, "latency.png", caption, [cost for cost in costs if cost.batch == smallest])
+    _clear(out, {name for name, _ in drawn})
     return drawn, failed
+
+
+def _clear(out: Path, drawn: set[str]) -> None:
+    """Remove the plots of an earlier command, which would stand beside this one's report as if they were of it."""
+    for pattern in ("score-*.png", "pareto-*.png", "cost.png", "latency.png"):
+        for path in out.glob(pattern):
+            if path.name not in drawn:
+                path.unlink(missing_ok=True)
 
 
 def _look(number: int, name: str) -> dict[str, str]:
@@ -133,16 +153,17 @@ def _score(plt: Any, path: Path, rows: list[dict[str, Any]], look: dict[str, Any
         shift = 1 + 0.012 * (i - (len(here) - 1) / 2)  # so that bars of several encoders do not hide each other
         x = [row["temporal_support"] * shift for row in mine]
         y = [row["score"] for row in mine]
-        bars = [
-            [max(0.0, row["score"] - row["low"]) for row in mine],
-            [max(0.0, row["high"] - row["score"]) for row in mine],
-        ]
+        # Of NaN, as of one group, there is no bar; np.maximum keeps it, as max does not.
+        bars = np.maximum(0.0, [[row["score"] - row["low"], row["high"] - row["score"]] for row in mine]).T
         axis.errorbar(x, y, bars, capsize=2, elinewidth=1, markersize=5, **look[name])
     _ts_axis(axis, [row["temporal_support"] for row in rows])
-    longest = rows[0]["longest_seconds"]
+    longest, notes = rows[0]["longest_seconds"], []
     if longest < max(row["temporal_support"] for row in rows):
         axis.axvline(longest, color="0.6", linestyle=":", zorder=0)
-        axis.set_title(f"dotted: the longest clip, {longest:.3g} s; beyond it an embedding sees no more", **_NOTE)
+        notes.append(f"dotted: the longest clip, {longest:.3g} s; beyond it an embedding sees no more")
+    if any(math.isnan(row["low"]) for row in rows):
+        notes.append("without a bar: no interval, for the test clips are one group")
+    axis.set_title("\n".join(notes), **_NOTE)
     axis.set_ylabel(rows[0]["metric"])
     _legend(figure, axis)
     _save(figure, path)
@@ -211,11 +232,11 @@ def _label(axis: Any, points: dict[tuple[float, float], tuple[str, str]]) -> Non
             label.remove()
 
 
-def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any]) -> None:
+def _cost(plt: Any, path: Path, costs: list[Cost], look: dict[str, Any], hop: float | None) -> None:
     wanted: list[tuple[str, Callable[[Cost], float]]] = [
-        ("milliseconds per second of audio", lambda cost: 1e3 / cost.times_real_time),
+        ("milliseconds per second of audio", lambda cost: 1e3 / cost.times_real_time(hop)),
         ("peak memory (MiB)", lambda cost: cost.peak_mib),
-        ("GMAC per second of audio", lambda cost: cost.macs_per_second / 1e9),
+        ("GMAC per second of audio", lambda cost: cost.macs_per_second(hop) / 1e9),
     ]
     panels = [(label, value) for label, value in wanted if any(value(cost) > 0 for cost in costs)]
     figure, axes = plt.subplots(

@@ -19,10 +19,10 @@ from torch import Tensor
 from .. import __version__
 from ..files import made_anew, read_parquet, write_parquet
 from ..tasks import Task
-from .cache import View
+from .cell import Cell
+from .choose import Choice, best_encoder, choose
 from .cost import Cost
-from .linear import Probed
-from .metrics import RESAMPLES, Draws, interval
+from .metrics import RESAMPLES, Draws, interval, score_interval
 
 # Hears of (stage, parts done, parts in all).
 Progress = Callable[[str, float, int], None]
@@ -36,41 +36,25 @@ CHEAPEST_BY = {"memory": "peak_mib", "time": "ms_per_audio_second", "macs": "mac
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One task, encoder and temporal support: what its probes said, and what it cost at each batch size."""
-
-    task: Task
-    encoder: str
-    encoder_id: str
-    embedding_dim: int
-    view: View
-    probed: Probed
-    windows: float
-    shared_audio: int
-    costs: list[Cost]
-
-    @property
-    def valid_score(self) -> float:
-        """Mean over folds and seeds of the score on validation clips: what a choice may look at."""
-        return self.probed.valid_score.nanmean().item()
-
-    @property
-    def sees_all(self) -> bool:
-        """Whether every clip is one window, and no padding in it: a longer temporal support changes nothing."""
-        padded = self.view.remainder == "pad" and self.view.aggregate != "one"
-        return not padded and self.view.temporal_support >= float(self.task.seconds.max())
-
-
-@dataclass(frozen=True)
 class Tables:
     """`results`: a row a cell, and one more for each subset of its test clips. `comparisons`: a row a cell, against the
-    best temporal support of its task and encoder. `choices`: a row a task and encoder. `encoders`: a row a task,
-    encoder and other encoder, either at its best temporal support."""
+    choice of its task and encoder. `choices`: a row a task and encoder. `encoders`: a row a task, encoder and other
+    encoder, either at its choice. What is told of a choice is told of the folds' own choices, put together."""
 
     results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     comparisons: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     encoders: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Of one encoder its cells, the best of them, and by fold (1 + B, F) and together (1 + B,) the best's scores."""
+
+    cells: list[Cell]
+    best: Choice
+    by_fold: Tensor
+    score: Tensor
 
 
 def tabulate(
@@ -83,10 +67,10 @@ def tabulate(
     """Score, compare and choose.
 
     The best temporal support is the one of the best validation score, and the cheapest is the one of least cost whose
-    validation score is within `margin` of that; test clips only say what both are worth. Costs are those of the
-    largest batch; where they were not measured there is no cheapest, and its columns are None. Of the temporal supports
-    that see every clip whole, whose embeddings are the same, only the shortest is chosen. The resamples are the same
-    for every cell of a task, so differences are paired.
+    validation score is within `margin` of that; test clips only say what both are worth, where there are several folds
+    by the choice that each makes for itself (choose.py). Costs are those of the largest batch; where they were not
+    measured there is no cheapest, and its columns are None. The resamples are the same for every cell of a task, so
+    differences are paired.
     """
     tables = Tables()
     done = 0
@@ -94,44 +78,54 @@ def tabulate(
         draws = Draws.of([task.groups[fold.test] for fold in task.folds], cells[0].probed.valid.shape[1], resamples)
         targets = [torch.from_numpy(task.targets[fold.test]) for fold in task.folds]
         of_task = [cell for cell in cells if cell.task.name == task.name]
-        bests: list[tuple[Cell, Tensor]] = []  # of each encoder, with its resampled score
+        chosen: list[_Chosen] = []
         for name in dict.fromkeys(cell.encoder for cell in of_task):
             mine = sorted((c for c in of_task if c.encoder == name), key=lambda c: c.view.temporal_support)
-            scored = []
+            by_fold = []
             for cell in mine:
-                scored.append(draws.score(task.metric, cell.probed.scores, targets))
+                by_fold.append(draws.by_fold(task.metric, cell.probed.scores, targets))
                 done += 1
                 progress("scoring", done, len(cells))
+            scored = [draws.together(task.metric, each) for each in by_fold]
             rows = [_row(cell, "", score) for cell, score in zip(mine, scored, strict=True)]
-            whole = [i for i, cell in enumerate(mine) if cell.sees_all]
-            choosable = [i for i in range(len(mine)) if i not in whole[1:]]
-            best = max(choosable, key=lambda i: (mine[i].valid_score, -mine[i].view.temporal_support))
-            near = [i for i in choosable if mine[i].valid_score >= mine[best].valid_score - margin - 1e-9]
-            column = CHEAPEST_BY[cheapest_by]
-            measured = all(rows[i][column] is not None for i in near)
-            cheapest = min(near, key=lambda i: (rows[i][column], mine[i].view.temporal_support)) if measured else None
+            best, cheapest = choose(mine, [row[CHEAPEST_BY[cheapest_by]] for row in rows], margin)
+            of_best = best.together(by_fold)
+            score = draws.together(task.metric, of_best)[0]
             for i, cell in enumerate(mine):
                 tables.results.append(rows[i])
                 for subset, member in task.subsets.items():
                     within = [torch.from_numpy(member[fold.test]) for fold in task.folds]
                     if not any(part.any() for part in within):  # its test clips are left out
                         continue
-                    score = draws.score(task.metric, cell.probed.scores, targets, within)
-                    tables.results.append(_row(cell, subset, score))
-                tables.comparisons.append(_difference(task, cell, mine[best], scored[i][0] - scored[best][0]))
-            told = None if cheapest is None else (rows[cheapest], scored[cheapest][0] - scored[best][0])
-            tables.choices.append(_choice(task, name, rows[best], told))
-            bests.append((mine[best], scored[best][0]))
-        for (one, score), (other, others) in itertools.permutations(bests, 2):
-            tables.encoders.append(_pair(task, one, other, score - others))
+                    part = draws.score(task.metric, cell.probed.scores, targets, within)
+                    tables.results.append(_row(cell, subset, part))
+                tables.comparisons.append(_difference(task, cell, mine[best.taken], scored[i][0] - score))
+            choice = _choice(task, name, rows, best, score)
+            if cheapest is None:
+                choice |= dict.fromkeys([*(f"cheapest_{column}" for column in _TAKEN), *_CHANGES])
+            else:
+                cheap = draws.together(task.metric, cheapest.together(by_fold))[0]
+                choice |= _cheapest(rows, best, cheapest, cheap, cheap - score)
+            tables.choices.append(choice)
+            chosen.append(_Chosen(mine, best, of_best, score))
+        for one, other in itertools.permutations(chosen, 2):
+            tables.encoders.append(_pair(task, one, other))
+        overall = best_encoder([(each.cells, each.best) for each in chosen])
+        of_all = draws.together(task.metric, overall.together([each.by_fold for each in chosen]))[0]
+        for choice, each in zip(tables.choices[-len(chosen) :], chosen, strict=True):
+            apart = _apart(each.score - of_all)
+            choice["best_encoder"] = chosen[overall.taken].cells[0].encoder
+            names = ("against_best", "against_best_low", "against_best_high")
+            choice |= dict(zip(names, apart.values(), strict=True))
     return tables
 
 
 def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, Any]:
     task, view = cell.task, cell.view
-    (low, high), (low_folds, high_folds) = interval(scored[0]), interval(scored[1])
     tested = np.unique(np.concatenate([fold.test for fold in task.folds]))
     counted = tested if not subset else tested[task.subsets[subset][tested]]
+    groups = len(np.unique(task.groups[counted]))
+    (low, high), (low_folds, high_folds) = (score_interval(values, task.metric, groups) for values in scored)
     row: dict[str, Any] = dict(
         task=task.name,
         encoder=cell.encoder,
@@ -149,6 +143,7 @@ def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, An
         high_folds=high_folds if len(task.folds) > 1 else math.nan,
         valid_score=cell.valid_score,
         test_clips=len(counted),
+        test_groups=groups,
         clips=len(task.paths),
         left_out=len(task.left_out),
         shared_audio=cell.shared_audio,
@@ -162,6 +157,7 @@ def _row(cell: Cell, subset: str, scored: tuple[Tensor, Tensor]) -> dict[str, An
         embedding_dim=cell.embedding_dim,
         learning_rates=cell.probed.chosen[..., 0].flatten().tolist(),
         decays=cell.probed.chosen[..., 1].flatten().tolist(),
+        untrained=int(cell.probed.untrained.sum()),
         probe_version=__version__,
     )
     return row | _costs(cell)
@@ -173,17 +169,18 @@ def _costs(cell: Cell) -> dict[str, Any]:
         names = ("batch", "latency_ms", "ms_per_audio_second", "ms_per_clip", "peak_mib", "weights_mib", "macs")
         names += ("macs_per_audio_second", "macs_per_clip", "parameters", "device", "dtype", "threads")
         return dict.fromkeys(names)
+    full = cell.windows if cell.full_windows is None else cell.full_windows
     small, large = (pick(cell.costs, key=lambda cost: cost.batch) for pick in (min, max))
     return dict(
         batch=large.batch,
         latency_ms=small.batch_ms,
-        ms_per_audio_second=1e3 / large.times_real_time,
-        ms_per_clip=large.batch_ms / large.batch * cell.windows,
+        ms_per_audio_second=1e3 / large.times_real_time(cell.view.step),
+        ms_per_clip=large.batch_ms / large.batch * full,
         peak_mib=large.peak_mib,
         weights_mib=large.weights_mib,
         macs=large.macs,
-        macs_per_audio_second=large.macs_per_second,
-        macs_per_clip=large.macs * cell.windows,
+        macs_per_audio_second=large.macs_per_second(cell.view.step),
+        macs_per_clip=large.macs * full,
         parameters=large.parameters,
         device=large.device,
         dtype=large.dtype,
@@ -202,15 +199,16 @@ def _difference(task: Task, cell: Cell, best: Cell, difference: Tensor) -> dict[
     )
 
 
-def _pair(task: Task, one: Cell, other: Cell, difference: Tensor) -> dict[str, Any]:
+def _pair(task: Task, one: _Chosen, other: _Chosen) -> dict[str, Any]:
+    first, second = one.cells[one.best.taken], other.cells[other.best.taken]
     return dict(
         task=task.name,
-        encoder=one.encoder,
-        temporal_support=one.view.temporal_support,
-        other=other.encoder,
-        other_temporal_support=other.view.temporal_support,
+        encoder=first.encoder,
+        temporal_support=first.view.temporal_support,
+        other=second.encoder,
+        other_temporal_support=second.view.temporal_support,
         metric=task.metric,
-        **_apart(difference),
+        **_apart(one.score - other.score),
     )
 
 
@@ -219,45 +217,33 @@ def _apart(difference: Tensor) -> dict[str, float]:
     return dict(difference=difference[0].item(), low=low, high=high)
 
 
-_CHEAPEST = ("temporal_support", "seconds_seen", "score", "low", "high")
+_TAKEN = ("temporal_support", "by_fold", "seconds_seen", "score", "low", "high")
 _CHANGES = ("difference", "difference_low", "difference_high", "memory_saved", "time_saved", "macs_saved")
 
 
-def _choice(
-    task: Task, encoder: str, best: dict[str, Any], told: tuple[dict[str, Any], Tensor] | None
+def _choice(task: Task, encoder: str, rows: list[dict[str, Any]], best: Choice, score: Tensor) -> dict[str, Any]:
+    return dict(task=task.name, encoder=encoder, metric=task.metric) | _taken("best", rows, best, score)
+
+
+def _taken(which: str, rows: list[dict[str, Any]], choice: Choice, score: Tensor) -> dict[str, Any]:
+    """`rows` are those of the cells, `score` (1 + B,) is the choice's."""
+    row, supports = rows[choice.taken], [rows[i]["temporal_support"] for i in choice.by_fold]
+    ends = score_interval(score, row["metric"], row["test_groups"])
+    told = (row["temporal_support"], supports, row["seconds_seen"], score[0].item(), *ends)
+    return {f"{which}_{name}": value for name, value in zip(_TAKEN, told, strict=True)}
+
+
+def _cheapest(
+    rows: list[dict[str, Any]], best: Choice, cheapest: Choice, score: Tensor, difference: Tensor
 ) -> dict[str, Any]:
-    """`told`: the cheapest row, and its resampled difference to the best; None where costs are not known."""
-    choice = dict(
-        task=task.name,
-        encoder=encoder,
-        metric=task.metric,
-        best_temporal_support=best["temporal_support"],
-        best_seconds_seen=best["seconds_seen"],
-        best_score=best["score"],
-        best_low=best["low"],
-        best_high=best["high"],
-    )
-    if told is None:
-        return choice | dict.fromkeys([*(f"cheapest_{name}" for name in _CHEAPEST), *_CHANGES])
-    cheapest, difference = told
-    low, high = interval(difference)
+    """`difference` (1 + B,) of its score to the best's; what it saves is of the two that are recommended."""
+    apart, one, other = _apart(difference), rows[cheapest.taken], rows[best.taken]
 
     def saved(column: str) -> float:
-        return 1 - cheapest[column] / best[column] if best[column] else 0.0
+        return 1 - one[column] / other[column] if other[column] else 0.0
 
-    return choice | dict(
-        cheapest_temporal_support=cheapest["temporal_support"],
-        cheapest_seconds_seen=cheapest["seconds_seen"],
-        cheapest_score=cheapest["score"],
-        cheapest_low=cheapest["low"],
-        cheapest_high=cheapest["high"],
-        difference=difference[0].item(),
-        difference_low=low,
-        difference_high=high,
-        memory_saved=saved("peak_mib"),
-        time_saved=saved("ms_per_audio_second"),
-        macs_saved=saved("macs_per_audio_second"),
-    )
+    costs = [saved(column) for column in ("peak_mib", "ms_per_audio_second", "macs_per_audio_second")]
+    return _taken("cheapest", rows, cheapest, score) | dict(zip(_CHANGES, [*apart.values(), *costs], strict=True))
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -273,7 +259,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     ]
     table = pa.Table.from_pylist(plain)
     types = {name: pa.int64() for name in ("batch", "macs", "parameters", "threads")}
-    types |= {name: pa.string() for name in ("device", "dtype")}
+    types |= {name: pa.string() for name in ("device", "dtype")} | {"cheapest_by_fold": pa.list_(pa.float64())}
     for i, field in enumerate(table.schema):
         if pa.types.is_null(field.type):
             kind = types.get(field.name, pa.float64())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -55,6 +56,9 @@ for (const table of document.querySelectorAll('table.sortable')) {
 }
 """
 
+NO_SCORE, NO_CLIP = "no score: no clip of any class", "no clip differs"
+_ROUNDING = 1e-9
+
 # column -> heading, and how a value is written
 _COLUMNS = {
     "task": ("task", "{}"),
@@ -83,14 +87,17 @@ def write_report(
     choices: tuple[Sequence[str], Sequence[Sequence[str]]],
     sentences: Sequence[str],
     made: dict[str, str],
+    hop: float | None = None,
 ) -> None:
     """`plots` are (file name, caption) beside the report; `choices` header and body of the table of temporal supports
-    to take; `sentences` say what was found, `made` how."""
+    to take; `sentences` say what was found, `made` how. `hop`: seconds from one window to the next, by which a
+    second of audio costs; None: as the temporal support."""
     sections = []
+    several = any(len(row["best_by_fold"]) > 1 for row in tables.choices)
     if tables.choices:
         costed = any(row["cheapest_temporal_support"] is not None for row in tables.choices)
         text = "Both are chosen on validation clips; their" if costed else "The best is chosen on validation clips; its"
-        text += " scores are those of test clips, with 95 % intervals."
+        text += " scores are those of test clips, with 95 % intervals." + (_BY_FOLD if several else "")
         sections.append(Section("Which temporal support to take", text, [table(*choices), _list(sentences)]))
     scores = [plot for plot in plots if plot[0].startswith(("score-", "pareto-"))]
     rest = [plot for plot in plots if plot not in scores]
@@ -117,15 +124,16 @@ def write_report(
         columns = dict(_COLUMNS)
         if all(f"{row['seconds_seen']:.3g}" == f"{row['temporal_support']:.3g}" for row in tables.results):
             del columns["seconds_seen"]  # no clip is shorter than what an embedding may see
-        rows = [_dash(row) for row in tables.results]
+        rows = [_dash(row) | ({"score": NO_SCORE} if math.isnan(row["score"]) else {}) for row in tables.results]
         sections.append(Section("Every number", _NO_MACS, [sortable("results", columns, rows)]))
         if compared:  # there were several
             sections.append(
                 Section(
                     "Against the best temporal support",
                     "The difference on the same test clips, resampled together: its interval is narrower than the two "
-                    "scores' intervals suggest. The best is chosen on validation clips.",
-                    [sortable("comparisons", _COMPARED, compared)],
+                    "scores' intervals suggest. The best is chosen on validation clips."
+                    + (_BY_FOLD if several else ""),
+                    [sortable("comparisons", _COMPARED, list(map(_worded, compared)))],
                 )
             )
     if tables.encoders:
@@ -133,8 +141,8 @@ def write_report(
             Section(
                 "One encoder against another",
                 "Either at its best temporal support, on the same test clips, resampled together. Each pair by itself: "
-                "among many some differ by chance.",
-                [sortable("encoders", _ENCODERS, tables.encoders)],
+                "among many some differ by chance." + (_BY_FOLD if several else ""),
+                [sortable("encoders", _ENCODERS, list(map(_worded, tables.encoders)))],
             )
         )
     if costs and not tables.results:
@@ -142,8 +150,8 @@ def write_report(
             _dash(
                 dict(
                     cost.__dict__,
-                    ms_per_audio_second=1e3 / cost.times_real_time,
-                    macs_per_audio_second=cost.macs_per_second,
+                    ms_per_audio_second=1e3 / cost.times_real_time(hop),
+                    macs_per_audio_second=cost.macs_per_second(hop),
                 )
             )
             for cost in costs
@@ -155,6 +163,10 @@ def write_report(
     write_text(path, page(title, lead, sections, style=_STYLE, script=_SCRIPT))
 
 
+_BY_FOLD = (
+    " Where a task has several folds, the temporal support named is that of all folds' validation clips; as these "
+    "are tested in other folds, scores and differences are of what each fold's own validation clips choose."
+)
 _APART = {
     "difference": ("difference", "{:+.3f}"),
     "low": ("95 % from", "{:+.3f}"),
@@ -198,6 +210,17 @@ def _dash(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if key.startswith("macs") and value == 0 else value for key, value in row.items()}
 
 
+def _worded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a difference, which has words in the place of an interval without width."""
+    same = no_clip_differs(row["difference"], row["low"], row["high"])
+    return row | ({"low": NO_CLIP, "high": ""} if same else {})
+
+
+def no_clip_differs(difference: float, low: float, high: float) -> bool:
+    """Whether two scores differ in no resample."""
+    return all(abs(value) < _ROUNDING for value in (difference, low, high))  # false of NaN, that of one group
+
+
 def sortable(name: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> str:
     """A table whose headings sort it, and a field above it that keeps the rows with some text."""
     shown = {key: column for key, column in columns.items() if any(row[key] not in (None, "") for row in rows)}
@@ -220,6 +243,8 @@ def _cell(value: Any, form: str, text: str) -> str:
         return f"<td{text}></td>"
     if value is None or value != value:  # NaN
         return f"<td{text}>–</td>"
+    if isinstance(value, str) and form != "{}":  # words in the place of a number
+        return f"<td{text}>{escape(value)}</td>"
     return f'<td{text} data-value="{escape(str(value))}">{escape(form.format(value))}</td>'
 
 

@@ -32,11 +32,12 @@ from ..errors import AudioError, ConfigError
 from ..files import atomic, check_no_file, made_anew
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
-from .cost import Cost, device_name, dtype_name, measure
+from .cost import Cost, device_name, measure
 from .linear import ProbeConfig, Probed, probe
+from .own_code import class_name, dtype_name, own_code
 from .results import Cell, Progress, add_cost, ignored, read_costs
 
-_PROBES = 3  # raised where stored probes may be wrong: those of 2 may be chosen on groups that they learnt from
+_PROBES = 4  # raised where stored probes are wrong, or lack something: those of 3 do not say which are untrained
 _OURS = {"probes", "cost.parquet", "results.parquet", "problems.txt"}  # and embeddings/, the first to be there
 _SHORTEST = 1e-3  # seconds that a window or a hop has at least
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days
@@ -222,10 +223,11 @@ def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple
     progress("measuring cost", 0, total)
     for name in config.encoders:
         encoder = load_encoder(name, "cpu", dtype=config.dtype)
-        identity, dtype = encoder.id, dtype_name(encoder)
+        kind = dict(encoder_id=encoder.id, dtype=dtype_name(encoder), encoder_class=class_name(encoder))
+        kind |= dict(code=own_code(encoder))
         for ts in config.temporal_supports:
             for batch in config.batch_sizes:
-                wanted = dict(encoder_id=identity, temporal_support=ts, batch=batch, dtype=dtype, threads=threads)
+                wanted = kind | dict(temporal_support=ts, batch=batch, threads=threads)
                 wanted |= dict(device=device_name(device), torch=torch.__version__, matpac_fast=__version__)
                 known = read_costs(path)  # again each time: another study may write there too
                 same = [cost for cost in known if all(getattr(cost, key) == value for key, value in wanted.items())]
@@ -286,10 +288,12 @@ def _probe_all(
         for task in tasks:
             for cache in caches[name]:
                 part = lambda share, done=done: progress("probing", done + share, total)  # noqa: E731
-                probed, windows = _probe(config, out, cache, task, audio[task.name], device, part)
+                probed = _probe(config, out, cache, task, audio[task.name], device, part)
+                windows, full = _windows(task, cache.view, cache.encoder.sample_rate)
                 mine = [costs[key] for key in costs if key[:2] == (name, cache.view.temporal_support)]
                 identity, dim, shared = cache.settings["encoder"], cache.encoder.embedding_dim, copies[task.name]
-                cells[task.name].append(Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine))
+                cell = Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine, full)
+                cells[task.name].append(cell)
                 done += 1
                 progress("probing", done, total)
     return [cell for task in tasks for cell in cells[task.name]]
@@ -303,8 +307,8 @@ def _probe(
     audio: list[str],
     device: torch.device,
     progress: Callable[[float], None],
-) -> tuple[Probed, float]:
-    """The probes of one cell, and the mean number of windows a clip; read where they are there."""
+) -> Probed:
+    """The probes of one cell; read where they are there."""
     settings = config.trained()
     made_of = [_PROBES, cache.key, task.fingerprint, hashlib.sha256("".join(audio).encode()).hexdigest()]
     made_of += [json.dumps(dataclasses.asdict(settings), sort_keys=True), task.metric, device.type, __version__]
@@ -323,19 +327,28 @@ def _probe(
             progress=progress,
         )
         arrays = {f"scores{f}": scores.float().numpy() for f, scores in enumerate(found.scores)}
-        for key in ("valid", "valid_score", "chosen"):
+        for key in ("valid", "valid_score", "chosen", "untrained"):
             arrays[key] = getattr(found, key).double().numpy()
         with atomic(path) as beside, open(beside, "wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     with made_anew(path), np.load(path, allow_pickle=False) as stored:
         scores = [torch.from_numpy(stored[f"scores{f}"]).double() for f in range(len(task.folds))]
         valid, valid_score, chosen = (torch.from_numpy(stored[key]) for key in ("valid", "valid_score", "chosen"))
-    view = cache.view
-    spans = Windowing(view.temporal_support, view.hop, remainder=view.remainder)
-    rate = cache.encoder.sample_rate
+        untrained = torch.from_numpy(stored["untrained"]).bool()
+    return Probed(scores, valid, valid_score, chosen, untrained)
+
+
+def _windows(task: Task, view: View, rate: int) -> tuple[float, float]:
+    """`windows` and `full_windows` of a cell."""
     lengths, clips = np.unique(np.maximum(1, np.rint(task.seconds * rate)).astype(np.int64), return_counts=True)
-    windows = np.average([len(spans.spans(n, rate)) for n in lengths.tolist()], weights=clips)
-    return Probed(scores, valid, valid_score, chosen), 1.0 if view.aggregate == "one" else float(windows)
+    windowing = Windowing(view.temporal_support, view.hop, remainder=view.remainder)
+    size, _ = windowing.samples(rate)
+    assert size is not None
+    if view.aggregate == "one":  # never padded
+        return 1.0, float(np.average(np.minimum(lengths, size) / size, weights=clips))
+    spans = [windowing.spans(n, rate) for n in lengths.tolist()]
+    counts, seen = zip(*((len(each), (each[:, 1] - each[:, 0]).sum() / size) for each in spans), strict=True)
+    return float(np.average(counts, weights=clips)), float(np.average(seen, weights=clips))
 
 
 def _wait_for_all(rank: int, world: int) -> None:

@@ -14,8 +14,10 @@ _CLIPS = 2000
 def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> Task:
     """The official folder: meta/esc50.csv and audio/*.wav. Clips cut from one recording are in one fold already."""
     layout = Layout("esc50", path, partial)
-    rows = layout.rows("meta/esc50.csv", ["filename", "fold", "category", "src_file"])
-    layout.count("meta/esc50.csv", "clips", len(rows), _CLIPS)
+    table = "meta/esc50.csv"
+    rows = layout.rows(table, ["filename", "fold", "category", "src_file"])
+    folds = np.array(layout.whole(table, rows, "fold"))
+    layout.count(table, "clips", len(rows), _CLIPS)
     names = [f"audio/{row['filename']}" for row in rows]
     keep, seconds = layout.audio(names, (4.9, 5.1))
     rows = [row for row, kept in zip(rows, keep, strict=True) if kept]
@@ -27,7 +29,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         paths=[layout.folder / "audio" / row["filename"] for row in rows],
         targets=targets,
         groups=np.array([row["src_file"] for row in rows]),
-        folds=rotate_folds(np.array([int(row["fold"]) for row in rows])),
+        folds=rotate_folds(folds[keep]),
         seconds=seconds[keep],
         left_out=layout.problems,
     )

@@ -24,11 +24,11 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     needed `split` (train, valid, test) or `fold` (any names, at least three), `group` (clips that belong together, such
     as one speaker's), and `subset` (test clips scored on their own too). A label with ";" in it, or an empty one, makes
     the task multi-label: "piano;drums". A label may be listed as unknown with "?" before it: "piano;?drums". Clips that
-    it does not list are no part of the task. Other columns are not used.
+    it does not list are no part of the task. Blanks around a value are no part of it. Other columns are not used.
 
     Raises:
-        DatasetError: a column that is nearly called as one of these, which is not there; what is listed and missing or
-            no audio, file by file; fewer than two classes; too few groups.
+        DatasetError: a column that is nearly called as one of these, which is not there; a split and folds; what is
+            listed and missing or no audio, file by file; fewer than two classes; too few groups.
     """
     layout = Layout(f"folder {Path(path).name}", path, partial)
     if (layout.folder / "clips.csv").exists():
@@ -64,6 +64,9 @@ def _listed(layout: Layout, seed: int) -> Task:
         listed.add(path)
     for row in rows:
         row["file"] = local(row["path"])
+        for column in _OPTIONAL:  # "ann " is ann, whose clips must not be on two sides
+            if column in row:
+                row[column] = row[column].strip()
         # "piano; drums" has the drums of "drums"
         row["label"] = ";".join(label.strip() for label in row["label"].split(";"))
     multi = any(";" in row["label"] or not row["label"] or row["label"].startswith("?") for row in rows)
@@ -112,6 +115,11 @@ def _multi(labels: list[list[str]]) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strata: np.ndarray, seed: int) -> list[Fold]:
+    if all(any(row.get(name) for row in rows) for name in ("split", "fold")):
+        raise DatasetError(
+            f"{layout.folder / 'clips.csv'} says which clips are tested twice, by split and by fold; expected one of "
+            "the two columns: remove or empty the other"
+        )
     if any(row.get("split") for row in rows):
         splits = np.array([row.get("split", "") for row in rows])
         if unknown := set(splits.tolist()) - set(_SPLITS):

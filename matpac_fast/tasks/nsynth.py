@@ -21,11 +21,16 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     for split, official in _SPLITS.items():
         table = f"nsynth-{split}/examples.json"
         notes = layout.json(table)
+        if not isinstance(notes, dict):
+            raise layout.altered(table, "it", f"a {type(notes).__name__}", "an object of notes")
         layout.count(table, "notes", len(notes), official)
         for name in sorted(notes):
             names.append(f"nsynth-{split}/audio/{name}.wav")
-            labels.append(notes[name]["instrument_family_str"])
-            groups.append(notes[name]["instrument_str"])
+            for found, key in ((labels, "instrument_family_str"), (groups, "instrument_str")):
+                told = notes[name].get(key) if isinstance(notes[name], dict) else None
+                if not isinstance(told, str):
+                    raise layout.altered(table, f"the note {name}", f"no {key}", "its name")
+                found.append(told)
         splits += [split] * len(notes)
     keep, seconds = layout.audio(names, (3.9, 4.1))
     classes, targets = class_indices([label for label, kept in zip(labels, keep, strict=True) if kept])

@@ -20,12 +20,15 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     """
     layout = Layout("openmic", path, partial)
     places = layout.json("class-map.json")
+    if not isinstance(places, dict) or sorted(places.values(), key=str) != sorted(range(len(places)), key=str):
+        raise layout.altered("class-map.json", "it", "other values", "an object of instruments, numbered from 0")
     table = "openmic-2018-aggregated-labels.csv"
     known: dict[str, list[tuple[int, float]]] = {}
-    for row in layout.rows(table, ["sample_key", "instrument", "relevance"]):
+    rows = layout.rows(table, ["sample_key", "instrument", "relevance"])
+    for row, relevance in zip(rows, layout.numbers(table, rows, "relevance"), strict=True):
         if row["instrument"] not in places:
             raise DatasetError(f"openmic: {table} has an instrument {row['instrument']!r} that class-map.json has not")
-        known.setdefault(row["sample_key"], []).append((places[row["instrument"]], float(row["relevance"])))
+        known.setdefault(row["sample_key"], []).append((places[row["instrument"]], relevance))
     keys: list[str] = []
     splits: list[str] = []
     for split, official in (("train", _TRAIN), ("test", _TEST)):
@@ -46,7 +49,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     return Task(
         name="openmic",
         kind="multi",
-        classes=tuple(sorted(places, key=places.get)),
+        classes=tuple(sorted(places, key=lambda name: places[name])),
         paths=[layout.folder / "audio" / key[:3] / f"{key}.ogg" for key in keys],
         targets=targets,
         groups=np.array([key.split("_")[0] for key in keys]),

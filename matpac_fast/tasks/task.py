@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -212,6 +213,35 @@ class Layout:
             raise DatasetError(
                 f"{self.name}: {self.folder / name} is damaged: {error}", [(name, "altered: no JSON")]
             ) from None
+
+    def altered(self, name: str, where: str, came: str, expected: str) -> DatasetError:
+        """Of a table that is there, and holds what cannot be; `where` names the row."""
+        told = f"altered: {where} has {came}"
+        return DatasetError(
+            f"{self.name}: {self.folder / name} is {told}; expected {expected}; unpack the data set anew",
+            [(name, told)],
+        )
+
+    def whole(self, name: str, rows: Sequence[Mapping[str, str]], column: str) -> list[int]:
+        """The whole numbers of a table's column."""
+        return [int(number) for number in self._numbers(name, rows, column, int, "a whole number")]
+
+    def numbers(self, name: str, rows: Sequence[Mapping[str, str]], column: str) -> list[float]:
+        """The finite numbers of a table's column."""
+        return self._numbers(name, rows, column, float, "a number")
+
+    def _numbers(
+        self, name: str, rows: Sequence[Mapping[str, str]], column: str, kind: type, expected: str
+    ) -> list[float]:
+        found = []
+        for number, row in enumerate(rows, 1):
+            try:
+                found.append(kind(row[column]))
+            except ValueError:
+                found.append(math.nan)
+            if not math.isfinite(found[-1]):
+                raise self.altered(name, f"row {number} below the header", f"the {column} {row[column]!r}", expected)
+        return found
 
     def count(self, name: str, what: str, found: int, official: int) -> None:
         """Note a list that is not as long as the official one."""

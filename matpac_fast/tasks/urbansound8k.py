@@ -17,6 +17,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     layout = Layout("urbansound8k", path, partial)
     table = "metadata/UrbanSound8K.csv"
     rows = layout.rows(table, ["slice_file_name", "fsID", "fold", "class"])
+    folds = np.array(layout.whole(table, rows, "fold"))
     layout.count(table, "clips", len(rows), _CLIPS)
     names = [f"audio/fold{row['fold']}/{row['slice_file_name']}" for row in rows]
     keep, seconds = layout.audio(names, (1e-3, 4.1))
@@ -31,7 +32,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         targets=targets,
         # A recording's slices of one class are together; the official folds part a few recordings between classes.
         groups=np.array([f"{row['fold']}-{row['fsID']}" for row in rows]),
-        folds=rotate_folds(np.array([int(row["fold"]) for row in rows])),
+        folds=rotate_folds(folds[keep]),
         seconds=seconds[keep],
         left_out=layout.problems,
     )

@@ -20,7 +20,8 @@ import soundfile
 from matpac_fast import cli, load_encoder
 from matpac_fast.cli import probe
 from matpac_fast.cli import study as study_command
-from matpac_fast.cli.study import _paths, choice_cells, copies
+from matpac_fast.cli._study_words import choice_cells, copies
+from matpac_fast.cli.study import _paths
 from matpac_fast.config import MatpacConfig
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
@@ -217,7 +218,17 @@ def test_probe_warns_in_one_line_of_weights_that_are_untrained(tmp_path, capfd):
         "whose scores are those of untrained weights, as they were drawn; try smaller learning rates, such as 10000, "
         "or larger decays\n"
     )
-    assert said.out.endswith(" 8 test clips, 1 fold, 1 seed\n")
+    line = (
+        f"{tmp_path.name}, logmel-stats: no step lowered the validation loss of 1 of 1 probes at 0.1 s, whose scores "
+        "are those of untrained weights; smaller --learning-rates or larger --decays may train them."
+    )
+    assert said.out.splitlines()[1:] == [line]
+    arguments = ["study", "--encoders", "logmel-stats", "--tasks", f"folder:{tmp_path}", *arguments[5:], "--no-cost"]
+    for _ in range(2):  # the second time the probes are read
+        assert cli.main([*arguments, "--resamples", "5", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+        assert line in capfd.readouterr().out
+        assert line in html.unescape((tmp_path / "out/report.html").read_text())
+        assert pq.read_table(tmp_path / "out/results.parquet")["untrained"].to_pylist() == [1]
 
 
 def test_cost_only_needs_no_task(encoder_file, tmp_path, capsys, monkeypatch):  # noqa: F811

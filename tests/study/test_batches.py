@@ -193,4 +193,5 @@ def test_learning_rates_that_learn_nothing_are_told(rates, seeds, told):
     values, targets = blobs()
     config = dataclasses.replace(BATCHES, learning_rates=rates, seeds=seeds)
     with pytest.warns(UserWarning, match=told):
-        run(values, targets, three_folds(len(targets))[:1], config, 3)
+        found = run(values, targets, three_folds(len(targets))[:1], config, 3)
+    assert found.untrained.tolist() == [[True] * seeds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -133,3 +134,40 @@ def test_costs_that_are_added_at_once_are_all_kept(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: add_cost(tmp_path / "cost.parquet", made_cost(float(i))), range(8)))
     assert sorted(cost.temporal_support for cost in read_costs(tmp_path / "cost.parquet")) == list(range(8))
+
+
+def test_an_encoder_whose_code_changes_is_measured_again(tmp_path, monkeypatch):
+    text = """import matpac_fast as mf
+class Peak(mf.AudioEncoder):
+    embedding_dim, settings = 1, {"kind": "peak"}
+    def forward_pieces(self, pieces, pool, layers):
+        return pieces.amax(1)[:, None, None]
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sweep, "measure", lambda *_: measure_here(peak, "peak", 0.2, 1))
+    monkeypatch.setattr(sweep, "load_encoder", lambda *_, **__: peak)
+    monkeypatch.setattr(cost, "_SECONDS", 0.0)
+    for module in (sweep, cost):
+        monkeypatch.setattr(module, "class_name", lambda _: "Peak")  # of one module that is edited
+    study, codes = StudyConfig(("peak",), (), (0.2,), batch_sizes=(1,)), []
+    for name, source in (("one", text), ("same", text), ("other", text.replace("amax", "amin"))):
+        (tmp_path / f"costed_{name}.py").write_text(source)
+        peak = importlib.import_module(f"costed_{name}").Peak()
+        sweep.cost_sweep(study, tmp_path, lambda *_: None)
+        codes.append([each.code for each in read_costs(tmp_path / "cost.parquet")])
+    assert codes[0] == codes[1] == codes[2][:1] != [""]
+    assert len(set(codes[2])) == 2
+
+
+def test_costs_of_before_code_was_kept_are_read_and_measured_again(encoder_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "measure", lambda name, ts, batch, *_: measure_here(load_encoder(name), name, ts, batch))
+    monkeypatch.setattr(cost, "_SECONDS", 0.0)
+    study, path = StudyConfig((str(encoder_file),), (), (0.2,), batch_sizes=(1,)), tmp_path / "cost.parquet"
+    sweep.cost_sweep(study, tmp_path, lambda *_: None)
+    (row,) = [dataclasses.asdict(each) for each in read_costs(path)]
+    assert row["encoder_class"] == "matpac_fast.vit_encoder.Encoder"
+    write_table(path, [{key: value for key, value in row.items() if key not in ("encoder_class", "code")}])
+    assert [(each.encoder_class, each.code) for each in read_costs(path)] == [("", "")]
+    for _ in range(2):
+        sweep.cost_sweep(study, tmp_path, lambda *_: None)
+        assert [each.encoder_class for each in read_costs(path)] == ["", row["encoder_class"]]

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import accuracy_score, average_precision_score
 
 from matpac_fast.errors import ConfigError
-from matpac_fast.study.metrics import Draws, accuracy, interval, mean_average_precision
+from matpac_fast.study.metrics import Draws, accuracy, interval, mean_average_precision, score_interval
 
 
 def problem(seed: int, n: int = 60, k: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,3 +180,35 @@ def test_of_one_group_there_is_no_interval():
     assert all(map(math.isnan, interval(plain)))
     two = Draws.of([np.arange(40) % 2], 1, resamples=20)
     assert all(map(math.isnan, interval(two.score("accuracy", [scores], [target], [torch.arange(40) % 2 == 0])[0])))
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 7])
+def test_where_all_clips_are_right_or_wrong_the_interval_is_the_exact_one(seeds):
+    right = torch.tensor([[1.0, 0.0]]).double().expand(seeds, 40, 2)
+    draws = Draws.of([np.arange(40) // 2], seeds, resamples=20)
+    for scores, want in ((right, (0.025 ** (1 / 20), 1.0)), (right.flip(2), (0.0, 1 - 0.025 ** (1 / 20)))):
+        values, _ = draws.score("accuracy", [scores], [torch.zeros(40, dtype=torch.int64)])
+        assert interval(values)[0] == pytest.approx(interval(values)[1])  # which says nothing of other clips
+        assert score_interval(values, "accuracy", 20) == pytest.approx(want)
+    one_group = torch.tensor([1.0, torch.nan, torch.nan])
+    assert all(map(math.isnan, score_interval(one_group, "accuracy", 1)))
+
+
+def test_the_exact_interval_covers_a_truth_that_resamples_would_miss():
+    """Of an encoder that is right in 95 of 100, 20 clips are all right in more than a third of tests."""
+    random, missed = np.random.default_rng(0), 0
+    draws = Draws.of([np.arange(20)], 1, resamples=200)
+    for _ in range(200):
+        right = torch.from_numpy(random.random(20) < 0.95)
+        scores = torch.nn.functional.one_hot((~right).long(), 2).double()[None]
+        values, _ = draws.score("accuracy", [scores], [torch.zeros(20, dtype=torch.int64)])
+        missed += score_interval(values, "accuracy", 20)[0] > 0.95
+    assert missed == 0
+
+
+def test_an_interval_of_mean_average_precision_ends_at_0_and_1():
+    values = torch.tensor([0.97, *np.linspace(0.9, 1.04, 100)])
+    assert interval(values)[1] > 1
+    assert score_interval(values, "mAP", 100)[1] == 1.0
+    assert score_interval(values - 0.94, "mAP", 100)[0] == 0.0
+    assert score_interval(values - 0.5, "mAP", 100) == interval(values - 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_without_matplotlib_there_are_no_plots(tmp_path, monkeypatch):
 def test_each_plot_is_of_its_own_rows(monkeypatch, tmp_path):
     drawn: dict[str, list[Any]] = {}
     for name in ("_score", "_pareto", "_cost", "_latency"):
-        monkeypatch.setattr(plots, name, lambda plt, path, rows, look: drawn.update({path.name: rows}))
+        monkeypatch.setattr(plots, name, lambda plt, path, rows, *_: drawn.update({path.name: rows}))
     small = made_cost("e", 1.0, 1)
     large = dataclasses.replace(small, batch=16)
     row = dict(task="t", encoder="e", subset="", metric="accuracy", peak_mib=1.0)
@@ -168,3 +169,37 @@ def test_numbers_of_the_trade_cover_nothing_and_the_front_has_its_own(monkeypatc
     for i, box in enumerate(boxes.values()):
         assert not any(box.overlaps(other) for other in list(boxes.values())[:i])
         assert not any(box.contains(*point) for point in points)
+
+
+def test_plots_of_an_earlier_command_are_removed(tmp_path, monkeypatch):
+    row = dict(task="t", encoder="e", subset="", metric="accuracy", score=0.5, low=0.4, high=0.6, temporal_support=1.0)
+    row |= dict(longest_seconds=1.0, peak_mib=1.0, ms_per_audio_second=1.0)
+    costs = [made_cost("e", 1.0, 10)]
+    (tmp_path / "mine.png").touch()
+    plots.write_plots(tmp_path, [row, row | dict(task="[u]")], costs)
+    names = {"cost.png", "latency.png", "mine.png", "score-t.png", "pareto-t.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"score-[u].png", "pareto-[u].png"}
+    plots.write_plots(tmp_path, [row], costs)
+    assert {path.name for path in tmp_path.iterdir()} == names
+    plots.write_plots(tmp_path, [row | dict(peak_mib=None)], [])
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.png", "score-t.png"}
+
+    def missing():
+        raise ConfigError("no matplotlib")
+
+    monkeypatch.setattr(plots, "_pyplot", missing)
+    plots.write_plots(tmp_path, [row], costs)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.png"}
+
+
+def test_without_an_interval_there_is_no_bar_and_a_note(drawn, tmp_path):
+    row = dict(task="t", encoder="e", subset="", metric="accuracy", peak_mib=None, longest_seconds=9.0, score=0.5)
+    none = float("nan")
+    rows = [row | dict(temporal_support=1.0, low=none, high=none), row | dict(temporal_support=2.0, low=0.4, high=0.6)]
+    assert plots.write_plots(tmp_path, rows, [])[1] == []
+    (axis,) = drawn["score-t.png"].axes
+    _, caps, (bars,) = axis.containers[0].lines
+    ends = [[float(y) for _, y in segment] for segment in bars.get_segments()]
+    assert [each for each in ends if each] == [[0.4, 0.6]]
+    assert all(math.isnan(cap.get_ydata()[0]) for cap in caps)
+    assert axis.get_title() == "without a bar: no interval, for the test clips are one group"

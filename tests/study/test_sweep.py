@@ -17,7 +17,7 @@ from ranks import on_ranks
 
 from matpac_fast import load_encoder
 from matpac_fast.audio_encoder import AudioEncoder
-from matpac_fast.cli.study import _sentences, choice_cells, cost_cells
+from matpac_fast.cli._study_words import choice_cells, cost_cells, sentences
 from matpac_fast.errors import AudioError, ConfigError
 from matpac_fast.study import cache as cache_module
 from matpac_fast.study import sweep
@@ -56,6 +56,7 @@ def test_scores_are_those_of_the_test_clips(studied):
         assert row["score"] == pytest.approx(right.mean())
         assert row["low"] <= row["score"] <= row["high"]
         assert row["score"] > 0.5  # chance is a third
+        assert cell.full_windows == row["windows"]  # clips of 1 s: all are full
         assert (row["test_clips"], row["clips"], row["windows"]) == (12, 30, 5 if row["temporal_support"] == 0.2 else 2)
     even = tables.results[1]
     assert even["test_clips"] == 6
@@ -141,7 +142,7 @@ def made_cell(clips, ts: float, valid: float, right: int, peak: float) -> Cell:
     said = torch.from_numpy(task.targets[task.folds[0].test].copy())
     said[right:] = (said[right:] + 1) % 3
     scores = torch.nn.functional.one_hot(said, 3).double()[None]
-    probed = Probed([scores], torch.zeros(1, 1), torch.tensor([[valid]]), torch.zeros(1, 1, 2))
+    probed = Probed([scores], torch.zeros(1, 1), torch.tensor([[valid]]), torch.zeros(1, 1, 2), torch.zeros(1, 1))
     return Cell(task, "e", "id", 8, View(ts), probed, 1.0, 0, [made_cost(ts, peak)])
 
 
@@ -174,7 +175,7 @@ def test_encoders_are_compared_on_the_same_clips(clips, tmp_path):
     assert there["difference"] == pytest.approx(-0.25)
     assert there["low"] < -0.25 < there["high"] <= 0
     assert (back["difference"], back["low"], back["high"]) == (-there["difference"], -there["high"], -there["low"])
-    (said,) = (line for line in _sentences(tables, 0.01) if "against" in line)
+    (said,) = (line for line in sentences(tables, 0.01) if "against" in line)
     assert said.startswith("tones: e is best on validation clips; against it, on test: b +0.250 (+")
     write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [said], {})
     text = (tmp_path / "report.html").read_text()
@@ -185,7 +186,7 @@ def test_encoders_are_compared_on_the_same_clips(clips, tmp_path):
     assert "Against the best temporal support" not in (tmp_path / "report.html").read_text()
     alone = tabulate(cells[:2], 0.01, resamples=10)
     assert alone.encoders == []
-    assert "against" not in " ".join(_sentences(alone, 0.01))
+    assert "against" not in " ".join(sentences(alone, 0.01))
 
 
 def test_costs_are_those_of_the_largest_batch_and_the_latency_that_of_the_smallest(clips):
@@ -229,7 +230,7 @@ def test_of_temporal_supports_that_see_all_the_shortest_is_chosen(clips):
 def test_where_clips_are_shorter_what_an_embedding_sees_is_said(clips, tmp_path):
     tables = tabulate([made_cell(clips, 0.5, 0.8, 6, 1.0), made_cell(clips, 5.0, 0.9, 9, 2.0)], 0.01, resamples=10)
     assert "5 s (sees 1 s)" in choice_cells(tables)[1][0]
-    best, beyond = _sentences(tables, 0.01)
+    best, beyond = sentences(tables, 0.01)
     assert "5 s (sees 1 s) is best on validation clips" in best
     assert "no clip is longer than 1 s; beyond that a longer temporal support changes nothing" in beyond
     assert "(here at 5 s)" in beyond
@@ -238,7 +239,7 @@ def test_where_clips_are_shorter_what_an_embedding_sees_is_said(clips, tmp_path)
     assert '<button type="button">sees (s)</button>' in text
     assert 'data-value="1.0">1</td>' in text
     tables = tabulate([made_cell(clips, 0.5, 0.8, 6, 1.0), made_cell(clips, 1.0, 0.9, 9, 2.0)], 0.01, resamples=10)
-    assert len(_sentences(tables, 0.01)) == 1
+    assert len(sentences(tables, 0.01)) == 1
     write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [], {})
     assert "sees" not in "".join(choice_cells(tables)[1][0])
     assert "sees (s)" not in (tmp_path / "report.html").read_text()

@@ -1,0 +1,113 @@
+"""What the rows of a study's tables hold: costs of the audio that is embedded, and bounds of scores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from matpac_fast.cli._study_words import choice_cells, cost_cells, sentences
+from matpac_fast.study import plots, sweep
+from matpac_fast.study.cache import View
+from matpac_fast.study.results import Tables, tabulate
+from matpac_fast.study.study_page import write_report
+from tests.study.conftest import made_cost
+from tests.study.test_choose import cell, rotating
+
+
+def one_cell(view: View, **changes):
+    return dataclasses.replace(
+        cell(rotating(3, 10), view.temporal_support, np.arange(30) % 3 > 0), view=view, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("hop", "aggregate", "step"), [(None, "mean", 2.0), (0.5, "mean", 0.5), (4.0, "score", 4.0), (0.5, "one", 2.0)]
+)
+def test_a_second_of_audio_costs_a_window_each_hop(hop, aggregate, step):
+    (row,) = tabulate([one_cell(View(2.0, hop, aggregate=aggregate))], 0.01, resamples=10).results
+    cost = made_cost(2.0)
+    assert row["ms_per_audio_second"] == pytest.approx(cost.batch_ms / cost.batch / step)
+    assert row["macs_per_audio_second"] == pytest.approx(cost.macs / step)
+
+
+def test_the_cheapest_of_a_second_of_audio_is_so_at_the_hop():
+    # A window of 4 s takes half as long as four of 1 s; with one of either a second it takes twice as long.
+    cells = [
+        one_cell(View(ts), costs=[dataclasses.replace(made_cost(ts), batch_ms=ms)])
+        for ts, ms in ((1.0, 4.0), (4.0, 8.0))
+    ]
+    (choice,) = tabulate(cells, 1.0, "time", resamples=10).choices
+    assert choice["cheapest_temporal_support"] == 4.0
+    cells = [dataclasses.replace(each, view=dataclasses.replace(each.view, hop=1.0)) for each in cells]
+    (choice,) = tabulate(cells, 1.0, "time", resamples=10).choices
+    assert choice["cheapest_temporal_support"] == 1.0
+
+
+def test_costs_alone_are_of_a_second_of_audio_at_the_hop_too(tmp_path, monkeypatch):
+    cost = dataclasses.replace(made_cost(2.0), macs=4 * 10**9, batch_ms=8.0)  # 1 s a second for a batch of 4: 2 ms each
+    for hop, real_time, macs in ((None, "1000", "2.000"), (0.5, "250", "8.000")):
+        assert cost_cells([cost], hop)[1][0][-2:] == [real_time, macs]
+        write_report(tmp_path / "report.html", Tables(), [cost], [], ([], []), [], {}, hop)
+        assert f'data-value="{4e9 / (hop or 2)}"' in (tmp_path / "report.html").read_text()
+    pytest.importorskip("matplotlib")
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append((path.name, figure)))
+    plots.write_plots(tmp_path, [], [cost], 0.5)
+    drawn = {axis.get_ylabel(): axis.lines[0].get_ydata()[0] for axis in dict(saved)["cost.png"].axes}
+    assert drawn["milliseconds per second of audio"] == 4.0
+    assert drawn["GMAC per second of audio"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("view", "windows", "full"),
+    [  # of clips of 1 s and 5.5 s
+        (View(2.0), 2.0, (0.5 + 2.75) / 2),
+        (View(2.0, remainder="pad"), 2.0, 2.0),
+        (View(2.0, remainder="merge"), 1.5, (0.5 + 2.75) / 2),
+        (View(2.0, remainder="drop"), 1.5, (0.5 + 2.0) / 2),
+        (View(2.0, hop=1.0), 3.0, (0.5 + 4.75) / 2),
+        (View(2.0, hop=1.0, aggregate="one"), 1.0, (0.5 + 1.0) / 2),
+        (View(10.0), 1.0, (0.1 + 0.55) / 2),
+    ],
+)
+def test_windows_of_a_clip_are_charged_by_their_length(view, windows, full):
+    task = rotating(3, 10)
+    task = dataclasses.replace(task, seconds=np.where(np.arange(30) < 15, 1.0, 5.5))
+    assert sweep._windows(task, view, 8_000) == (windows, pytest.approx(full))
+    found = one_cell(view, task=task, windows=windows, full_windows=full)
+    (row,) = tabulate([found], 0.01, resamples=10).results
+    cost = made_cost(view.temporal_support)
+    assert row["windows"] == windows
+    assert row["ms_per_clip"] == pytest.approx(full * cost.batch_ms / cost.batch)
+    assert row["macs_per_clip"] == pytest.approx(full * cost.macs)
+
+
+def test_of_no_wrong_clip_and_of_no_difference_tables_and_report_say_what_is_known(tmp_path):
+    task = dataclasses.replace(rotating(3, 10), folds=rotating(3, 10).folds[:1])
+    cells = [cell(task, ts, np.ones(30, bool)) for ts in (1.0, 2.0)]
+    cells += [cell(task, 1.0, np.ones(30, bool), encoder="other")]
+    tables = tabulate(cells, 0.01, resamples=20)
+    (one, _) = tables.choices
+    exact = pytest.approx((0.025 ** (1 / 10), 1.0))
+    assert (tables.results[0]["low"], tables.results[0]["high"]) == (one["best_low"], one["best_high"]) == exact
+    assert tables.results[0]["test_groups"] == 10
+    assert sentences(tables, 0.01)[-1].endswith("on test: other +0.000 (no clip differs).")
+    write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [], {})
+    text = (tmp_path / "report.html").read_text()
+    for name in ("comparisons", "encoders"):
+        assert "<td>no clip differs</td>" in text.split(f'id="{name}"')[1].split("</table>")[0]
+
+
+def test_a_subset_without_a_clip_of_any_class_has_no_score(tmp_path):
+    targets = np.tile(np.eye(2, dtype=np.float32), (15, 1))
+    targets[1::2] = 0
+    plain = rotating(3, 10)
+    found = cell(plain, 1.0, np.ones(30, bool))
+    task = dataclasses.replace(plain, kind="multi", targets=targets, subsets={"silent": np.arange(30) % 2 == 1})
+    tables = tabulate([dataclasses.replace(found, task=task)], 0.01, resamples=20)
+    assert [np.isnan(row["score"]) for row in tables.results] == [False, True]
+    write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), [], {})
+    table = (tmp_path / "report.html").read_text().split('id="results"')[1].split("</table>")[0]
+    assert table.count("<td>no score: no clip of any class</td>") == 1
