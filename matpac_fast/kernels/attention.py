@@ -4,8 +4,9 @@ A sequence of at most 256 tokens is at most four blocks of 64, so every loop ove
 what it has loaded: q, k and v of a head are read from memory once, and the backward pass needs no atomics.
 """
 
-# Triton wraps what is passed as a constexpr.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Triton wraps what is passed as a constexpr, and unrolls the loops that name what is kept by block.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportUnboundVariable=false
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

@@ -129,7 +129,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[_Maybe, ...]:  # type: ignore[override]
-        return attention_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        qkv, out, stats = ctx.saved_tensors
+        return attention_backward(grad, qkv, out, stats, ctx.needs_input_grad[1])
 
 
 def _mlp(
