@@ -139,13 +139,6 @@ class MatpacConfig:
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 to 1")
-        for name, allowed in (
-            ("center_of", ("probabilities", "logits")),
-            ("head_ema_past_end", ("encoder", "head")),
-            ("teacher_init", ("random", "copy")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
         self.log_mel  # noqa: B018 - it checks its fields
         for field in dataclasses.fields(self):
             most = _MOST.get(field.type)

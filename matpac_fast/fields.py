@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import numbers
 import types
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -45,6 +45,10 @@ def _as(value: Any, kind: Any) -> Any:
         fits = isinstance(value, (bool, np.bool_))
     elif kind in (int, float):
         fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and (kind is float or value % 1 == 0)
+    elif get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise TypeError
+        return value
     else:
         return value  # a name, which the class itself checks
     if not fits:
@@ -54,6 +58,8 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 def _told(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a tuple of {_WORDS[get_args(kind)[0]].removeprefix('a ')}s"
     return _WORDS[kind]

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError
 from ..reference import LogMelConfig, mel_bank, mel_window
 from . import wheel
 from .conv import ConvBlock, power_spectrum
-from .network import Network, fill, padded
+from .network import Network, centred_pieces, fill, in_pieces
 
 _MEL = LogMelConfig(
     sample_rate=44_100,
@@ -57,16 +57,10 @@ class AiSfx(Network):
         return None  # a block also sees half a frame of its neighbours
 
     def columns(self, n_samples: int) -> list[int]:
-        whole, rest = divmod(1 - (-n_samples // _MEL.hop), _BLOCK)
-        return [_BLOCK] * whole + [rest] * (rest > 0)
+        return in_pieces(1 - (-n_samples // _MEL.hop), _BLOCK)
 
     def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]:
-        """Frame t is centred on sample t * hop of its window, with zeros around the window."""
-        for a, b in spans.tolist():
-            columns = self.columns(b - a)
-            wave = padded(clip[a:b], _MEL.n_fft // 2, (sum(columns) - 1) * _MEL.hop + _MEL.n_fft)
-            for i, count in enumerate(columns):
-                yield wave[i * self.max_samples :][: (count - 1) * _MEL.hop + _MEL.n_fft]
+        return centred_pieces(clip, spans, self.columns, _MEL.n_fft, _MEL.hop)
 
     def front_end(self, waves: Tensor) -> Tensor:
         """(N, S) -> (N, T, 96): log10(1 + 10000 * power) of bands whose weights add up to 1, over its greatest."""

@@ -24,7 +24,7 @@ from ..errors import AudioError, CheckpointError
 from ..nn.initial import in_float32, seeded
 from ..nn.linear import linear, linear_gelu
 from ..reference import LogMelConfig
-from .network import Network, fill, padded, recognised
+from .network import Network, fill, in_pieces, padded, recognised
 
 # Kaldi's filter bank on 16-bit amplitudes.
 BEATS_LOG_MEL = LogMelConfig(
@@ -166,8 +166,7 @@ class Beats(Network):
         return self.max_samples, _MAX_COLUMNS * _HOP
 
     def columns(self, n_samples: int) -> list[int]:
-        whole, rest = divmod(BEATS_LOG_MEL.n_frames(max(n_samples, self.min_samples)) // _PATCH, _MAX_COLUMNS)
-        return [_MAX_COLUMNS] * whole + [rest] * (rest > 0)
+        return in_pieces(BEATS_LOG_MEL.n_frames(max(n_samples, self.min_samples)) // _PATCH, _MAX_COLUMNS)
 
     def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]:
         """Pieces overlap by what the last frame of the filterbank needs beyond its hop, so that all frames are seen."""

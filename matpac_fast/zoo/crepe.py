@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..errors import ConfigError
 from . import wheel
-from .network import Network, fill, padded
+from .network import Network, centred_pieces, fill, in_pieces
 
 _SIZES = {"full": (1024, 128, 128, 128, 256), "tiny": (128, 16, 16, 16, 32)}  # channels of each layer
 _SPAN, _HOP = 1024, 800  # samples of a frame, and from one to the next
@@ -57,17 +57,10 @@ class Crepe(Network):
         return _SPAN / self.sample_rate
 
     def columns(self, n_samples: int) -> list[int]:
-        whole, rest = divmod(1 + n_samples // _HOP, _MAX_FRAMES)
-        return [_MAX_FRAMES] * whole + [rest] * (rest > 0)
+        return in_pieces(1 + n_samples // _HOP, _MAX_FRAMES)
 
     def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]:
-        """Frame t is centred on sample t * hop of its window, with zeros around the window."""
-        for a, b in spans.tolist():
-            columns = self.columns(b - a)
-            wave = padded(clip[a : min(b, len(clip))], _SPAN // 2, (sum(columns) - 1) * _HOP + _SPAN)
-            for i, count in enumerate(columns):
-                begin = i * _MAX_FRAMES * _HOP
-                yield wave[begin : begin + (count - 1) * _HOP + _SPAN]
+        return centred_pieces(clip, spans, self.columns, _SPAN, _HOP)
 
     def front_end(self, waves: Tensor) -> Tensor:
         """(N, S) -> (N, T, 1024) frames of mean 0 and variance 1."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,29 @@ class Network(AudioEncoder):
 def padded(wave: Tensor, before: int, length: int) -> Tensor:
     """The wave (S,) after `before` zeros, cut or filled up with zeros to `length` samples in all."""
     return F.pad(wave, (before, length - before - len(wave)))
+
+
+def in_pieces(n: int, most: int) -> list[int]:
+    """`n` in pieces of `most` and a last one of what is left."""
+    whole, rest = divmod(n, most)
+    return [most] * whole + [rest] * (rest > 0)
+
+
+def centred_pieces(
+    clip: Tensor, spans: np.ndarray, columns: Callable[[int], list[int]], span: int, hop: int
+) -> Iterator[Tensor]:
+    """The pieces of a clip's windows, frame t of a window centred on its sample t * hop, with zeros around the window.
+
+    Args:
+        columns: samples of a window -> frames of each of its pieces, all but the last as many.
+        span, hop: samples of a frame, and from one to the next.
+    """
+    for a, b in spans.tolist():
+        counts = columns(b - a)
+        wave = padded(clip[a:b], span // 2, (sum(counts) - 1) * hop + span)
+        for i, count in enumerate(counts):
+            begin = i * counts[0] * hop
+            yield wave[begin : begin + (count - 1) * hop + span]
 
 
 def fill(network: Network, state: Mapping[str, Any], source: str, ignored: tuple[str, ...] = ()) -> None:
