@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._once import once_differentiable
+from ..ops._products import mm, widens
 from ..ops.add_layer_norm import launch as add_layer_norm
 from ..ops.add_layer_norm import launch_backward as add_layer_norm_backward
 from ..ops.attention import launch as attention
@@ -110,7 +111,7 @@ class _NormLinear(torch.autograd.Function):
         new_x, normed, stats, weight, gamma = ctx.saved_tensors
         need_weight, need_bias = ctx.needs_input_grad[6:8]
         grad = weight.new_zeros((len(stats), len(weight))) if dout is None else _rows(dout)
-        dweight = grad.t() @ normed if need_weight else None
+        dweight = _of_weight(grad, normed) if need_weight else None
         dweight_bias = grad.sum(0, dtype=torch.float32) if need_bias else None
         dx, ddelta, sums = _of_norm(grad @ weight, dnew_x, new_x, stats, gamma, ctx.delta_dtype)
         if ctx.delta_dtype is None:
@@ -172,13 +173,19 @@ class _Mlp(torch.autograd.Function):
         new_x, attended, normed, hidden, stats, h, proj, fc1, fc2, gamma, fc1_bias = ctx.saved_tensors
         need_attended, _, need_proj, _, _, _, _, need_fc1, _, need_fc2 = ctx.needs_input_grad
         grad = h.new_zeros((len(h), len(fc2))) if dout is None else _rows(dout)
-        dfc2 = grad.t() @ hidden if need_fc2 else None
+        dfc2 = _of_weight(grad, hidden) if need_fc2 else None
         dh, dfc1_bias = bias_gelu_backward(grad @ fc2, h, fc1_bias)
-        dfc1 = dh.t() @ normed if need_fc1 else None
+        dfc1 = _of_weight(dh, normed) if need_fc1 else None
         dx, ddelta, sums = _of_norm(dh @ fc1, dnew_x, new_x, stats, gamma, h.dtype)
-        dproj = ddelta.t() @ attended if need_proj else None
+        dproj = _of_weight(ddelta, attended) if need_proj else None
         dattended = (ddelta @ proj).view(dx.shape) if need_attended else None
         return dattended, dx, dproj, sums[2], sums[0], sums[1], None, dfc1, dfc1_bias, dfc2
+
+
+def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a layer's weight, from that of its output (N, E) and its input (N, D): where torch can in float32,
+    as the weight is; rounded to 16 bits it would be read and written once more, to be widened."""
+    return mm(grad.t(), x, torch.float32) if widens(grad) else grad.t() @ x
 
 
 def _of_norm(

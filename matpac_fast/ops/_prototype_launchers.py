@@ -11,9 +11,8 @@ from torch import Tensor
 from ..backend import device_guard
 from ..reference import work_dtype
 from ._native import DTYPE, address
+from ._products import mm, widens
 
-# Whether torch multiplies 16-bit matrices into a float32 result on a GPU: from torch 2.8 on.
-_MM_TAKES_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
 # Logits come in chunks of rows of this many bytes: on the CPU a share of the cache, since they are read again at once;
 # on a GPU enough to fill it with one matrix product. But never fewer rows than make a product worth its while.
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**26}
@@ -23,22 +22,13 @@ _BLOCKS = 512
 _BLOCKS_BYTES = 2**26
 
 
-def mm(a: Tensor, b: Tensor, work: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a @ b in `work`; `out` is where the result may go."""
-    return torch.mm(a, b, out=out) if a.dtype == work else torch.mm(a, b, out_dtype=work, out=out)
-
-
 def delta_dtype(student: Tensor, weight: Tensor, work: torch.dtype) -> torch.dtype:
     """What the gradients' products multiply: `work`, or on a GPU the 16 bits of both its factors."""
-    return student.dtype if _both_16_bit(student, weight, work) and _multiplies_16_bits(student) else work
+    return student.dtype if _both_16_bit(student, weight, work) and widens(student) else work
 
 
 def _both_16_bit(a: Tensor, b: Tensor, work: torch.dtype) -> bool:
     return a.dtype == b.dtype and a.dtype.itemsize == 2 and work == torch.float32
-
-
-def _multiplies_16_bits(tensor: Tensor) -> bool:
-    return tensor.is_cuda and _MM_TAKES_DTYPE
 
 
 class Sides:
@@ -60,7 +50,7 @@ class Sides:
 
     def _factors(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """16 bits stay 16 bits where the product comes out in `work` nevertheless."""
-        if _both_16_bit(features, weight, self.work) and (self.launcher == "triton" or _multiplies_16_bits(features)):
+        if _both_16_bit(features, weight, self.work) and (self.launcher == "triton" or widens(features)):
             return features, weight
         return features.to(self.work), weight.to(self.work)
 

@@ -12,7 +12,8 @@ from ..backend import choose, without_autocast
 from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor
 from ._once import once_differentiable, under_autograd
-from ._prototype_launchers import LAUNCHERS, delta_dtype, mm
+from ._products import mm
+from ._prototype_launchers import LAUNCHERS, delta_dtype
 
 _MEANS = ("probabilities", "logits")
 
