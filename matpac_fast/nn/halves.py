@@ -183,8 +183,8 @@ class _Mlp(torch.autograd.Function):
 
 
 def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a layer's weight, from that of its output (N, E) and its input (N, D): where torch can in float32,
-    as the weight is; rounded to 16 bits it would be read and written once more, to be widened."""
+    """The gradient of a weight from that of its layer's output (N, E) and from the input (N, D): in float32 where torch
+    can, for of 16 bits it would be read and written once more, to be widened."""
     return mm(grad.t(), x, torch.float32) if widens(grad) else grad.t() @ x
 
 
