@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .audio.windows import REMAINDERS, windows
+from .backend import transformed
 from .errors import ConfigError
 from .oom import is_out_of_memory
 
@@ -268,7 +269,9 @@ class _Batches:
 
     def add(self, piece: Tensor, clip: _Clip, index: int) -> None:
         # A small piece of a long clip must not keep all of it alive while it waits.
-        if piece.untyped_storage().nbytes() > 4 * piece.nbytes:
+        # What traces or transforms has tensors without a storage.
+        plain = not (transformed() or torch.compiler.is_compiling())
+        if plain and piece.untyped_storage().nbytes() > 4 * piece.nbytes:
             piece = piece.clone()
         jobs = self._waiting.setdefault(piece.shape, [])
         jobs.append((piece, clip, index))

@@ -90,13 +90,13 @@ class LogMelConfig:
         if n_samples < self.n_samples(1):
             return 0
         if self.framing == "center":
-            return 1 + (n_samples - self._lost) // self.hop
+            return 1 + (n_samples - self._lost - self.n_fft % 2) // self.hop
         return 1 + (n_samples - self._lost - self._span) // self.hop
 
     def n_samples(self, n_frames: int) -> int:
         """The shortest wave that has `n_frames` frames (mirrored ends need more than half a window)."""
         if self.framing == "center":
-            return max((n_frames - 1) * self.hop, self.n_fft // 2 + 1) + self._lost
+            return max((n_frames - 1) * self.hop + self.n_fft % 2, self.n_fft // 2 + 1) + self._lost
         return self._span + (n_frames - 1) * self.hop + self._lost
 
 

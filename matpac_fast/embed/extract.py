@@ -19,6 +19,7 @@ from .lease import SECONDS, Leases
 from .manifest import (
     LEASES,
     SETTINGS,
+    Manifest,
     check_folder,
     check_source,
     extend,
@@ -124,7 +125,9 @@ def embed_collection(
     def looked(done: int, total: int) -> None:
         listing(done, total, "")
 
-    with taken_back(out), Leases(out / LEASES, lease_seconds) as leases:
+    def agreed(leases: Leases) -> Manifest | None:
+        """The list of files that all workers share, now on the disk; None where this one stood still for so long that
+        another may have written one since."""
         with leases.waited_for("manifest", lambda: listing(0, 0, "another worker looks at them")):
             known = read_manifest(out)
             if known is not None or (out / SETTINGS).exists():  # said before files are looked at, which may take long
@@ -142,15 +145,22 @@ def embed_collection(
                 if known is not None:
                     report.changed, report.gone, renewed = look_over(known, files, out, format, workers, looked)
                     changed |= renewed
-            if known is None:
-                keep_settings(out, settings, any_decoder)
             if retry_errors:
                 n = len(manifest.shards)
                 manifest = retried(manifest, files, out, format, *sizes)
                 changed |= len(manifest.shards) > n
+            if not leases.holds("manifest"):
+                return None
+            if known is None:
+                keep_settings(out, settings, any_decoder)
             if changed:
                 write_manifest(out, manifest)
             leases.claim(WORKER + leases.worker, keep=True)
+        return manifest
+
+    with taken_back(out), Leases(out / LEASES, lease_seconds) as leases:
+        while (manifest := agreed(leases)) is None:
+            pass
         settings |= {**stored_names(out), "made_by": versions()}
         worker = Worker(manifest, files, out, embedder, settings, leases, report, max_errors, progress)
         if shards is None:

@@ -104,12 +104,27 @@ class Leases:
         finally:
             self.release(name)
 
+    def holds(self, name: str) -> bool:
+        """Whether the lease of `name` is still this worker's: nobody took it over while it stood still."""
+        with self._lock:
+            mine = self._held.get(name)
+        return mine is not None and self.taken().get(name) == mine and self._is_mine(mine)
+
+    def _is_mine(self, path: Path) -> bool:
+        """Whether it says so: once this worker was given up, another may have made a lease of the same number."""
+        try:
+            owner = _parse(path.read_bytes())
+        except OSError:
+            return False
+        return all(owner.get(key) == value for key, value in self._me.items())
+
     def release(self, name: str) -> None:
         """Give back a lease, and clear away those of the dead that it followed."""
         with self._lock:
             mine = self._held.pop(name, None)
             self._kept.discard(name)
-        if mine is not None:  # and its own one last, so that nobody takes those of the dead for the present one
+        if mine is not None and self._is_mine(mine):
+            # Its own one last, so that nobody takes those of the dead for the present one.
             for number in range(_number(mine) + 1):
                 (self._folder / f"{name}.{number}").unlink(missing_ok=True)
 
@@ -208,6 +223,9 @@ class Leases:
     def _rewrite(self, name: str, path: Path, content: bytes) -> None:
         try:
             handle = os.open(path, os.O_WRONLY)
+            if not self._is_mine(path):
+                os.close(handle)
+                return
         except FileNotFoundError:
             if name not in self._kept:
                 return  # another has done the work and cleared up

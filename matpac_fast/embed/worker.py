@@ -147,9 +147,12 @@ class Worker:
     def _embed(self, shard: int, audio: Iterator[Audio]) -> None:
         rows = self._embedder.embed(self._manifest.shards[shard], audio, self._out)
         with closing(rows):
-            if self._failed:
-                self._source.check_there()
-            self._write(lambda: rows.write(self._out, shard, self._kind, self._settings))
+            if self._is_done(shard):  # by another, to whom this worker seemed dead: what is there stays
+                self._failed = []
+            else:
+                if self._failed:
+                    self._source.check_there()
+                self._write(lambda: rows.write(self._out, shard, self._kind, self._settings))
         self._give_back(shard)
         self._report.failed_here += len(self._failed)
         self._failed, self._in_hand = [], [0, 0.0]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import linear, linear_gelu
+from .linear import is_plain, linear, linear_gelu
 
 
 class Prototypes(nn.Module):
@@ -39,7 +39,8 @@ class ClassificationHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Latents (..., D) -> unit features (..., bottleneck), to be multiplied with `last_layer.matrix()`."""
-        if [type(layer) for layer in self.mlp][1::2] == [nn.GELU, nn.GELU]:
+        gelus = [layer for layer in self.mlp if is_plain(layer, nn.GELU) and layer.approximate == "none"]
+        if len(self.mlp) == 5 and gelus == [self.mlp[1], self.mlp[3]] and is_plain(self.mlp, nn.Sequential):
             first, _, second, _, last = self.mlp
             x = linear(last, linear_gelu(second, linear_gelu(first, x)))  # pyright: ignore[reportArgumentType]
         else:  # somebody has changed it

@@ -15,6 +15,16 @@ _MESSAGE = (
 )
 
 
+class _UnpackedOnce:
+    """The context of a backward, whose saved tensors a hook of the user's, such as checkpointing's, gives but once."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """For the backward of an autograd.Function, as torch's decorator of that name.
 
@@ -24,12 +34,18 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        ctx = _UnpackedOnce(ctx)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        refuse = torch._C._functions.DelayedError(_MESSAGE, len(found))  # type: ignore[attr-defined]
-        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
+        # What the gradient depends on goes through too: a search for a path to it, as torch.autograd.grad and
+        # backward(inputs=...) make, would else find none and leave the refusal out with the derivative.
+        given = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        refuse = torch._C._functions.DelayedError(_MESSAGE, len(found) + len(given))  # type: ignore[attr-defined]
+        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in found), *given)[
+            : len(found)
+        ]
 
     return once
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
-from ..backend import device_guard, dtype_of_products, fuses, takes_cpp
+from ..backend import device_guard, dtype_of_products, fuses, takes_cpp, transformed
 from ..kernels._limits import HEAD_WIDTHS, MAX_TOKENS
 from ._check import FLOATS, check_tensor, shape_of
 from ._native import DTYPE, address
@@ -160,6 +161,9 @@ def attention(qkv: Tensor) -> Tensor:
     b, n, _, h, d = qkv.shape
     casts = qkv.device.type == "cpu" and dtype_of_products(qkv) != qkv.dtype  # under autocast torch's own does
     if casts or not has_kernel(qkv.device, qkv.dtype, b, n, h, d):
+        if transformed():  # torch's fused attention on a CPU has neither forward mode nor second derivatives
+            with sdpa_kernel(SDPBackend.MATH):
+                return reference.attention(qkv)
         return reference.attention(qkv)
     return by_kernel(qkv)
 
