@@ -348,18 +348,20 @@ class use_backend:
         reason = unavailable(name)
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot run here: {reason}")
-        self._name, self._before = name, _forced
+        self._name, self._before = name, [_forced]  # what was forced before it, block by block
+        self._entered = False
         _forced = name
 
     def __enter__(self) -> use_backend:
         global _forced
-        if _forced != self._name:  # another was forced since, or this one has been left before
-            self._before, _forced = _forced, self._name
+        if self._entered or _forced != self._name:  # again, or another was forced since
+            self._before.append(_forced)
+        _forced, self._entered = self._name, True
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         global _forced
-        _forced = self._before
+        _forced = self._before.pop()
 
 
 def versions() -> dict[str, str]:

@@ -87,6 +87,7 @@ class Matpac(nn.Module):
         # also where its gradient was accumulated over several batches.
         self.register_buffer("center_sum", torch.zeros(c.prototypes), persistent=False)
         self.register_buffer("center_count", torch.zeros(()), persistent=False)
+        self.register_load_state_dict_post_hook(_begin_sums)
         self.teacher.requires_grad_(False)
         self.teacher_head.requires_grad_(False)
         self._made = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}  # names and shapes
@@ -328,6 +329,13 @@ class Matpac(nn.Module):
             CheckpointError: as of `save`.
         """
         return checkpoint.to_official_names(checkpoint.state_to_save(self, self._made))
+
+
+def _begin_sums(model: nn.Module, _: object) -> None:
+    """What no checkpoint holds begins at zero, also in a model that was made without memory (on "meta")."""
+    assert isinstance(model, Matpac)
+    model.center_sum = torch.zeros_like(model.center)
+    model.center_count = model.center.new_zeros(())
 
 
 def _factor(tensor: Tensor) -> Tensor:

@@ -311,6 +311,15 @@ def test_use_backend_nests_and_survives_errors():
         use_backend("auto")
 
 
+def test_one_setting_may_be_entered_in_its_own_block():
+    setting = use_backend("reference")
+    with setting:
+        with setting:
+            assert backend.choose("log_mel", CPU) == "reference"
+        assert backend.choose("log_mel", CPU) == "reference"
+    assert backend.choose("log_mel", CPU) == "cpp"
+
+
 def test_a_setting_made_earlier_holds_in_its_block_and_more_than_once():
     try:
         settings = {name: use_backend(name) for name in ("cpp", "reference", "auto")}

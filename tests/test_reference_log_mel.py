@@ -90,6 +90,18 @@ def test_frames_and_samples_agree(config):
     assert config.n_frames(config.n_samples(9)) == 9
 
 
+@pytest.mark.parametrize("n_fft", [16, 17])
+@pytest.mark.parametrize("framing", ["valid", "center", "kaldi"])
+def test_every_length_has_the_frames_that_are_told(framing, n_fft):
+    for hop in (4, 5):
+        config = LogMelConfig(n_fft=n_fft, win_length=n_fft, hop=hop, n_mels=2, framing=framing)
+        for samples in range(1, 60):
+            if (n := config.n_frames(samples)) > 0:
+                assert log_mel(torch.zeros(1, samples), config).shape[2] == n, (hop, samples)
+        assert all(config.n_frames(config.n_samples(n)) >= n for n in range(1, 9))
+        assert all(config.n_frames(config.n_samples(n) - 1) < n for n in range(1, 9))
+
+
 def test_windows():
     assert torch.equal(mel_window(LogMelConfig()), torch.hann_window(400, dtype=torch.float64))
     passt = mel_window(PASST_LOG_MEL)

@@ -74,6 +74,53 @@ def test_a_changed_head_is_what_runs():
     model(spec).loss.backward()
 
 
+@pytest.mark.parametrize("what", ["tanh", "hook on an activation", "hook on all of it", "shorter"])
+def test_whatever_is_changed_in_a_head_is_what_runs(what):
+    head, x = Matpac(MatpacConfig.preset("nano")).head, torch.randn(7, 192)
+    plain = head(x)
+    if what == "tanh":
+        head.mlp[1] = torch.nn.GELU(approximate="tanh")
+    elif what == "shorter":
+        head.mlp = head.mlp[:4]
+    else:
+        (head.mlp[1] if "activation" in what else head.mlp).register_forward_hook(lambda module, args, out: 2 * out + 1)
+    changed = head(x)
+    torch.testing.assert_close(changed, torch.nn.functional.normalize(head.mlp(x), dim=-1))
+    assert changed.shape != plain.shape or (changed - plain).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+def test_a_model_made_on_meta_takes_its_step(way):
+    config, spec = MatpacConfig.preset("nano"), torch.randn(2, 80, 96)
+    plain = Matpac(config)
+    with torch.device("meta"):
+        model = Matpac(config)
+    if way == "to_empty":
+        model = model.to_empty(device="cpu")
+        for buffer in model.buffers():
+            buffer.fill_(7)
+    model.load_state_dict(plain.state_dict(), assign=way == "assign")
+    model.teacher.requires_grad_(False)
+    for each in (plain, model):
+        each(spec, step=1).loss.backward()
+        each.update_teachers(1)
+    assert torch.equal(model.center, plain.center)
+
+
+def test_an_encoder_is_compiled_and_differentiated_at_any_length():
+    encoder = Encoder(n_frames=32, width=32, depth=1, num_heads=2).requires_grad_(True)
+    compiled = torch.compile(encoder, backend="aot_eager")
+    for rows, samples in ((2, 4_000), (1, 7_000), (3, 9_000)):
+        waves = torch.randn(rows, samples) / 10
+        torch.testing.assert_close(compiled(waves), encoder(waves), rtol=1e-5, atol=1e-5)
+    parameters = {name: p.detach() for name, p in encoder.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(encoder, p, (waves,)).square().sum())(parameters)
+    encoder(waves).square().sum().backward()
+    for name, p in encoder.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())
+
+
 def test_layers_without_a_bias_are_those_whose_bias_is_zero():
     model, spec = Matpac(MatpacConfig.preset("nano")), torch.randn(2, 80, 96)
     attn, embed = model.predictor.blocks[-1].attn, model.frontend.patch_embed

@@ -1,4 +1,4 @@
-"""Workers that stand still for longer than their leases last, as suspended ones do, and then go on: they spoil nothing."""
+"""Workers that stand still for longer than their leases last, as suspended ones do, and then go on, spoil nothing."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +35,10 @@ def prediction_loss() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return lambda x: ops.prediction_loss(x, target)[0], torch.randn(5, 4)
 
 
+def attention() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    return ops.attention, torch.randn(1, 96, 3, 4, 64)
+
+
 OPS = pytest.mark.parametrize("make", [log_mel, masked_patch_embed, prototype_loss, prediction_loss])
 
 
@@ -52,6 +57,41 @@ def test_a_second_derivative_is_refused(make):
         grad.square().sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+REFUSED = r"once differentiable; for second derivatives .*use_backend\('reference'\)"
+
+
+@pytest.mark.parametrize("make", [log_mel, masked_patch_embed, prototype_loss, prediction_loss, attention])
+def test_a_second_derivative_by_any_way_is_refused(make, monkeypatch):
+    """By those that look for a path to their inputs too, which would leave out what they find none to."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(importlib.import_module("matpac_fast.ops.attention"), "_LEAST", 0)
+    function, x = make()
+    x.requires_grad_()
+    loss = function(x).square().sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    penalty = loss + grad.square().sum()
+    with pytest.raises(RuntimeError, match=REFUSED):
+        torch.autograd.grad(penalty, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        torch.autograd.grad(penalty, x, retain_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        penalty.backward(inputs=[x])
+    with pytest.raises(RuntimeError, match=REFUSED):
+        torch.autograd.functional.hvp(lambda x: function(x).square().sum(), x.detach(), torch.ones_like(x))
+
+
+def test_attention_has_forward_mode_and_hessians():
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 5, 3, 2, 8, dtype=torch.float64)
+    found = torch.func.jvp(ops.attention, (qkv,), (torch.ones_like(qkv),))[1]
+    step = 1e-6 * torch.ones_like(qkv)
+    want = (ops.attention(qkv + step) - ops.attention(qkv - step)) / 2e-6
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    hessian = torch.func.hessian(lambda x: ops.attention(x).square().sum())(qkv)
+    assert hessian.isfinite().all()
+    assert hessian.abs().max() > 0.1
 
 
 @OPS
