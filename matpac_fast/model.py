@@ -334,8 +334,10 @@ class Matpac(nn.Module):
 def _begin_sums(model: nn.Module, _: object) -> None:
     """What no checkpoint holds begins at zero, also in a model that was made without memory (on "meta")."""
     assert isinstance(model, Matpac)
-    model.center_sum = torch.zeros_like(model.center)
-    model.center_count = model.center.new_zeros(())
+    if model.center_sum.device != model.center.device:
+        model.center_sum, model.center_count = torch.zeros_like(model.center), model.center.new_zeros(())
+    model.center_sum.zero_()  # in place, as a CUDA graph knows it
+    model.center_count.zero_()
 
 
 def _factor(tensor: Tensor) -> Tensor:
