@@ -389,3 +389,9 @@ def _check_rate(sample_rate: int, what: str) -> int:
     if not isinstance(sample_rate, numbers.Real) or not RATES[0] <= sample_rate <= RATES[1]:
         raise ConfigError(f"{what}: sample_rate is {sample_rate!r}; expected Hz, from {RATES[0]} to {RATES[1]}")
     return sample_rate
+
+
+def in_pieces(n: int, most: int) -> list[int]:
+    """`n` in pieces of `most` and a last one of what is left."""
+    whole, rest = divmod(n, most)
+    return [most] * whole + [rest] * (rest > 0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, ops
-from .audio_encoder import AudioEncoder, products_dtype
+from .audio_encoder import AudioEncoder, in_pieces, products_dtype
 from .config import FRONT_END, MatpacConfig
 from .errors import CheckpointError, ConfigError
 from .nn.frontend import Frontend
@@ -95,8 +95,7 @@ class Encoder(AudioEncoder):
 
     def columns(self, n_samples: int) -> list[int]:
         columns = -(-self.log_mel_config.n_frames(max(n_samples, self.min_samples)) // self.patch_size)
-        whole, rest = divmod(columns, self.n_frames // self.patch_size)
-        return [self.n_frames // self.patch_size] * whole + [rest] * (rest > 0)
+        return in_pieces(columns, self.n_frames // self.patch_size)
 
     def pieces(self, clip: Tensor, spans: np.ndarray) -> Iterator[Tensor]:
         """Log-mels (n_mels, T) of whole patches, at most `n_frames` each."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..study.linear import ProbeConfig
-from ..study.study_page import NO_CLIP, NO_SCORE, no_clip_differs
+from ..study.metrics import no_clip_differs
+from ..study.study_page import NO_CLIP, NO_SCORE
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -190,3 +190,8 @@ def score_interval(values: Tensor, metric: str, groups: int) -> tuple[float, flo
         if values[0] < _ROUNDING:
             return 0.0, 1 - bound
     return max(0.0, low), min(1.0, high)  # that of a mAP is shifted
+
+
+def no_clip_differs(difference: float, low: float, high: float) -> bool:
+    """Whether two scores differ in no resample."""
+    return all(abs(value) < _ROUNDING for value in (difference, low, high))  # false of NaN, that of one group

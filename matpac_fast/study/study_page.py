@@ -11,6 +11,7 @@ from typing import Any
 
 from ..files import write_text
 from .cost import Cost
+from .metrics import no_clip_differs
 from .report import Section, facts, page, table
 from .results import Tables
 
@@ -57,7 +58,6 @@ for (const table of document.querySelectorAll('table.sortable')) {
 """
 
 NO_SCORE, NO_CLIP = "no score: no clip of any class", "no clip differs"
-_ROUNDING = 1e-9
 
 # column -> heading, and how a value is written
 _COLUMNS = {
@@ -214,11 +214,6 @@ def _worded(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a difference, which has words in the place of an interval without width."""
     same = no_clip_differs(row["difference"], row["low"], row["high"])
     return row | ({"low": NO_CLIP, "high": ""} if same else {})
-
-
-def no_clip_differs(difference: float, low: float, high: float) -> bool:
-    """Whether two scores differ in no resample."""
-    return all(abs(value) < _ROUNDING for value in (difference, low, high))  # false of NaN, that of one group
 
 
 def sortable(name: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> str:

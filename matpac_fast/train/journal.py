@@ -20,8 +20,8 @@ class Journal:
         log: None on the other ranks.
         reporter: what fails in it is told as a warning, once.
         model: of the run; it says what is a collapse.
-        beside: find effective ranks in a thread, and tell a step's line when that is done: a GPU's solver would hold up
-            the training for a third of a step, a core of the host nothing.
+        beside: find effective ranks on the host, in a thread, and tell a step's line when that is done: a GPU's solver
+            would hold up the training.
     """
 
     def __init__(self, log: Log | None, reporter: Reporters, model: MatpacConfig, beside: bool):

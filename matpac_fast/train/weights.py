@@ -36,7 +36,7 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
         CheckpointError: no such file, damaged, unsafe, an encoder alone, or weights of another model: what differs is
             listed, by the sizes where the file says them.
     """
-    path, state, config, official = _read(source)
+    path, state, config, official = _read(source, sums=True)
     known = config or {}
     if official:
         sizes = checkpoint.read_sizes(state)
@@ -59,7 +59,7 @@ def weights_sizes(source: str | os.PathLike[str], given: Mapping[str, Any] = {})
         given: fields of `MatpacConfig` that are believed where the file does not say them; by default its heads have 64
             channels each, as official, and its mels are those of its positions.
     """
-    path, state, sizes, official = _read(source)
+    path, state, sizes, official = _read(source, sums=False)
     if sizes is None:
         sizes = checkpoint.read_sizes(state)
         _check_whole(path, state)
@@ -74,15 +74,18 @@ def _check_whole(path: Path, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: {_ALONE}")
 
 
-def _read(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[str, Any] | None, bool]:
-    """The file, its weights by our names, the model's configuration where it says one, and whether it is official."""
+def _read(source: str | os.PathLike[str], sums: bool) -> tuple[Path, dict[str, Any], dict[str, Any] | None, bool]:
+    """The file, its weights by our names, the model's configuration where it says one, and whether it is official.
+
+    `sums`: check a run's checkpoint by them; once is enough, where its sizes are asked for first.
+    """
     source = _whole(source)
     if not os.path.exists(source) and source.partition(":")[0] in list_encoders():
         raise CheckpointError(f"{source}: {_ALONE}")
     with intact_named(source, _INIT):
         path = checkpoint.find_weights(source)
         state, metadata = checkpoint.load(path)
-        if (path.parent / "state.json").exists():  # of a run
+        if sums and (path.parent / "state.json").exists():  # of a run
             check_sums(path.parent, read_state(path.parent))
     official = "config" not in metadata and checkpoint.is_official(state)
     if official:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import pickles
+from ..audio_encoder import in_pieces
 from ..errors import CheckpointError, ConfigError
 from ..reference import LogMelConfig, mel_bank, mel_window
 from . import wheel
 from .conv import ConvBlock, power_spectrum
-from .network import Network, centred_pieces, fill, in_pieces
+from .network import Network, centred_pieces, fill
 
 _MEL = LogMelConfig(
     sample_rate=44_100,

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint, ops
+from ..audio_encoder import in_pieces
 from ..errors import AudioError, CheckpointError
 from ..nn.initial import in_float32, seeded
 from ..nn.linear import linear, linear_gelu
 from ..reference import LogMelConfig
-from .network import Network, fill, in_pieces, padded, recognised
+from .network import Network, fill, padded, recognised
 
 # Kaldi's filter bank on 16-bit amplitudes.
 BEATS_LOG_MEL = LogMelConfig(

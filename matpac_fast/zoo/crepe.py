@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
+from ..audio_encoder import in_pieces
 from ..errors import ConfigError
 from . import wheel
-from .network import Network, centred_pieces, fill, in_pieces
+from .network import Network, centred_pieces, fill
 
 _SIZES = {"full": (1024, 128, 128, 128, 256), "tiny": (128, 16, 16, 16, 32)}  # channels of each layer
 _SPAN, _HOP = 1024, 800  # samples of a frame, and from one to the next

@@ -90,12 +90,6 @@ def padded(wave: Tensor, before: int, length: int) -> Tensor:
     return F.pad(wave, (before, length - before - len(wave)))
 
 
-def in_pieces(n: int, most: int) -> list[int]:
-    """`n` in pieces of `most` and a last one of what is left."""
-    whole, rest = divmod(n, most)
-    return [most] * whole + [rest] * (rest > 0)
-
-
 def centred_pieces(
     clip: Tensor, spans: np.ndarray, columns: Callable[[int], list[int]], span: int, hop: int
 ) -> Iterator[Tensor]:
