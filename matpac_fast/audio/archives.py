@@ -30,6 +30,7 @@ ARCHIVES = frozenset({".tar", ".zip", ".parquet"})
 # Which cannot be read from any place in them. Found all the same, so that whoever has a folder of them learns why.
 COMPRESSED = frozenset({".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"})
 WHY_COMPRESSED = "a compressed tar file: unpack it, or pack it again without compression"
+_WHY_NESTED = "an archive in an archive, which is not looked into: unpack the outer one"
 _BEGIN = 2**26  # bytes of a compressed tar file, unpacked, in which audio is looked for
 _BLOCK = 1 << 20  # bytes copied at a time
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
@@ -179,7 +180,7 @@ def _may_hold_audio(archive: Path) -> bool:
     try:
         with tarfile.open(archive, "r|*", encoding="utf-8") as file:
             for info in file:
-                if (not info.isdir() and _is_audio(info.name)) or info.offset_data + info.size > _BEGIN:
+                if (not info.isdir() and _is_listed(info.name)) or info.offset_data + info.size > _BEGIN:
                     return True
     except (*_damage(), OSError):  # Zstandard is read from Python 3.14 on
         return True
@@ -188,6 +189,11 @@ def _may_hold_audio(archive: Path) -> bool:
 
 def _is_audio(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES | NO_DECODER
+
+
+def _is_listed(name: str) -> bool:
+    """Whether it is audio, or an archive that may hold some; a Parquet file beside audio is a table of labels."""
+    return _is_audio(name) or (is_archive(Path(name)) and not name.lower().endswith(".parquet"))
 
 
 def _list_tar(archive: Path) -> Iterator[Member]:
@@ -201,8 +207,10 @@ def _list_tar(archive: Path) -> Iterator[Member]:
             with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8") as file:
                 while (info := file.next()) is not None:
                     file.members.clear()  # type: ignore[attr-defined] - where tarfile keeps all that it has met
-                    if not info.isdir() and _is_audio(info.name) and not _is_apple_double(raw, info):
-                        yield Member(archive, info.name, info.offset_data, info.size, _not_there(info))
+                    if info.isdir() or not _is_listed(info.name) or _is_apple_double(raw, info):
+                        continue
+                    reason = _not_there(info) if _is_audio(info.name) else _WHY_NESTED
+                    yield Member(archive, info.name, info.offset_data, info.size, reason)
                 # tarfile takes a header that is cut off, or is none, for the end; there zeros have to be.
                 raw.seek(file.offset)
                 if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -249,14 +257,18 @@ def _read_tar(archive: Path, wanted: Sequence[Member]) -> Iterator[Extent | Audi
 def _list_zip(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as file:
         for i, info in enumerate(file.infolist()):
-            if not info.is_dir() and _is_audio(info.filename) and not info.filename.startswith(_MAC):
-                yield Member(archive, info.filename, i, info.file_size)
+            if not info.is_dir() and _is_listed(info.filename) and not info.filename.startswith(_MAC):
+                reason = "" if _is_audio(info.filename) else _WHY_NESTED
+                yield Member(archive, info.filename, i, info.file_size, reason)
 
 
 def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
     with zipfile.ZipFile(archive) as file:
         infos = file.infolist()
         for member in wanted:
+            if member.reason:
+                yield AudioError(member.reason)
+                continue
             info = infos[member.place] if member.place < len(infos) else None
             if info is None or info.filename != member.name:
                 yield AudioError(_CHANGED)

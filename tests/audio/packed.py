@@ -156,6 +156,22 @@ def tar_with_holes(files: Path, path: Path) -> None:
         file.addfile(info, io.BytesIO(bytes(512)))
 
 
+def tar_of_archives(files: Path, path: Path) -> None:
+    tar(files, path, ["a.wav"])
+    with tarfile.open(path, "a") as file:
+        for name in ("deep/in.zip", "in.tar.gz", "labels.parquet", "folder.zip/"):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            file.addfile(info)
+
+
+def zip_of_archives(files: Path, path: Path) -> None:
+    zipped(files, path, ["a.wav"])
+    with zipfile.ZipFile(path, "a") as file:
+        for name in ("deep/in.zip", "in.tar.gz", "labels.parquet", "folder.zip/"):
+            file.writestr(name, b"")
+
+
 def tar_gz(files: Path, path: Path) -> None:
     tar(files, path)
     path.write_bytes(gzip.compress(path.read_bytes()))

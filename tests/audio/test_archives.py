@@ -44,8 +44,10 @@ from tests.audio.packed import (
     parquet_of_no_utf8,
     tar,
     tar_gz,
+    tar_of_archives,
     tar_of_links,
     tar_with_holes,
+    zip_of_archives,
     zip_of_no_utf8,
     zip_of_tomorrow,
 )
@@ -242,6 +244,15 @@ def test_names_are_the_same_in_a_locale_of_ascii_alone(files, tmp_path, name):
             },
         ),
         (tar_with_holes, "x.tar", ["x.tar/a.wav"], {"x.tar/holes.wav": "a file with holes in a tar file: pack that"}),
+        *(
+            (
+                pack,
+                f"x.{suffix}",
+                [f"x.{suffix}/a.wav"],
+                {f"x.{suffix}/{name}": "an archive in an archive, " for name in ("deep/in.zip", "in.tar.gz")},
+            )
+            for pack, suffix in ((tar_of_archives, "tar"), (zip_of_archives, "zip"))
+        ),
         (tar_gz, "x.tar", [], {"x.tar": "a compressed tar file: unpack it"}),
         (lambda files, path: os.mkfifo(path), "x.zip", [], {"x.zip": "not a regular file"}),
         (huge_tar, "x.tar", ["x.tar/b.flac"], {"x.tar": "", "x.tar/huge.wav": "truncated: its archive ends before it"}),
