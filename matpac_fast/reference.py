@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -67,6 +67,13 @@ class LogMelConfig:
         for name, known in (("bank", BANKS), ("window", WINDOWS), ("framing", FRAMINGS)):
             if getattr(self, name) not in [*known]:  # a list, for what comes may have no hash
                 raise ConfigError(f"log-mel: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"log-mel: {field.name} is {value}; expected a finite number")
+        for name in ("log_offset", "log_floor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"log-mel: {name} is {getattr(self, name)}; expected 0 or more, for its logarithm")
         if not 1 <= self.win_length <= self.n_fft or self.hop < 1 or self.n_mels < 1 or self.std == 0:
             raise ConfigError(
                 f"log-mel: expected 1 <= win_length <= n_fft, hop and n_mels from 1, std not 0; got {self}"

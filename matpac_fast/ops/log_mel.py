@@ -27,6 +27,11 @@ _CUDA_HOP = 353
 def _check(wave: Tensor, config: LogMelConfig, dtype: torch.dtype | None) -> torch.dtype:
     """Raise on what cannot be; else the dtype of the output."""
     check_tensor("log_mel", "wave", wave, ndim=2, dtypes=_WAVE_DTYPES)
+    if not isinstance(config, LogMelConfig):
+        raise TypeError(
+            f"log_mel: config is a {type(config).__name__}; expected a LogMelConfig, such as LogMelConfig(n_mels=80), "
+            "or the log_mel of a MatpacConfig"
+        )
     least = config.n_samples(1)
     if wave.shape[1] < least:
         raise ValueError(
@@ -261,7 +266,7 @@ def log_mel(wave: Tensor, config: LogMelConfig = LogMelConfig(), dtype: torch.dt
         clip has the same bits in any batch and for any number of threads.
 
     Raises:
-        TypeError: a wave or result of another dtype.
+        TypeError: a wave or result of another dtype, a config of another type.
         ValueError: a wave that is not (B, S), or shorter than one frame.
 
     Gradients reach the wave through the PyTorch reference, which the backward pass computes anew (once differentiable).

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backend, reference
 from ..backend import device_guard, fuses, takes_cpp
 from ..reference import work_dtype
-from ._check import FLOATS, check_shape, check_tensor
+from ._check import FLOATS, check_shape, check_tensor, shape_of
 from ._native import DTYPE, address
 from ._once import once_differentiable, under_autograd
 
@@ -19,10 +19,13 @@ _EPS = 1e-12  # of torch's normalize
 
 
 def _check(prediction: Tensor, target: Tensor, temperature: float | Tensor | None) -> None:
-    check_tensor(_OP, "prediction", prediction, 2 if temperature is None else 3, FLOATS)
+    check_tensor(_OP, "prediction", prediction, dtypes=FLOATS)
+    expected = "(N, D) without a temperature" if temperature is None else "(N, H, D) of H heads with a temperature"
+    if prediction.ndim != (2 if temperature is None else 3):
+        raise ValueError(f"{_OP}: prediction is {shape_of(prediction)}; expected {expected}")
     check_tensor(_OP, "target", target, 2, FLOATS, like=prediction)
-    expected = (prediction.shape[0], prediction.shape[-1])
-    check_shape(_OP, "target", target, expected, "(N, D) of the prediction")
+    rows = (prediction.shape[0], prediction.shape[-1])
+    check_shape(_OP, "target", target, rows, "(N, D) of the prediction")
     if prediction.ndim == 3 and prediction.shape[1] < 1:
         raise ValueError(f"{_OP}: prediction has no heads; expected (N, H, D) with H at least 1")
     if isinstance(temperature, Tensor):

@@ -379,6 +379,8 @@ def test_what_cannot_be():
         ops.log_mel(torch.zeros(1, 1_000, dtype=torch.float16))
     with pytest.raises(TypeError, match="expected float32 or bfloat16"):
         ops.log_mel(torch.zeros(1, 1_000), dtype=torch.float64)
+    with pytest.raises(TypeError, match="config is a int; expected a LogMelConfig"):
+        ops.log_mel(torch.zeros(1, 400), 80)
     with pytest.raises(TypeError, match="Tensor"):
         ops.log_mel([0.0] * 1_000)  # type: ignore[arg-type]
 

@@ -173,8 +173,8 @@ def test_compiles_whole_with_a_dynamic_batch():
     [
         (([1.0], torch.zeros(1, 1)), TypeError, "prediction is a list"),
         ((torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)), TypeError, r"prediction is \(2, 3\) int64"),
-        ((torch.zeros(2, 4, 3), torch.zeros(2, 3)), ValueError, "expected 2 dimensions"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3), 0.1), ValueError, "expected 3 dimensions"),
+        ((torch.zeros(2, 4, 3), torch.zeros(2, 3)), ValueError, r"expected \(N, D\) without a temperature"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), 0.1), ValueError, r"expected \(N, H, D\) of H heads with a temp"),
         ((torch.zeros(2, 3), torch.zeros(3, 3)), ValueError, r"target is \(3, 3\).*expected \(2, 3\)"),
         ((torch.zeros(2, 0, 3), torch.zeros(2, 3), 0.1), ValueError, "no heads"),
         ((torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), ValueError, "target is on meta"),

@@ -131,6 +131,9 @@ def test_the_encoder_is_told_what_is_not_matpacs_alone(config):
         (dict(bank=["htk"]), r"bank is \['htk'\]; expected one of slaney, htk, kaldi"),
         (dict(hop="160"), "hop is '160'; expected a whole number"),
         (dict(n_fft=256), "expected 1 <= win_length <= n_fft"),
+        (dict(std=float("nan")), "std is nan; expected a finite number"),
+        (dict(f_max=float("inf")), "f_max is inf; expected a finite number"),
+        (dict(log_offset=-1e-7), "log_offset is -1e-07; expected 0 or more"),
     ],
 )
 def test_front_ends_that_cannot_be(fields, message):
