@@ -68,10 +68,10 @@ def main(
     Example: matpac-fast study --encoders untrained-tiny,runs/a --tasks folder:my/audio --out study/
 
     A task is NAME:FOLDER: folder (sub-folder = label, or a clips.csv), esc50, urbansound8k, gtzan, tau2020, openmic,
-    magnatagatune, nsynth or fsd50k, in its official layout. Embeddings are probed linearly; the best and the cheapest
-    temporal support are chosen on validation clips, for their scores fold by fold, and scored on test clips, with
-    95 % intervals. Writes results.parquet, comparisons.parquet, encoders.parquet, choices.parquet, cost.parquet, PNG
-    plots and report.html. Killed and run again, it goes on.
+    magnatagatune, nsynth, fsd50k or hear (one of the HEAR benchmark), in its official layout. Embeddings are probed
+    linearly; the best and the cheapest temporal support are chosen on validation clips, for their scores fold by fold,
+    and scored on test clips, with 95 % intervals. Writes results.parquet, comparisons.parquet, encoders.parquet,
+    choices.parquet, cost.parquet, PNG plots and report.html. Killed and run again, it goes on.
 
     Args:
         encoders: names, run folders or files, with commas between them, such as runs/a,runs/a@teacher,runs/a@layer6;

@@ -20,6 +20,7 @@ TASKS = {
     "magnatagatune": "MagnaTagATune: 50 tags, mAP",
     "nsynth": "NSynth: 11 instrument families",
     "fsd50k": "FSD50K: 200 sounds, several to a clip, mAP",
+    "hear": "a task of the HEAR benchmark, as that has released it, of whole clips",
 }
 
 

@@ -207,8 +207,9 @@ class Layout:
                 )
 
     def json(self, name: str) -> Any:
+        text = self.text(name)
         try:
-            return json.loads(self.text(name))
+            return json.loads(text)
         except ValueError as error:
             raise DatasetError(
                 f"{self.name}: {self.folder / name} is damaged: {error}", [(name, "altered: no JSON")]

@@ -25,6 +25,18 @@ from tests.tasks import miniature
         ("openmic", "openmic-2018-aggregated-labels.csv", "0.5,", "nan,", r"row \d .* the relevance 'nan'"),
         ("openmic", "class-map.json", '"bass": 1', '"bass": 0', "it has other values; expected an object of instr"),
         ("nsynth", "nsynth-test/examples.json", '"instrument_str"', '"inst"', "note bass_.* has no instrument_str"),
+        ("hear", "task_metadata.json", "multiclass", "regression", "prediction_type has 'regression'; expected multic"),
+        ("hear", "task_metadata.json", '"fold00"', "1", "splits has .*; expected a list of names"),
+        ("hear", "task_metadata.json", "new_split_kfold", "trainvaltest", "splits has .*; expected train, valid and"),
+        ("hear", "labelvocabulary.csv", "1,2", "2,2", "idx has 3 rows; expected 0, 1, 2, .* each once"),
+        (
+            "hear",
+            "fold01.json",
+            "[10]",
+            "[11]",
+            r"10-1.wav has \[11\]; expected a list of one label of labelvocabulary",
+        ),
+        ("hear", "fold02.json", "[0]", "[0, 2]", r"0-2.wav has \[0, 2\]; expected a list of one label"),
         ("nsynth", "nsynth-valid/examples.json", '"reed"', "7", "the note reed_.* has no instrument_family_str"),
     ],
 )
@@ -39,7 +51,15 @@ def test_what_cannot_be_is_named_by_file_and_row(tmp_path, name, file, old, new,
     assert path == file
 
 
-@pytest.mark.parametrize(("name", "file"), [("nsynth", "nsynth-train/examples.json"), ("openmic", "class-map.json")])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("nsynth", "nsynth-train/examples.json"),
+        ("openmic", "class-map.json"),
+        ("hear", "task_metadata.json"),
+        ("hear", "fold00.json"),
+    ],
+)
 def test_a_list_in_the_place_of_an_object_is_named(tmp_path, name, file):
     getattr(miniature, name)(tmp_path)
     (tmp_path / file).write_text(json.dumps(["bass"]))

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +165,37 @@ def test_fsd50k(sets):
     assert [len(task.folds[0].train), len(task.folds[0].valid), len(task.folds[0].test)] == [5, 2, 2]
 
 
-@pytest.mark.parametrize("name", [name for name in OFFICIAL if name != "tau2020"])
+def test_hear_rotates_its_folds(sets):
+    task = load(sets, "hear")
+    assert (task.name, task.kind, task.classes) == ("hear", "single", ("0", "2", "10"))  # in the order of its list
+    assert task.targets.tolist() == 3 * [0, 1, 2]
+    parts = [[task.paths[part[0]].parent.name for part in (fold.valid, fold.test)] for fold in task.folds]
+    assert parts == [["fold01", "fold00"], ["fold02", "fold01"], ["fold00", "fold02"]]
+
+
+def test_hear_of_several_labels_and_fixed_splits_at_its_highest_rate(tmp_path):
+    miniature.hear(tmp_path, ("train", "valid", "test"), "trainvaltest", "multilabel")
+    shutil.copytree(tmp_path / "48000", tmp_path / "16000")
+    task = load_task(f"hear:{tmp_path}")
+    (fold,) = task.folds
+    assert [task.paths[part[0]].parent.name for part in (fold.train, fold.valid, fold.test)] == [
+        "train",
+        "valid",
+        "test",
+    ]
+    assert {path.parent.parent.name for path in task.paths} == {"48000"}
+    assert task.targets[fold.test].tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 1]]
+
+
+def test_hear_tasks_with_times_are_refused(tmp_path):
+    miniature.hear(tmp_path)
+    about = (tmp_path / "task_metadata.json").read_text()
+    (tmp_path / "task_metadata.json").write_text(about.replace('"scene"', '"event"'))
+    with pytest.raises(DatasetError, match=r"asks when in a clip something is heard .* expected a task of whole clips"):
+        load_task(f"hear:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if name not in ("tau2020", "hear")])
 def test_a_shortened_list_is_told_from_the_official_one(sets, name):
     with pytest.raises(DatasetError, match=r"altered: \d+ \w+, officially \d+"):
         load_task(f"{name}:{sets / name}")
@@ -218,7 +249,7 @@ def test_a_partial_folder_says_what_it_lacks(copy):
 def test_a_missing_or_damaged_table_is_named(copy, name, file):
     root = copy(name)
     (root / file).unlink()
-    with pytest.raises(DatasetError, match=file.replace("/", ".")):
+    with pytest.raises(DatasetError, match=f"^{name}: [^:]*{file} cannot be read"):
         load_task(f"{name}:{root}")
     (root / file).write_text("{")
     with pytest.raises(DatasetError, match=file.replace("/", ".")):
