@@ -19,7 +19,7 @@ import json
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,26 +41,37 @@ FULL_SCALE = 32768
 
 
 class Corpus:
-    """The clips of a prepared folder.
+    """The clips of a prepared folder, or of several, one folder's clips behind the other's.
 
     Nothing but the index is read on opening; a shard is opened when it is first needed. May be used from several
     threads, and sent to other processes, which open the shards anew.
 
     Attributes:
+        folders: where they are; none of a corpus in memory.
+        sizes: how many clips are in each of the folders.
         sample_rate: Hz.
         frames: (N,) int64, samples of each clip.
 
     Raises:
+        ConfigError: folders of different sample rates, or one that is given twice.
         CorpusError: no corpus, one whose preparation never finished, or (when it is needed) a shard that is not whole.
     """
 
     _memory: NDArray[np.int16]  # all samples, of a corpus that is in no folder
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder: Path | None = Path(folder)
-        metadata, columns = _read_index(self.folder)
-        self.sample_rate: int = metadata["sample_rate"]
-        self.frames, self._shard, self._offset = columns
+    def __init__(self, folder: str | os.PathLike[str], *more: str | os.PathLike[str]):
+        self.folders = tuple(map(Path, (folder, *more)))
+        indices = [_read_index(folder) for folder in self.folders]
+        _check_joined(self.folders, [rate for rate, _ in indices])
+        self.sample_rate = indices[0][0]
+        self.sizes = tuple(len(frames) for _, (frames, _, _) in indices)
+        # Shards are numbered through all folders: the number of each one's first.
+        shards = [int(shard.max(initial=-1)) + 1 for _, (_, shard, _) in indices]
+        self._first = np.cumsum([0, *shards[:-1]])
+        self.frames, self._shard, self._offset = (
+            np.concatenate(column) for column in zip(*(columns for _, columns in indices), strict=True)
+        )
+        self._shard += np.repeat(self._first, self.sizes)
         self._mapped, self._files = _Opened(), _Opened()
 
     @classmethod
@@ -75,10 +86,11 @@ class Corpus:
         if len(paths) != len(waves):
             raise ConfigError(f"from_arrays: {len(paths)} paths of {len(waves)} waves; expected one of each")
         self = cls.__new__(cls)
-        self.folder = None
+        self.folders = ()
         self.sample_rate = sample_rate
         clips = [_checked(wave, f"from_arrays: {path}") for wave, path in zip(waves, paths, strict=True)]
         self.frames = np.array([len(clip) for clip in clips], np.int64)
+        self.sizes = (len(clips),)
         self._shard = np.zeros(len(clips), np.int64)
         self._offset = np.cumsum(self.frames) - self.frames
         self._memory = np.concatenate([np.empty(0, np.int16), *clips])
@@ -95,7 +107,10 @@ class Corpus:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The source file of each clip, relative to the folder it was prepared from; read when first asked for."""
+        """The source file of each clip, relative to the folder it was prepared from; read when first asked for.
+
+        Of several folders each begins with that of the corpus.
+        """
         return self._column("path")
 
     @cached_property
@@ -104,7 +119,7 @@ class Corpus:
         digest = hashlib.sha256(f"{FORMAT} {self.sample_rate} {len(self)}".encode())
         for column in (self.frames, self._shard, self._offset):
             digest.update(np.ascontiguousarray(column, "<i8").tobytes())
-        if self.folder is None:
+        if not self.folders:
             digest.update(self._memory.astype("<i2").tobytes())
         else:
             digest.update("".join(self._column("sha256")).encode())
@@ -132,7 +147,7 @@ class Corpus:
         out = np.empty((len(indices), n), np.int16) if out is None else out
         begins = (self._offset[indices] + starts).tolist()
         for row, shard, begin in zip(out, self._shard[indices].tolist(), begins, strict=True):
-            if self.folder is None:
+            if not self.folders:
                 row[:] = self._samples(shard)[begin : begin + n]
             else:
                 self._read_into(row, shard, begin)
@@ -159,7 +174,7 @@ class Corpus:
             )
 
     def _samples(self, shard: int) -> NDArray[np.int16]:
-        return self._memory if self.folder is None else self._mapped.get(shard, len(self._bytes), self._map)
+        return self._mapped.get(shard, len(self._bytes), self._map) if self.folders else self._memory
 
     def _map(self, shard: int) -> NDArray[np.int16]:
         path = self._whole(shard)
@@ -171,7 +186,8 @@ class Corpus:
 
     def _whole(self, shard: int) -> Path:
         """The path of a shard that is as long as the index needs it."""
-        path = shard_path(self.folder or Path(), shard)
+        folder = int(np.searchsorted(self._first, shard, side="right")) - 1
+        path = shard_path(self.folders[folder], shard - int(self._first[folder]))
         try:
             size, expected = path.stat().st_size, int(self._bytes[shard])
         except OSError as error:
@@ -188,12 +204,17 @@ class Corpus:
         return needed
 
     def _column(self, name: str) -> list[Any]:
-        table = read_parquet(Path(self.folder or "") / INDEX, ["shard", "offset", name])
-        # The corpus may have been prepared again since it was opened; a clip keeps its place, which no other one gets.
-        shards, offsets, values = (table[column].to_pylist() for column in ("shard", "offset", name))
-        found = dict(zip(zip(shards, offsets, strict=True), values, strict=True))
-        places = zip(self._shard.tolist(), self._offset.tolist(), strict=True)
-        return [found.get(place, f"{place}, no longer in {INDEX}") for place in places]
+        # A corpus may have been prepared again since it was opened; a clip keeps its place, which no other one gets.
+        found: dict[tuple[int, int], Any] = {}
+        for folder, first in zip(self.folders, self._first.tolist(), strict=True):
+            table = read_parquet(folder / INDEX, ["shard", "offset", name])
+            shards, offsets, values = (table[column].to_pylist() for column in ("shard", "offset", name))
+            if name == "path" and len(self.folders) > 1:
+                values = [f"{folder}/{value}" for value in values]
+            places = zip((first + shard for shard in shards), offsets, strict=True)
+            found |= dict(zip(places, values, strict=True))
+        wanted = zip(self._shard.tolist(), self._offset.tolist(), strict=True)
+        return [found.get(place, f"{place}, no longer in {INDEX}") for place in wanted]
 
 
 class _Opened:
@@ -308,7 +329,23 @@ def read_metadata(schema: Any, path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _read_index(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
+def _check_joined(folders: Sequence[Path], rates: Sequence[int]) -> None:
+    """Raise ConfigError for folders that make no corpus together."""
+    if len(set(rates)) > 1:
+        told = ", ".join(f"{folder} at {rate} Hz" for folder, rate in zip(folders, rates, strict=True))
+        raise ConfigError(f"{told}: expected one sample rate: prepare again with --sample-rate, in a new folder")
+    seen: dict[Path, Path] = {}
+    for folder in folders:
+        if (real := folder.resolve()) in seen:
+            raise ConfigError(
+                f"{seen[real]} and {folder} are one corpus; expected each once: pretrain's --visits has clips visited "
+                "more often than others"
+            )
+        seen[real] = folder
+
+
+def _read_index(folder: Path) -> tuple[int, list[NDArray[np.int64]]]:
+    """Its sample rate, and of each clip frames, shard and offset."""
     try:
         import pyarrow as pa
     except ImportError as error:
@@ -323,4 +360,4 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
     metadata = read_metadata(table.schema, path)
-    return metadata, [table[name].to_numpy().astype(np.int64) for name in ("frames", "shard", "offset")]
+    return metadata["sample_rate"], [table[name].to_numpy().astype(np.int64) for name in ("frames", "shard", "offset")]

@@ -30,7 +30,7 @@ _SOON = 30.0  # seconds: where the log's first line comes later than this, one e
 
 
 def main(
-    corpus: Annotated[Path, tyro.conf.Positional],
+    corpus: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path,
     preset: Literal["nano", "tiny", "small", "base", "large"] | None = None,
     steps: int | None = None,
@@ -41,6 +41,7 @@ def main(
     stretch_decays: bool | None = None,
     ema: tuple[float, float] | None = None,
     crop_seconds: tuple[float, ...] | None = None,
+    visits: tuple[int, ...] | None = None,
     pad_short: Short | None = None,
     mask_ratio: float | None = None,
     mcl_heads: int | None = None,
@@ -76,7 +77,7 @@ def main(
     torchrun --nproc-per-node 8 -m matpac_fast.cli pretrain corpus/ --out runs/a
 
     Args:
-        corpus: folder that `matpac-fast prepare` wrote.
+        corpus: folder that `matpac-fast prepare` wrote, or several, of one sample rate.
         out: folder of the run: config.json, log.jsonl, curves.png, checkpoints/.
         preset: size of the model; base (768 x 12) is the official one. Default: base.
         steps: optimiser steps; the schedules are stretched to them. Default: 294816, as official.
@@ -90,6 +91,7 @@ def main(
             0.99995 0.99999, stretched.
         crop_seconds: length of a crop, a multiple of a patch's 0.16 s; of several lengths each step draws one.
             Default: 6.08.
+        visits: how often an epoch visits each clip of each folder, such as 1 4. Default: once.
         pad_short: clips shorter than a crop: leave them out, repeat them, or add silence. Default: drop.
         mask_ratio: share of the patches that the student does not see. Default: 0.7.
         mcl_heads: heads of multiple choice learning; 5 is MATPAC++. Default: 0, MATPAC.
@@ -130,7 +132,9 @@ def main(
 
     fields = read_fields(word for words in settings for word in words)
     target = pick_device(device)
-    clips = Corpus(corpus)
+    if not corpus:
+        raise ConfigError("pretrain: expected a folder that matpac-fast prepare wrote, or several; got none")
+    clips = Corpus(*corpus)
     stored = read_config(out)
     watching = read_watching(out).but(probe_data, probe_clips, tensorboard)
     first = os.environ.get("RANK", "0") == "0"
@@ -142,6 +146,7 @@ def main(
         lr=lr,
         warmup=warmup,
         stretch_decays=stretch_decays,
+        visits=visits,
         pad_short=pad_short,
         precision=precision,
         seed=seed,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..audio.corpus import Corpus
@@ -43,7 +44,7 @@ FREE = frozenset(
 # The options of the command line that give a value: its own name, or another; --set gives any.
 _NAMED = (
     *(f"model.{name}" for name in ("mask_ratio", "mcl_heads", "teacher_init", "center_of")),
-    *(f"train.{name}" for name in ("steps", "batch_size", "lr", "warmup", "stretch_decays", "pad_short")),
+    *(f"train.{name}" for name in ("steps", "batch_size", "lr", "warmup", "stretch_decays", "pad_short", "visits")),
     *("train.precision", "train.seed", "init"),
     *FREE - {"train.max_bad_steps"},
 )
@@ -60,7 +61,19 @@ def make_sampler(corpus: Corpus, model_config: MatpacConfig, config: TrainConfig
     crops = check_options(corpus, model_config, config, ranks.device, ranks.world)
     if ranks.world > 1 and len(set(ranks.gather(corpus.fingerprint))) > 1:
         raise ConfigError("the processes do not have the same corpus: copy or prepare it again")
-    return Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short, ranks.rank, ranks.world)
+    return sampler_of(corpus, crops, config, ranks.rank, ranks.world)
+
+
+def sampler_of(corpus: Corpus, crops: Sequence[int], config: TrainConfig, rank: int = 0, world: int = 1) -> Sampler:
+    """With crops of so many samples."""
+    visits = None
+    if config.visits is not None:
+        if len(config.visits) != len(corpus.sizes):
+            raise ConfigError(
+                f"visits is {config.visits}; expected {len(corpus.sizes)}, one of each folder of the corpus"
+            )
+        visits = np.repeat(config.visits, corpus.sizes)
+    return Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short, rank, world, visits)
 
 
 def name_transform(transform: Transform | None, ranks: Ranks) -> str | None:

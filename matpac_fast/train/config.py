@@ -43,6 +43,8 @@ class TrainConfig:
             device computes in it natively.
         seed: determines the initial weights, the order of the clips, the crops and the masks.
         crop_frames: frames of a crop; of several lengths each step draws one. None takes the model's `n_frames`.
+        visits: how often an epoch visits each clip of each folder that the corpus is of, such as (1, 4): the clips of
+            the second four times, at other places; None: each once.
         pad_short: clips shorter than a crop are left out ("drop", as official), repeated up to its length ("repeat"),
             or followed by silence ("zeros").
         log_every: steps between two lines of the log; statistics are computed for these only.
@@ -76,6 +78,7 @@ class TrainConfig:
     precision: Precision = "auto"
     seed: int = 0
     crop_frames: tuple[int, ...] | None = None
+    visits: tuple[int, ...] | None = None
     pad_short: Short = "drop"
     log_every: int = 20
     save_every: int = 500
@@ -119,6 +122,8 @@ class TrainConfig:
             raise ConfigError(f"keep_every is {self.keep_every}; expected a multiple of save_every, {self.save_every}")
         if self.crop_frames is not None and not self.crop_frames:
             raise ConfigError("crop_frames is empty; expected one length or more")
+        if self.visits is not None and (not self.visits or min(self.visits) < 1):
+            raise ConfigError(f"visits is {self.visits}; expected a number from 1 for each folder of the corpus")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
 

@@ -16,9 +16,9 @@ from ..audio.corpus import Corpus
 from ..config import MatpacConfig
 from ..model import Matpac
 from ..oom import is_out_of_memory
+from .begin import sampler_of
 from .config import TrainConfig, resolve_precision
 from .flops import step_flops
-from .sampler import Sampler
 from .step import make_optimizer, train_step
 from .watch import TrainingError
 from .weights import load_weights
@@ -48,7 +48,7 @@ def estimate(
     precision = resolve_precision(config.precision, device)
     frames = config.crop_frames or (model_config.n_frames,)
     crops = [model_config.log_mel.n_samples(n) for n in frames]
-    sampler = Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short)
+    sampler = sampler_of(corpus, crops, config)
     flops = sum(step_flops(model_config, n) for n in frames) / len(frames) * config.batch_size
     model = Matpac(model_config)
     if init is not None:
@@ -92,7 +92,7 @@ def estimate(
             "memory until it is written"
         ),
         "work": f"{flops / config.batch_size / 1e9:.1f} GFLOP a crop, {flops / 1e12:.2f} TFLOP a step",
-        "clips": f"{len(sampler)}, {sampler.n_dropped} shorter than a crop are left out",
+        "clips": f"{sampler.n_clips}, {sampler.n_dropped} shorter than a crop are left out",
         "steps": f"{config.steps}, {len(sampler) / config.batch_size:.1f} an epoch",
         "epochs": f"{sampler.epoch(config.steps):.1f}",
         "speed": speed,

@@ -374,7 +374,7 @@ class _Run:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
             "ranks": self.ranks.world,
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "clips": len(self.sampler),
+            "clips": self.sampler.n_clips,
             "clips_left_out": self.sampler.n_dropped,
         }
 

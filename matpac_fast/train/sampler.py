@@ -1,7 +1,7 @@
 """Which crop is trained on when: pure functions of (seed, step, index), with no state and no global random numbers.
 
 Sample g = step * batch_size + index is the g-th of an endless walk over the corpus: epoch g // n visits all n clips
-once, in an order of its own. A batch may span two epochs, so no clip is ever left out.
+once, or each as often as it is told, in an order of its own. A batch may span two epochs, so no clip is ever left out.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Plan:
 
 
 class Sampler:
-    """Draws the crops of every step.
+    """Draws the crops of every step, from `n_clips` clips.
 
     Args:
         frames: (clips,) int64, samples of each clip, `Corpus.frames`.
@@ -87,6 +87,7 @@ class Sampler:
         short: clips shorter than the longest crop are left out ("drop", as official), or, where shorter than the crop
             at hand, used whole: repeated from their beginning ("repeat") or followed by silence ("zeros").
         rank, world: this process draws its contiguous slice of each global batch.
+        visits: (clips,) int, how often an epoch visits each; once by default.
 
     Raises:
         ConfigError: no clip is long enough, or the ranks do not divide the batch.
@@ -101,12 +102,15 @@ class Sampler:
         short: Short = "drop",
         rank: int = 0,
         world: int = 1,
+        visits: NDArray[np.int64] | None = None,
     ):
         if batch_size % world:
             raise ConfigError(f"a batch of {batch_size} does not divide over {world} processes")
         self.crops, self.batch_size, self.seed, self.short = tuple(crops), batch_size, seed, short
         self._frames = np.asarray(frames, np.int64)
-        self._clips = np.flatnonzero(self._frames >= (max(crops) if short == "drop" else 1))
+        clips = np.flatnonzero(self._frames >= (max(crops) if short == "drop" else 1))
+        self.n_clips = len(clips)
+        self._clips = clips if visits is None else np.repeat(clips, visits[clips])  # of one epoch
         self._slice = np.arange(batch_size, dtype=np.int64).reshape(world, -1)[rank]
         if not len(self._clips):
             raise ConfigError(
@@ -116,7 +120,7 @@ class Sampler:
             )
 
     def __len__(self) -> int:
-        """Clips an epoch."""
+        """Crops an epoch."""
         return len(self._clips)
 
     @property
@@ -127,7 +131,7 @@ class Sampler:
     @property
     def n_dropped(self) -> int:
         """Clips of the corpus that are never drawn."""
-        return len(self._frames) - len(self._clips)
+        return len(self._frames) - self.n_clips
 
     def epoch(self, step: int) -> float:
         """Epochs done before `step`."""

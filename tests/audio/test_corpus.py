@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,19 +34,30 @@ def waves() -> list[np.ndarray]:
     return [random.integers(-20_000, 20_000, n).astype(np.int16) for n in LENGTHS]
 
 
+def prepared(place: Path, waves: list[np.ndarray], rate: int = RATE) -> Path:
+    (place / "source").mkdir(parents=True)
+    for i, wave in enumerate(waves):
+        soundfile.write(place / "source" / f"{i}.wav", wave, rate)
+    prepare(place / "source", place / "corpus", sample_rate=rate, shard_seconds=1.0)
+    return place / "corpus"
+
+
 @pytest.fixture
 def folder(tmp_path, waves):
-    source = tmp_path / "source"
-    source.mkdir()
-    for i, wave in enumerate(waves):
-        soundfile.write(source / f"{i}.wav", wave, RATE)
-    prepare(source, tmp_path / "corpus", shard_seconds=1.0)
-    return tmp_path / "corpus"
+    return prepared(tmp_path, waves)
 
 
-@pytest.fixture(params=["folder", "memory"])
-def corpus(request, folder, waves):
-    return Corpus(folder) if request.param == "folder" else Corpus.from_arrays(waves)
+@pytest.fixture
+def folders(tmp_path, waves):
+    return [prepared(tmp_path / f"part-{i}", part) for i, part in enumerate((waves[:3], waves[3:4], waves[4:]))]
+
+
+@pytest.fixture(params=["folder", "folders", "memory"])
+def corpus(request, waves):
+    if request.param == "memory":
+        return Corpus.from_arrays(waves)
+    where = request.getfixturevalue(request.param)
+    return Corpus(*where) if request.param == "folders" else Corpus(where)
 
 
 def test_it_holds_the_clips(corpus, waves):
@@ -66,6 +78,37 @@ def test_names_are_the_source_files(folder):
     assert corpus.paths == [f"{i}.wav" for i in range(len(LENGTHS))]
     assert corpus.paths[2] == "2.wav"
     assert Corpus.from_arrays([np.zeros(4, np.int16)], paths=["a"]).paths == ["a"]
+
+
+def test_folders_are_one_corpus(folders, tmp_path, waves):
+    corpus = Corpus(*folders)
+    assert (corpus.folders, corpus.sizes) == (tuple(folders), (3, 1, 3))
+    assert corpus.paths[2:5] == [f"{folders[0]}/2.wav", f"{folders[1]}/0.wav", f"{folders[2]}/0.wav"]
+    others = [Corpus(*folders[:2]), Corpus(*reversed(folders)), Corpus(folders[0])]
+    assert len({each.fingerprint for each in (corpus, *others)}) == 4
+    shutil.copytree(folders[1], tmp_path / "moved")
+    assert Corpus(folders[0], tmp_path / "moved", folders[2]).fingerprint == corpus.fingerprint
+    assert Corpus(tmp_path / "moved").paths == ["0.wav"]
+
+
+def test_a_broken_shard_is_named_in_its_own_folder(folders):
+    corpus = Corpus(*folders)
+    (shard,) = folders[1].glob("shards/*.i16")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    corpus.gather([0, 4], [0, 0], 2_000)
+    with pytest.raises(CorpusError, match=re.escape(f"{shard}: {2 * LENGTHS[3] - 2} bytes, the index needs")):
+        corpus.gather([3], [0], 2_000)
+
+
+def test_folders_that_make_no_corpus_together_are_named(folders, tmp_path, waves):
+    (tmp_path / "link").symlink_to(folders[0])
+    with pytest.raises(ConfigError, match=r"part-0/corpus and \S*link are one corpus; expected each once"):
+        Corpus(*folders, tmp_path / "link")
+    other = prepared(tmp_path / "other", waves[:1], rate=8_000)
+    with pytest.raises(
+        ConfigError, match=r"part-0/corpus at 16000 Hz, \S*other/corpus at 8000 Hz: expected one sample"
+    ):
+        Corpus(folders[0], other)
 
 
 def test_gather_cuts_crops_out_of_any_shard(corpus, waves):
@@ -121,7 +164,7 @@ def test_it_can_be_sent_to_another_process_and_used_by_threads(corpus, waves):
     with ThreadPoolExecutor(4) as pool:
         for i, wave in enumerate(pool.map(again.read, range(len(waves)))):
             np.testing.assert_array_equal(wave, waves[i])
-    if corpus.folder is not None:
+    if corpus.folders:
         assert len(sent) < 2 * sum(LENGTHS) / 10, "the samples were sent along"
 
 

@@ -56,6 +56,18 @@ def test_every_epoch_draws_each_clip_once_in_an_order_of_its_own():
     assert len({tuple(epoch) for epoch in drawn}) == 4
 
 
+def test_an_epoch_visits_clips_as_often_as_it_is_told_at_other_places():
+    frames = np.array([10_000, 10_000, 99, 10_000])
+    sampler = Sampler(frames, [100], batch_size=6, seed=1, visits=np.array([1, 3, 5, 2]))
+    assert (len(sampler), sampler.n_clips, sampler.n_dropped) == (6, 3, 1)
+    for step in range(4):  # an epoch each
+        plan = sampler.plan(step)
+        assert sorted(plan.clips) == [0, 1, 1, 1, 3, 3]
+        assert len(set(plan.starts[plan.clips == 1])) == 3
+    once = Sampler(frames, [100], batch_size=6, seed=1, visits=np.ones(4, np.int64)).plan(0)
+    assert np.array_equal(once.clips, Sampler(frames, [100], batch_size=6, seed=1).plan(0).clips)
+
+
 def test_plans_do_not_depend_on_when_or_where_they_are_asked():
     frames = np.arange(1, 40) * 50
     one = Sampler(frames, [400], batch_size=12, seed=5)
