@@ -63,6 +63,11 @@ def bias_gelu() -> None:
     kernels.backward(torch.randn(256, 3072).to(BF16), h, bias)
 
 
+def column_sums() -> None:
+    """Of 792 programs of add_layer_norm."""
+    triton("column_sums").column_sums(torch.randn(792, 3, 768))
+
+
 def log_mel() -> None:
     triton("log_mel").log_mel(0.1 * torch.randn(1, 97_520), LogMelConfig(), torch.float32)
 
@@ -119,7 +124,8 @@ def cuda_prototype_loss(cuda: CudaKernels, show: Show) -> None:
 
 
 TRITON = (
-    add_layer_norm, attention, bias_gelu, log_mel, mask_shuffle, masked_patch_embed, prediction_loss, prototype_loss,
+    add_layer_norm, attention, bias_gelu, column_sums, log_mel, mask_shuffle, masked_patch_embed, prediction_loss,
+    prototype_loss,
 )  # fmt: skip
 CUDA = (cuda_log_mel, cuda_prototype_loss)
 

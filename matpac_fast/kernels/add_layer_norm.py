@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._aot import CAPABILITIES, Launch
 from ._limits import MAX_WIDTH
+from .column_sums import column_sums
 
 # Elements to a load or store, of 16 bits or 32: if they differed, tiles would change hands in shared memory.
 VEC = tl.constexpr(4)
@@ -191,7 +192,7 @@ def backward(
             dnormed, dx_next, new_x, stats, gamma, dx, ddelta if apart else None, partial, n,
             NEED_DELTA=need_delta, **options,
         )  # fmt: skip
-    return dx, ddelta, partial.sum(0)
+    return dx, ddelta, column_sums(partial)
 
 
 def _aot() -> list[Launch]:

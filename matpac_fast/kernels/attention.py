@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import backend
 from ._aot import CAPABILITIES, Launch, capability_of, is_data_centre
 from ._limits import HEAD_WIDTHS
+from .column_sums import column_sums
 
 # Triton's interpreter would multiply the bits of bfloat16 as integers; float32 holds its products exactly.
 INTERPRETED = tl.constexpr(backend.INTERPRETED)
@@ -299,7 +300,7 @@ def backward(
             grad, qkv, out, lse, dqkv, sums, n, scale, scale * math.log2(math.e),
             HEADS=heads, D=d, NEED_SUMS=need_sums, num_stages=1, **blocks, **options,
         )  # fmt: skip
-    return dqkv, None if sums is None else sums.sum(0)
+    return dqkv, None if sums is None else column_sums(sums)
 
 
 def _aot() -> list[Launch]:

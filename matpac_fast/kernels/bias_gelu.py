@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import Launch
+from .column_sums import column_sums
 
 # 16 bytes a thread, so 256 columns a warp: a thread holds whole columns of a tile, whose sums need no other thread.
 WARP_COLUMNS = 256
@@ -127,7 +128,7 @@ def backward(grad: Tensor, h: Tensor, bias: Tensor, options: dict[str, int] | No
     if h.numel():
         grid = (splits * triton.cdiv(c, options["BLOCK_C"]),)
         bias_gelu_bwd_kernel[grid](grad, h, bias, dh, partial, n, c // options["VECTOR"], **options)
-    return dh, partial.sum(0)
+    return dh, column_sums(partial)
 
 
 def _aot() -> list[Launch]:
