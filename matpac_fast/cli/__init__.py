@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from ..errors import MatpacFastError, first_line
+from ._words import plain
 
 # name, which is its module's -> one line of help
 COMMANDS = {
@@ -121,6 +122,7 @@ def _is_one_of_several() -> bool:
 
 def _say(argv: list[str], line: str) -> None:
     rank = f" (rank {os.environ['RANK']})" if _is_one_of_several() else ""
+    line = plain(line).replace("\n", "\\n")  # as a file may be called
     print(f"{' '.join(['matpac-fast', *argv[:1]])}{rank}: {line}", file=sys.stderr)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
+from ._words import plain
+
 _EVERY_SECONDS = 5.0  # between plain lines
 
 
@@ -121,4 +123,5 @@ class _Lines:
         speed = "" if left is None else f", {told_rate(rate)}, {left} left"
         note = note and f"; {note}"
         count = f"{done:.1f}" if done % 1 else int(done)  # of long pieces, parts
-        self._console.print(f"{self._title} {count}/{total} {self._unit}{speed}{note}", markup=False, soft_wrap=True)
+        line = plain(f"{self._title} {count}/{total} {self._unit}{speed}{note}")
+        self._console.print(line, markup=False, soft_wrap=True)

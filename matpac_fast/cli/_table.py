@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+from ._words import plain
+
 
 def show(header: list[str], body: list[list[str]], justify: Literal["left", "right"] = "left") -> None:
     """Print a table: drawn on a terminal, plain columns elsewhere."""
+    body = [[plain(cell) for cell in line] for line in body]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -17,7 +20,7 @@ def show(header: list[str], body: list[list[str]], justify: Literal["left", "rig
             drawn.add_column(name, justify=justify)
         for line in body:
             drawn.add_row(*line)
-        Console().print(drawn)
+        Console(markup=False, emoji=False).print(drawn)  # a run may be called a[bold] or a:bomb:
         return
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     for line in [header, *body]:

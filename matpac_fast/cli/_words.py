@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
+
+
+def plain(text: str) -> str:
+    """Control characters as \\xNN: files and weights may come from anybody, and a terminal obeys what it is sent."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
 
 def count(n: int, what: str) -> str:
     """ "1 file", "2 files"."""

@@ -15,7 +15,7 @@ import tyro
 from ..weights import DEFAULT
 from ._progress import Rate, Update, stages, told_rate
 from ._quiet import quiet_libraries
-from ._words import count, length
+from ._words import count, length, plain
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def main(
         if error.errno is not None and error.filename is None:
             error.filename = str(out)  # a write that fails, as on a full disk, does not say where
         raise
-    print("\n".join(summary(report)))
+    print(plain("\n".join(summary(report))))
     too_many = max_errors is not None and report.failed > max_errors
     return TOO_MANY_ERRORS if too_many or report.failed >= report.total else 0
 

@@ -12,7 +12,7 @@ import tyro
 
 from ._progress import stages
 from ._quiet import quiet_libraries
-from ._words import count, length
+from ._words import count, length, plain
 
 if TYPE_CHECKING:
     from ..audio.prepare import PrepareReport
@@ -69,7 +69,7 @@ def main(
     except KeyboardInterrupt:
         print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)
         raise
-    print(summary(report))
+    print(plain(summary(report)))
     return 0
 
 

@@ -25,6 +25,7 @@ from ..train.sampler import Short
 from ._progress import unbreakable_console
 from ._set import read_fields, refuse_both
 from ._watching import live_probe, read_watching, reporters
+from ._words import plain
 
 _SOON = 30.0  # seconds: where the log's first line comes later than this, one estimate is said before it
 
@@ -329,7 +330,7 @@ class _Watcher(Reporter):
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a terminal that was closed
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(plain(text), markup=False, soft_wrap=True)
 
     def step(self, step: int) -> None:
         if self._bar:

@@ -17,7 +17,7 @@ from ..weights import DEFAULT
 from ._probe import DECAYS, at_the_edge, check_resamples, probe_config, scored, untrained
 from ._progress import stages
 from ._study_words import copies, left_out
-from ._words import count
+from ._words import count, plain
 from .study import UNITS
 
 
@@ -106,12 +106,12 @@ def main(
         cells = run_study(config, cache or Path(folder), hear)
         results = tabulate(cells, 0.0, resamples=resamples, progress=hear).results if cells else []
     for row in results:
-        where = f", {row['subset']}" if row["subset"] else ""
+        where = plain(row["task"] + (f", {row['subset']}" if row["subset"] else ""))
         print(
-            f"{row['task']}{where}: {row['metric']} {scored(row['score'], row['low'], row['high'], '.4f', ' to ')}, "
+            f"{where}: {row['metric']} {scored(row['score'], row['low'], row['high'], '.4f', ' to ')}, "
             f"{count(row['test_clips'], 'test clip')}, {count(row['folds'], 'fold')}, {count(row['seeds'], 'seed')}"
         )
     said = at_the_edge(results, config.probe.decays) + untrained(results)
     for line in [*copies(results), *said, *left_out(cells)[0]]:
-        print(line)
+        print(plain(line))
     return 0

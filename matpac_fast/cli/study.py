@@ -33,6 +33,7 @@ from ._probe import DECAYS, at_the_edge, check_resamples, numbers, probe_config,
 from ._progress import stages
 from ._study_words import NAMED, choice_cells, cost_cells, left_out, sentences, unsteady, untold
 from ._table import show
+from ._words import plain
 
 UNITS = {"hashing": "files", "measuring cost": "points", "embedding": "clips", "probing": "probes", "scoring": "probes"}
 
@@ -167,7 +168,7 @@ def main(
     settings = {"settings": dataclasses.asdict(config), "made": made}
     write_text(out / "settings.json", json.dumps(settings, indent=2) + "\n")
     show(*(choice_cells(tables) if tables.choices else cost_cells(found, step)))
-    print("\n" + "\n".join([*lines, f"open {out / 'report.html'}"]))
+    print(plain("\n" + "\n".join([*lines, f"open {out / 'report.html'}"])))
     return 0
 
 

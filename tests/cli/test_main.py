@@ -142,6 +142,16 @@ def test_a_name_that_cannot_be_encoded_ends_no_command(monkeypatch):
     assert told.buffer.getvalue() == b"h\\xe9 \\udcff\n"  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_no_name_of_a_file_moves_the_terminal(monkeypatch, capsys):
+    def fail() -> None:
+        raise CorpusError("a\x1b]0;title\x07\x9b2J\nb.wav: un\xe9cht\ttoo")
+
+    monkeypatch.delenv("MATPAC_FAST_DEBUG", raising=False)
+    assert running(monkeypatch, fail) == cli.FAILED
+    said = capsys.readouterr().err
+    assert said == "matpac-fast demo: a\\x1b]0;title\\x07\\x9b2J\\nb.wav: un\xe9cht\ttoo\n"
+
+
 def test_streams_that_are_closed_are_none_of_the_next_file(monkeypatch, capsys):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from matpac_fast.cli import _progress
 from matpac_fast.cli._progress import told_rate
+from matpac_fast.cli._table import show
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,12 @@ def test_of_long_pieces_parts_are_told(capsys, monkeypatch):
         "probing 0.5/4 probes, 20.0 s each, 0:01:10 left",
         "probing 1/4 probes, 20.0 s each, 0:01:00 left",
     ]
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_table_shows_names_as_they_are(capsys, monkeypatch, drawn):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: drawn)
+    show(["encoder"], [["a[bold]"], ["a[b]:bomb:"], ["a\x1b[2J"]])
+    said = capsys.readouterr().out
+    for name in ("a[bold]", "a[b]:bomb:", "a\\x1b[2J"):
+        assert name in said
