@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import IO, BinaryIO, NamedTuple, TypeAlias
 
 from ..errors import AudioError, CorpusError, first_line
 from ..files import storable
@@ -64,7 +64,13 @@ class Extent(NamedTuple):
     size: int
 
 
-Data: TypeAlias = "bytes | Extent | AudioError"  # what a member holds, or why that cannot be had
+class Zipped(NamedTuple):
+    """A member of a zip file, opened, and not unpacked before it is wanted."""
+
+    file: IO[bytes]
+
+
+Data: TypeAlias = "bytes | Extent | Zipped | AudioError"  # what a member holds, or why that cannot be had
 
 
 def is_archive(path: Path) -> bool:
@@ -151,7 +157,24 @@ def unpacked(data: Data, suffix: str) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
-def _blocks(extent: Extent) -> Iterator[bytes]:
+def _blocks(data: Extent | Zipped) -> Iterator[bytes]:
+    if isinstance(data, Zipped):
+        yield from _unzipped(data.file)
+    else:
+        yield from _copied(data)
+
+
+def _unzipped(member: IO[bytes]) -> Iterator[bytes]:
+    """A block at a time, for a small member may unpack to more than all memory."""
+    try:
+        with member:
+            while block := member.read(_BLOCK):
+                yield block
+    except (*_damage(), OSError) as error:  # OSError: what bz2 says of damage
+        raise AudioError(f"cannot be read from its archive: {first_line(error)}") from None
+
+
+def _copied(extent: Extent) -> Iterator[bytes]:
     try:
         with open(extent.archive, "rb") as file:
             file.seek(extent.place)
@@ -262,7 +285,7 @@ def _list_zip(archive: Path) -> Iterator[Member]:
                 yield Member(archive, info.filename, i, info.file_size, reason)
 
 
-def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
+def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[Zipped | AudioError]:
     with zipfile.ZipFile(archive) as file:
         infos = file.infolist()
         for member in wanted:
@@ -277,11 +300,11 @@ def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | Audio
                 yield AudioError("encrypted: unpack its archive with the password")
                 continue
             try:
-                data = file.read(info)
-            except (*_damage(), OSError) as error:  # OSError: what bz2 says of damage
+                opened = file.open(info)
+            except (*_damage(), OSError) as error:
                 yield AudioError(f"cannot be read from its archive: {first_line(error)}")
             else:
-                yield data
+                yield Zipped(opened)
 
 
 def _list_parquet(archive: Path) -> Iterator[Member]:

@@ -190,7 +190,12 @@ class Files:
                 content.check()
                 yield from read_blocks(path, sample_rate, block_seconds)
         except AudioError as error:
-            raise AudioError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
+            try:
+                content.check()
+                said = str(error)
+            except AudioError as changed:  # which explains what cannot be read
+                said = str(changed)
+            raise AudioError(f"{place}: {said.removeprefix(f'{path}: ')}") from None
 
 
 class Clips:

@@ -371,6 +371,21 @@ def test_a_member_of_another_name_in_the_same_place_is_not_taken_for_it(tmp_path
     assert "changed meanwhile" in str(found)
 
 
+def test_a_small_member_that_unpacks_to_much_is_never_in_memory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.wav", bytes(1 << 26))
+        file.writestr("b.wav", b"b")
+    inside, _ = archives.members(tmp_path / "x.zip")
+    tracemalloc.start()
+    found = list(archives.contents(tmp_path / "x.zip", inside))  # all before one is unpacked, as where many decode
+    for data, size in zip(reversed(found), (1, 1 << 26), strict=True):
+        with archives.unpacked(data, ".wav") as path:
+            assert path.stat().st_size == size
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
 def test_the_list_of_a_tar_file_keeps_nothing_of_what_is_no_audio(tmp_path):
     with open(tmp_path / "x.tar", "wb") as file:
         for i in range(5000):
