@@ -29,9 +29,15 @@ _SILENT_FOR = 30.0  # seconds without a byte, after which a download has failed
 
 def cache_folder() -> Path:
     """Where downloads lie: `MATPAC_FAST_CACHE`, else matpac_fast in `XDG_CACHE_HOME`, else in ~/.cache."""
-    if own := os.environ.get("MATPAC_FAST_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matpac_fast"
+    try:
+        if own := os.environ.get("MATPAC_FAST_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matpac_fast"
+    except RuntimeError:  # a user without an entry in passwd, as in a container, and no HOME
+        raise CheckpointError(
+            "downloads are kept in ~/.cache, and this user has no home folder; let MATPAC_FAST_CACHE name a folder, "
+            "without ~"
+        ) from None
 
 
 def offline() -> str | None:

@@ -162,6 +162,16 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch):
         assert downloads.cache_folder() == Path(folder)
 
 
+@pytest.mark.parametrize("own", ["", "~/own"])
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch, own):
+    for other in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("MATPAC_FAST_CACHE", own)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as of a number that a container made up
+    with pytest.raises(CheckpointError, match="no home folder; let MATPAC_FAST_CACHE name a folder"):
+        downloads.resolve("https://example.org/x.pt")
+
+
 @pytest.mark.parametrize("name", ["MATPAC_FAST_OFFLINE", "HF_HUB_OFFLINE"])
 def test_downloads_are_forbidden_in_every_word_for_yes(monkeypatch, name):
     for other in ("MATPAC_FAST_OFFLINE", "HF_HUB_OFFLINE"):
