@@ -284,7 +284,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("matpac_fast", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of 5000 digits
         raise CheckpointError(f"{path}: damaged safetensors file: {error}") from None
     if not isinstance(metadata, dict):
         raise CheckpointError(

@@ -279,7 +279,7 @@ def _own_sizes(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
         return {size: getattr(vit, size) for size in SIZES} | front_end
     except KeyError as error:
         raise CheckpointError(f"{path}: damaged: its sizes lack {error}") from None
-    except (ConfigError, TypeError, ValueError) as error:
+    except (ConfigError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: damaged: its sizes cannot be: {error}") from None
 
 

@@ -297,6 +297,7 @@ def test_unknown_names_say_where_files_are():
         ({"sizes": {"patch_size": 0}}, "its sizes cannot be: patch_size is 0"),
         ({"sizes": {"num_heads": 5}}, "its sizes cannot be: num_heads is 5"),
         ({"sizes": {"depth": "2"}}, "its sizes cannot be"),
+        ({"sizes": {"n_frames": 10**400}}, "its sizes cannot be"),
         ({"sizes": {"depth": 2.5}}, "its sizes cannot be: depth is 2.5; expected a whole number"),
         ({"sizes": {"mean": "a"}}, "its sizes cannot be: log-mel: mean is 'a'; expected a number"),
         ({"sizes": {"mean": True}}, "mean is True; expected a number"),
