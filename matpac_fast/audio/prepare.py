@@ -282,6 +282,8 @@ def _load(
         return _Loaded(row | {"reason": str(error).removeprefix(f"{path}: ")})
     except OSError as error:
         return _Loaded({"path": key, "reason": f"cannot be read: {error.strerror}"})
+    except MemoryError:  # told without its size, so that the next run tries again
+        return _Loaded({"path": key, "reason": "too long for the memory there is: cut it, or give fewer --workers"})
     seconds = len(wave) / settings.sample_rate
     if seconds < settings.min_seconds:
         return _Loaded(row | {"reason": f"too short: {seconds:.3g} s, less than {settings.min_seconds:g} s"})

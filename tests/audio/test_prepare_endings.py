@@ -181,6 +181,21 @@ def test_a_full_disk_leaves_what_is_finished_and_one_clear_error(source, tmp_pat
     assert snapshot(out, times=False) == snapshot(tmp_path / "whole", times=False)
 
 
+def test_a_file_without_memory_for_it_is_left_out_and_tried_again(source, tmp_path, monkeypatch):
+    def blocks(file, rate):
+        if file.path.name == os.path.basename(GOOD[0]):
+            raise MemoryError
+        return read(file, rate)
+
+    read = module.AudioFile.blocks
+    monkeypatch.setattr(module.AudioFile, "blocks", blocks)
+    report = prepare(source, tmp_path / "corpus")
+    assert report.clips == len(GOOD) - 1
+    assert rows(tmp_path / "corpus" / "rejected.parquet")[GOOD[0]]["reason"].startswith("too long for the memory")
+    monkeypatch.undo()
+    assert prepare(source, tmp_path / "corpus").added == 1
+
+
 def test_a_disk_too_full_for_the_index_keeps_the_shards(source, tmp_path, monkeypatch):
     out = tmp_path / "corpus"
     write = store.Store._write
