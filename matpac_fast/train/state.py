@@ -58,9 +58,11 @@ def read_config(run: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def steps_done(run: str | os.PathLike[str]) -> int:
-    """Steps up to the newest checkpoint of a run folder, 0 where there is none."""
+    """Steps up to the newest checkpoint of a run folder, 0 where there is none, or `latest` is damaged, which loading
+    it tells."""
     latest = RunFolder(run).latest()
-    return 0 if latest is None else int(latest.name.removeprefix("step-"))
+    step = "" if latest is None else latest.name.removeprefix("step-")
+    return int(step) if step.isdecimal() else 0
 
 
 @dataclass(frozen=True)

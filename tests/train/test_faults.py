@@ -243,9 +243,11 @@ def test_damaged_bytes_in_latest_and_log_are_no_traceback(tmp_path, corpus, mode
     lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
     (run / "log.jsonl").write_bytes(b"".join([lines[0], b"\xff\n", *lines[1:]]))
     (run / "latest").write_bytes(b"\xff")
+    assert state.steps_done(run) == 0
     with pytest.raises(CheckpointError, match="step-00000005 is intact"):
         pretrain(corpus, run, model_config, train_config)
     (run / "latest").write_text("step-00000005")
+    assert state.steps_done(run) == 5
     pretrain(corpus, run, model_config, train_config)
     assert [record["step"] for record in curve(run)] == [2, 4, 6, 8, 10, 12]
 
