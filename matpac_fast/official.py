@@ -73,8 +73,8 @@ class OfficialMatpac(nn.Module):
         if isinstance(x, (Tensor, np.ndarray)) and x.ndim == 3 and x.shape[1] == 1:
             x = x[:, 0]
         waves = self.encoder.check_mono(x, "get_matpac: x").to(self.encoder.device)
-        if isinstance(x, Tensor) and x.requires_grad:
-            waves = x.to(waves)  # what was checked is detached
+        if isinstance(x, Tensor) and x.is_floating_point():
+            waves = x.to(waves)  # what was checked is detached, also from forward mode's tangents
         # Out of the caller's autocast, which the network obeys: a log-mel must not be rounded.
         with torch.autocast(waves.device.type, enabled=False):
             spec = self.encoder.log_mel(waves.reshape(-1, waves.shape[-1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import matpac_fast as mf
 from matpac_fast.errors import AudioError, CheckpointError, ConfigError
@@ -90,6 +91,30 @@ def test_the_gradient_of_a_wave_passes_the_check(model):
     assert wave.grad is not None
     assert wave.grad.dtype == torch.float64
     assert wave.grad.abs().max() > 0
+
+
+def test_torch_func_and_forward_mode_see_the_wave_and_the_weights(model):
+    wave, along = noise(2, 4_000), noise(2, 4_001)[:, 1:]
+
+    def emb(x):
+        return model(x)[0]
+
+    asked = wave.clone().requires_grad_()
+    emb(asked).square().sum().backward()
+    assert asked.grad is not None
+    want = (asked.grad * along).sum()
+    torch.testing.assert_close(torch.func.grad(lambda x: emb(x).square().sum())(wave), asked.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.func.vmap(emb)(wave).squeeze(1), emb(wave), rtol=1e-4, atol=1e-5)
+    by_func = torch.func.jvp(lambda x: emb(x).square().sum(), (wave,), (along,))[1]
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(emb(forward_ad.make_dual(wave, along)).square().sum())
+    assert dual.tangent is not None
+    torch.testing.assert_close(by_func, want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dual.tangent, want, rtol=1e-3, atol=1e-3)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    grads = torch.func.grad(lambda w: torch.func.functional_call(model, w, (wave,))[0].square().sum())(weights)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert any(grad.abs().max() > 0 for grad in grads.values())
 
 
 def test_the_callers_autocast_does_not_round_the_log_mel(model):
