@@ -7,6 +7,8 @@ import torch
 from torch.nn.utils import prune
 
 from matpac_fast import Matpac, MatpacConfig
+from matpac_fast.errors import ConfigError
+from matpac_fast.nn.ema import ema_update
 from matpac_fast.vit_encoder import Encoder
 
 
@@ -119,6 +121,39 @@ def test_an_encoder_is_compiled_and_differentiated_at_any_length():
     for name, p in encoder.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())
+
+
+def adapt(block):
+    block.attn.qkv = torch.nn.Sequential(block.attn.qkv, torch.nn.Linear(576, 576))
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "message"),
+    [
+        ("student", adapt, r"proj.weight \(192, 192\) .*qkv.1.weight \(576, 576\)"),
+        ("student", lambda b: prune.l1_unstructured(b.attn.proj, "weight", 0.3), r"proj.weight .*proj.bias \(192,\)"),
+        ("student", lambda b: prune.l1_unstructured(b.norm1, "weight", 0.3), r"norm1.weight \(192,\) .*norm1.bias"),
+        ("student", lambda b: setattr(b.mlp.fc2, "bias", None), r"fc2.bias \(192,\) .*norm.weight"),
+        ("head", lambda mlp: mlp.append(torch.nn.PReLU()), r"last_layer.weight_g .*mlp.5.weight \(1,\)"),
+    ],
+)
+def test_a_teacher_does_not_average_layers_of_another_kind(side, change, message):
+    """Parameters paired by their order alone were others' or broadcast to others' shape."""
+    model = Matpac(MatpacConfig.preset("nano", depth=1, predictor_depth=1))
+    change(model.student.blocks[0] if side == "student" else model.head.mlp)
+    before = [p.clone() for p in model.teacher.parameters()]
+    with pytest.raises(ConfigError, match=f"{message}.*layers were replaced, pruned or parametrized"):
+        ema_update(*((model.teacher, model.student) if side == "student" else (model.teacher_head, model.head)), 0.5)
+    assert all(torch.equal(p, was) for p, was in zip(model.teacher.parameters(), before, strict=True))
+
+
+def test_a_compiled_block_is_averaged():
+    model, plain = (Matpac(MatpacConfig.preset("nano", depth=2, predictor_depth=1)) for _ in range(2))
+    model.student.blocks[1] = torch.compile(model.student.blocks[1])  # pyright: ignore[reportArgumentType]
+    for each in (model, plain):
+        ema_update(each.teacher, each.student, 0.5)
+    for p, q in zip(model.teacher.parameters(), plain.teacher.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_layers_without_a_bias_are_those_whose_bias_is_zero():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
+
+from ..errors import ConfigError
 
 
 def linear_anneal(start: float, end: float, step: int, total: int) -> float:
@@ -29,10 +32,14 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float | Tensor, skip
     With a number and without `skip` it has the official arithmetic, bit for bit. `decay` may be a float64 scalar on the
     device, and `skip`, a bool scalar there, leaves the average as it is where it is true: neither is told to the host,
     and the result is that of the formula to one rounding.
+
+    Raises:
+        ConfigError: layers of one were replaced or parametrized, so that its parameters are not those of the other.
     """
-    targets: list[Tensor] = [local(p) for p in average.parameters()]
+    pairs = _pairs(average, model)
+    targets: list[Tensor] = [local(p) for p, _ in pairs]
     # .data, for the kernel counts as changing its gradients: a backward pass that comes later must not mind.
-    sources = [local(p).data.to(t.dtype) for p, t in zip(model.parameters(), targets, strict=True)]
+    sources = [local(p).data.to(t.dtype) for (_, p), t in zip(pairs, targets, strict=True)]
     if skip is None and not isinstance(decay, Tensor):
         torch._foreach_mul_(targets, decay)
         torch._foreach_add_(targets, sources, alpha=1 - decay)
@@ -55,3 +62,26 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float | Tensor, skip
         nesterov=False,
         maximize=True,
     )
+
+
+def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter of `average` with that of `model` in its place; what compiles or wraps a whole layer renames the
+    layer, but neither what its parameters are called in it nor their order."""
+    mine, theirs = ([_Place(*item) for item in module.named_parameters()] for module in (average, model))
+    for pair in zip_longest(mine, theirs):
+        teacher, student = pair
+        if teacher is None or student is None or teacher.leaf() != student.leaf():
+            names = ["none" if place is None else f"{place.name} {tuple(place.parameter.shape)}" for place in pair]
+            raise ConfigError(
+                f"the teacher's parameter {names[0]} stands beside the student's {names[1]}: layers were replaced, "
+                "pruned or parametrized; do the same to the teacher's, or put them back before update_teachers"
+            )
+    return [(teacher.parameter, student.parameter) for teacher, student in zip(mine, theirs, strict=True)]
+
+
+class _Place(NamedTuple):
+    name: str
+    parameter: Tensor
+
+    def leaf(self) -> tuple[str, torch.Size]:
+        return self.name.rpartition(".")[2], self.parameter.shape
