@@ -265,9 +265,9 @@ class _File:
         except OSError as error:
             raise _unreadable(path, error) from None
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as Python ends, `os` may be gone
         if hasattr(self, "_handle"):
-            os.close(self._handle)
+            close(self._handle)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes from `offset` on."""

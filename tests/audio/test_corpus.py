@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import pickle
 import re
 import resource
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -340,3 +342,14 @@ def test_a_process_without_handles_does_not_blame_the_shard(folder, monkeypatch)
     monkeypatch.setattr(os, "open", out_of_handles)
     with pytest.raises(OSError, match="Too many open files"):
         Corpus(folder).gather([0], [0], 100)
+
+
+def test_a_corpus_that_outlives_its_modules_is_closed_in_silence(folder, monkeypatch):
+    """As a script's own may, which Python collects once it has emptied the modules."""
+    corpus, complaints = Corpus(folder), []
+    corpus.gather([0], [0], 100)
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    monkeypatch.setattr(corpus_module, "os", None)
+    del corpus
+    gc.collect()
+    assert complaints == []
