@@ -179,6 +179,16 @@ def heads_by_rule(width: int, given: int | None) -> int:
     return width // _PER_HEAD
 
 
+def predictor_heads(width: int, given: int | None) -> int:
+    """The predictor's attention heads, which no official file says: as given, or the 16 of the official width, 512."""
+    if given is None and width != 512:
+        raise CheckpointError(
+            f"the checkpoint does not say how many attention heads its predictor of width {width} has, and 16 are the "
+            f"official ones of width 512: give predictor_heads; this package's presets have {max(1, width // 32)} there"
+        )
+    return 16 if given is None else given
+
+
 def load_into(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Strict load: missing, unexpected or misshapen entries raise one CheckpointError that lists them."""
     check_fits(module.state_dict(), state, source)

@@ -272,19 +272,22 @@ class Matpac(nn.Module):
         Args:
             source: a fairseq checkpoint, or its "model" dictionary (teachers nested, or flat as "_ema.norm.weight").
             num_heads: of the encoders; by default one for every 64 channels, the official rule.
-            predictor_heads: of the predictor; 16 by default, as official.
+            predictor_heads: of the predictor, which the file does not say: 16 by default of the official width, 512; of
+                another width they must be given.
             options: further fields of MatpacConfig, such as `max_steps`, which no checkpoint holds, or `n_frames`, for
                 crops of another length than the checkpoint's.
 
         Raises:
-            CheckpointError: unsafe, damaged, or entries missing or left over, which are listed.
+            CheckpointError: unsafe, damaged, or entries missing or left over, which are listed; or a predictor of a
+                width that does not tell its heads.
         """
         state = source if isinstance(source, Mapping) else checkpoint.load(source)[0]
         name = "the checkpoint" if isinstance(source, Mapping) else str(source)
         ours = checkpoint.from_official_names(state, name)
         sizes: dict[str, Any] = checkpoint.read_sizes(ours)
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
-        sizes["predictor_heads"] = 16 if predictor_heads is None else predictor_heads
+        if "predictor_width" in sizes:  # else what is missing is listed
+            sizes["predictor_heads"] = checkpoint.predictor_heads(sizes["predictor_width"], predictor_heads)
         model = cls(MatpacConfig(**{**sizes, **options}))
         if "n_frames" in options and model.config.n_mels == sizes["n_mels"]:
             own = model.state_dict()

@@ -74,6 +74,20 @@ def test_a_fairseq_checkpoint_file_loads(model, tmp_path):
     assert torch.equal(again.teacher.norm.bias, model.teacher.norm.bias)
 
 
+def test_an_official_file_of_another_predictor_needs_its_heads(tmp_path):
+    """Read with the official 16 a preset's own predictor would be another one, of the same shapes."""
+    preset = MatpacConfig.preset("nano", depth=1, predictor_depth=1)
+    official = Matpac(preset).official_state_dict()
+    torch.save({"model": official}, tmp_path / "c.pt")
+    for take in (lambda: Matpac.from_official(official), lambda: weights_sizes(tmp_path / "c.pt")):
+        with pytest.raises(CheckpointError, match=r"of width 128 has.*give predictor_heads; .* presets have 4"):
+            take()
+    assert Matpac.from_official(official, predictor_heads=4).config.predictor_heads == 4
+    assert weights_sizes(tmp_path / "c.pt", {"predictor_heads": 4})["predictor_heads"] == 4
+    whole = Matpac(MatpacConfig.preset("nano", depth=1, predictor_depth=1, predictor_width=512, predictor_heads=16))
+    assert Matpac.from_official(whole.official_state_dict()).config.predictor_heads == 16
+
+
 def test_a_fairseq_checkpoint_loads_for_another_length_of_crop(model):
     official = model.official_state_dict()
     longer = Matpac.from_official(official, num_heads=2, predictor_heads=2, n_frames=96)

@@ -165,7 +165,7 @@ def main(
         sizes = {name: getattr(MatpacConfig.preset(preset), name) for name in set().union(*PRESETS.values())}
     by_set = [f"{part}.{name}" for part, values in fields.items() for name in values]
     if init is not None and stored is None and first:  # what is gone on with says how large it is
-        theirs = weights_sizes(init, fields["model"])
+        theirs = weights_sizes(init, sizes | fields["model"])
         check_sizes(init, theirs, sizes | given_model | fields["model"], by_set)
         sizes = theirs | sizes
     if crop_seconds is not None and first:

@@ -57,13 +57,16 @@ def weights_sizes(source: str | os.PathLike[str], given: Mapping[str, Any] = {})
     Args:
         source: as of `load_weights`.
         given: fields of `MatpacConfig` that are believed where the file does not say them; by default its heads have 64
-            channels each, as official, and its mels are those of its positions.
+            channels each, as official, a predictor of width 512 has 16, and its mels are those of its positions.
     """
     path, state, sizes, official = _read(source, sums=False)
     if sizes is None:
         sizes = checkpoint.read_sizes(state)
         _check_whole(path, state)
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], given.get("num_heads"))
+        if "predictor_width" in sizes:  # else what is missing is listed when it is loaded
+            told = given.get("predictor_heads")
+            sizes["predictor_heads"] = checkpoint.predictor_heads(sizes["predictor_width"], told)
         if not official:
             sizes["n_mels"] = given.get("n_mels", sizes["n_mels"])
     return {name: value for name, value in sizes.items() if name in _SIZES}

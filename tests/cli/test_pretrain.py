@@ -283,9 +283,12 @@ def test_a_run_from_other_weights_is_as_large_as_they_are(corpus, tmp_path):
     a, b = (read_log(tmp_path / name / "log.jsonl")[0]["config"]["model"] for name in "ab")
     assert {name for name in a if a[name] != b[name]} <= {"n_frames", "max_steps", "mcl_temp_decay"}
     assert b["mcl_heads"] == 2
-    # As large as an official one, too.
+    # As large as an official one, too, which does not say the heads of a predictor that is none of the official width.
     torch.save({"model": Matpac(MatpacConfig.from_dict(a)).official_state_dict()}, tmp_path / "official.pt")
-    assert run(corpus, "--out", tmp_path / "c", "--init", tmp_path / "official.pt", *short, "--dry-run") == 0
+    theirs = ["--init", tmp_path / "official.pt", *short, "--dry-run"]
+    assert run(corpus, "--out", tmp_path / "c", *theirs, "--set", "model.predictor_heads=4") == 0
+    assert run(corpus, "--out", tmp_path / "c", *theirs, "--preset", "nano") == 0
+    assert run(corpus, "--out", tmp_path / "c", *theirs) == 2
 
 
 def test_a_run_from_other_weights_has_their_mels_with_a_preset_too(corpus, tmp_path):
