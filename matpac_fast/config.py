@@ -185,7 +185,8 @@ class MatpacConfig:
             raise ConfigError(f"the model's configuration is {fields!r}; expected its fields by name")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
-            raise ConfigError(f"unknown fields in the model's configuration: {', '.join(unknown)}")
+            names = ", ".join(unknown)
+            raise ConfigError(f"unknown fields in the model's configuration, as a later version may have: {names}")
         return cls(**fields)
 
     @classmethod

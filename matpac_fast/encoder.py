@@ -255,6 +255,8 @@ def _interpret(
         whole, sizes = "sizes" in metadata, _own_sizes(metadata, path)
         if num_heads not in (None, sizes["num_heads"]):
             raise ConfigError(f"{path}: num_heads is {num_heads}; the file says {sizes['num_heads']}: leave it out")
+        if whole and (odd := [key for key in state if not key.startswith(("frontend.", "student."))]):
+            raise CheckpointError(f"{path}: altered: it has a tensor {odd[0]!r}, and no encoder has one")
         return state, sizes, metadata.get("id") if whole else None
     if found == "M2D":
         state, sizes = m2d.from_m2d(state, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ def get_matpac(
     num_heads: int | None = None,
     device: str | torch.device | None = None,
     multi_label: bool | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[str, int] | None = None,
 ) -> OfficialMatpac:
     """The official package's `get_matpac`, for any encoder that `load_encoder` reads.
 
@@ -137,7 +137,7 @@ def get_matpac(
         device: by default CUDA where there is one.
         multi_label: whether clips may have several labels. Of a probe read off the number of classes where that tells,
             of the AudioSet head true; false there gives the official softmax.
-        class_names: the classes' names, in the head's order.
+        class_names: the classes' names, in the head's order, or each one's place in it.
 
     Raises:
         CheckpointError: a file that is missing, damaged, unsafe or lacks what was asked for.
@@ -168,8 +168,15 @@ def get_matpac(
             model, checkpoint.load(probe := resolve(os.fspath(probe_checkpoint_paths)))[0], probe, multi_label
         )
     if model.head is not None and class_names is not None:
-        if len(class_names) != model.head.out_features:
-            raise ConfigError(f"get_matpac: {len(class_names)} class names for {model.head.out_features} classes")
+        given = len(class_names)
+        if isinstance(class_names, Mapping):
+            places = {place: name for name, place in class_names.items()}
+            class_names = [places[i] for i in range(given) if i in places]
+        if not len(class_names) == given == model.head.out_features:
+            raise ConfigError(
+                f"get_matpac: {given} class names for {model.head.out_features} classes; expected one of each: a list, "
+                "or each one's place from 0 on"
+            )
         model.class_names = class_names
     return model.to(encoder.device).eval().requires_grad_(False)
 

@@ -321,6 +321,14 @@ def test_sizes_that_cannot_be_are_damage(tmp_path, metadata, says):
         load_encoder(tmp_path / "e.safetensors", "cpu")
 
 
+def test_a_tensor_that_no_encoder_has_is_named(tmp_path):
+    source = make()
+    metadata = {"sizes": source.sizes}
+    checkpoint.save(tmp_path / "e.safetensors", source.state_dict() | {"extra": torch.zeros(1)}, metadata)
+    with pytest.raises(CheckpointError, match=r"e\.safetensors: altered: it has a tensor 'extra', and no encoder has"):
+        load_encoder(tmp_path / "e.safetensors", "cpu")
+
+
 def test_options_that_cannot_be_are_refused(tmp_path):
     for device in ("gpu", "cuda:x", 1.5):
         with pytest.raises(ConfigError, match=f"device is {device!r}; expected 'cpu', 'cuda'"):

@@ -23,7 +23,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 def test_a_probe_of_few_classes_and_what_it_sets(tmp_path):
     path = tmp_path / "probe.pt"
-    torch.save({"w": noise(3, 960), "b": torch.zeros(3)}, path)
+    torch.save({"w": noise(3, 960), "b": torch.tensor([20.0, 10.0, 0.0])}, path)
     options = dict(probe_checkpoint_paths=path, multi_label=False, device="cpu")
     probed = get_matpac("untrained-nano", "fast", False, False, **options)
     assert (probed.inference_type, probed.pull_time_dimension, probed.concat_freq) == ("precise", True, True)
@@ -32,6 +32,11 @@ def test_a_probe_of_few_classes_and_what_it_sets(tmp_path):
     torch.testing.assert_close(probs.sum(1), torch.ones(2))
     with pytest.raises(ConfigError, match="2 class names for 3 classes"):
         get_matpac("untrained-nano", class_names=["a", "b"], **options)
+    for names in (["dog", "cat", "owl"], {"owl": 2, "dog": 0, "cat": 1}):
+        _, labels = get_matpac("untrained-nano", class_names=names, **options).probe_forward(torch.zeros(1, 9_000))
+        assert [label.split()[0] for label in labels[0]] == ["dog", "cat", "owl"]  # in the order of their bias
+    with pytest.raises(ConfigError, match="3 class names for 3 classes; expected .* each one's place from 0 on"):
+        get_matpac("untrained-nano", class_names={"dog": 1, "cat": 2, "owl": 3}, **options)
     torch.save({"w": noise(3, 480), "b": torch.zeros(3)}, path)
     with pytest.raises(CheckpointError, match="a probe of 480 inputs, on an encoder of 960"):
         get_matpac("untrained-nano", **options)

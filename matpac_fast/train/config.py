@@ -142,7 +142,8 @@ class TrainConfig:
             raise ConfigError(f"the training configuration is {fields!r}; expected its fields by name")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
-            raise ConfigError(f"unknown fields in the training configuration: {', '.join(unknown)}")
+            names = ", ".join(unknown)
+            raise ConfigError(f"unknown fields in the training configuration, as a later version may have: {names}")
         return cls(**fields)
 
 

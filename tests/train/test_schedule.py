@@ -133,7 +133,7 @@ def test_numbers_may_be_of_any_kind_and_are_pythons():
 def test_config_survives_json():
     config = TrainConfig(steps=5, betas=(0.8, 0.9), crop_frames=(32, 64))
     assert TrainConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ConfigError, match="unknown fields in the training configuration: colour"):
+    with pytest.raises(ConfigError, match="unknown fields in the training configuration, .*: colour"):
         TrainConfig.from_dict({"colour": "red"})
 
 
