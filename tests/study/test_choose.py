@@ -13,6 +13,7 @@ import torch
 from matpac_fast.cli._study_words import choice_cells, sentences
 from matpac_fast.study.cache import View
 from matpac_fast.study.cell import Cell
+from matpac_fast.study.choose import choose
 from matpac_fast.study.linear import Probed
 from matpac_fast.study.metrics import Draws, interval
 from matpac_fast.study.results import tabulate
@@ -88,6 +89,36 @@ def test_the_cheapest_too_is_chosen_and_compared_fold_by_fold():
     assert choice["cheapest_score"] == pytest.approx(0.6)
     assert choice["difference"] == pytest.approx((0.9 - 0.8) / 3)
     assert choice["memory_saved"] == 0.5  # of the two that are recommended
+
+
+def test_the_cheapest_is_of_least_cost_not_of_least_temporal_support():
+    """As where short windows overlap: the cost need not rise with the temporal support."""
+    cells = made(rotating(3, 10), [[0.5, 0.5, 0.5]] * 3)
+    best, cheapest = choose(cells, [3.0, 1.0, 2.0], 0.01)
+    assert (best.taken, best.by_fold) == (0, [0, 0, 0])
+    assert cheapest is not None
+    assert (cheapest.taken, cheapest.by_fold) == (1, [1, 1, 1])
+
+
+def test_there_is_no_cheapest_where_a_cost_that_matters_is_not_known():
+    cells = made(rotating(3, 10), [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.1, 0.1, 0.1]])
+    best, cheapest = choose(cells, [None, 1.0, 2.0], 0.01)
+    assert best.taken == 0
+    assert cheapest is None
+    _, cheapest = choose(cells, [3.0, 1.0, None], 0.01)  # the third is too bad to be it
+    assert cheapest is not None
+    assert cheapest.taken == 1
+
+
+def test_of_temporal_supports_that_see_every_clip_whole_the_first_is_chosen():
+    """Their embeddings are the same: what one scores or costs more than the other is chance."""
+    task = rotating(3, 10)  # of clips of 20 s
+    right = [np.arange(30) % 10 < n for n in (1, 5, 6, 7)]
+    cells = [cell(task, ts, mask) for ts, mask in zip((5.0, 20.0, 25.0, 30.0), right, strict=True)]
+    best, cheapest = choose(cells, [0.5, 4.0, 3.0, 2.0], 0.3)
+    assert cheapest is not None
+    for choice in (best, cheapest):
+        assert (choice.taken, choice.by_fold) == (1, [1, 1, 1])
 
 
 def test_encoders_are_compared_at_their_choices_fold_by_fold(tmp_path):

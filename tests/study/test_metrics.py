@@ -10,7 +10,14 @@ import torch
 from sklearn.metrics import accuracy_score, average_precision_score
 
 from matpac_fast.errors import ConfigError
-from matpac_fast.study.metrics import Draws, accuracy, interval, mean_average_precision, score_interval
+from matpac_fast.study.metrics import (
+    Draws,
+    accuracy,
+    interval,
+    mean_average_precision,
+    no_clip_differs,
+    score_interval,
+)
 
 
 def problem(seed: int, n: int = 60, k: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,6 +58,15 @@ def test_classes_that_nobody_has_do_not_count():
         mean_average_precision(scores[:, kept], targets[:, kept], weights),
     )
     assert mean_average_precision(scores, torch.zeros_like(scores), weights).isnan().all()
+
+
+def test_classes_whose_positive_clips_were_not_drawn_do_not_count():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.3, 0.2]])
+    targets = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    weights = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 1.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
+    found = mean_average_precision(scores, targets, weights)
+    assert found[:2].tolist() == pytest.approx([(1 / 2 + 1) / 2, 1.0])  # of the second the second class alone
+    assert found[2].isnan()
 
 
 def test_accuracy_is_scikit_learns():
@@ -136,15 +152,19 @@ def test_subsets_score_their_clips_alone():
 def test_a_fold_without_a_positive_clip_leaves_the_score_to_the_others():
     scores = torch.tensor([[0.1], [0.9], [0.5]], dtype=torch.float64)[None]
     targets = [torch.tensor([[1.0], [0.0], [0.0]]), torch.zeros(3, 1)]
-    plain, folds = Draws.of([np.arange(3), np.arange(3)], 1, resamples=5).score("mAP", [scores, scores], targets)
+    plain, folds = Draws.of([np.arange(3), np.arange(3)], 1, resamples=50).score("mAP", [scores, scores], targets)
     assert plain[0] == folds[0] == pytest.approx(1 / 3)
+    # A resample that missed the clip has no score, and leaves the interval to the others.
+    assert 0 < plain.isnan().sum() < 50
+    low, high = interval(plain)
+    assert low < 1 / 3 < high
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mAP"])
 def test_scores_that_are_no_numbers_are_no_answer(metric):
     scores = torch.full((1, 10, 2), 0.5, dtype=torch.float64)
     target = torch.zeros(10, dtype=torch.int64) if metric == "accuracy" else torch.ones(10, 2)
-    scores[0, 3] = torch.nan
+    scores[0, 3, 1] = torch.nan
     with pytest.raises(ConfigError, match="scores of 1 of 10 test clips, fold 0, are not finite"):
         Draws.of([np.arange(10)], 1, resamples=5).score(metric, [scores], [target])
 
@@ -178,6 +198,10 @@ def test_of_one_group_there_is_no_interval():
     plain, _ = Draws.of([np.zeros(40)], 1, resamples=20).score("accuracy", [scores], [target])
     assert 0 < plain[0] < 1
     assert all(map(math.isnan, interval(plain)))
+    said = torch.nn.functional.one_hot(target, 2).double()[None]
+    average, _ = Draws.of([np.zeros(40)], 1, resamples=20).score("mAP", [said], [said[0].float()])
+    assert average[0] == 1.0
+    assert average[1:].isnan().all()
     two = Draws.of([np.arange(40) % 2], 1, resamples=20)
     assert all(map(math.isnan, interval(two.score("accuracy", [scores], [target], [torch.arange(40) % 2 == 0])[0])))
 
@@ -192,6 +216,22 @@ def test_where_all_clips_are_right_or_wrong_the_interval_is_the_exact_one(seeds)
         assert score_interval(values, "accuracy", 20) == pytest.approx(want)
     one_group = torch.tensor([1.0, torch.nan, torch.nan])
     assert all(map(math.isnan, score_interval(one_group, "accuracy", 1)))
+
+
+def test_the_exact_interval_is_of_the_score_and_not_of_a_resample():
+    values = torch.tensor([0.9, 1.0, 1.0, 0.8, 0.8])
+    assert score_interval(values, "accuracy", 20) == interval(values)
+    assert score_interval(1 - values, "accuracy", 20) == interval(1 - values)
+    assert score_interval(torch.ones(5), "mAP", 20) == (1.0, 1.0)  # of which no such chance is known
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "none"),
+    [(0.0, 0.0, 0.0, True), (0.1, 0.0, 0.2, False), (0.0, -0.1, 0.0, False), (0.0, 0.0, 0.1, False)],
+)
+def test_no_clip_differs_where_no_resample_does(difference, low, high, none):
+    assert no_clip_differs(difference, low, high) is none
+    assert not no_clip_differs(difference, float("nan"), float("nan"))
 
 
 def test_the_exact_interval_covers_a_truth_that_resamples_would_miss():

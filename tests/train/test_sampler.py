@@ -97,6 +97,14 @@ def test_short_clips_are_counted_and_left_out():
 
 def test_a_clip_of_no_samples_is_never_drawn():
     assert len(Sampler(np.array([0, 5]), [7], batch_size=4, seed=0, short="repeat")) == 1
+    assert len(Sampler(np.array([0, 1]), [7], batch_size=4, seed=0, short="repeat")) == 1  # one sample is enough
+
+
+def test_of_several_crop_lengths_the_longest_must_fit():
+    """A clip between two of them would else be read beyond its end, in the steps that draw the longer."""
+    sampler = Sampler(np.array([99, 100, 399, 400]), [100, 400], batch_size=4, seed=0)
+    assert (len(sampler), sampler.n_dropped) == (1, 3)
+    assert set(np.concatenate([sampler.plan(s).clips for s in range(5)])) == {3}
 
 
 def test_no_clip_long_enough_says_the_longest():
@@ -174,6 +182,32 @@ def test_clips_that_cannot_be_read_give_their_place_to_others(corpus):
     assert np.array_equal(wave.numpy(), corpus.gather(plan.clips, plan.starts, 5_360))
     again, _, _ = read_batch(corpus, sampler, 4, buffer)
     assert np.array_equal(again.clips, plan.clips)
+
+
+def test_what_replaces_a_clip_is_cropped_within_itself():
+    frames = np.array([100, 500, 2_000, 7_000])
+    sampler = Sampler(frames, [100], batch_size=64, seed=4)
+    plan, rows = sampler.plan(3), np.arange(64) % 2 == 0
+    first, second = sampler.replace(plan, rows, 0), sampler.replace(plan, rows, 1)
+    for other in (first, second):
+        assert np.array_equal(other.clips[~rows], plan.clips[~rows])
+        assert np.array_equal(other.starts[~rows], plan.starts[~rows])
+        assert set(other.clips[rows]) == {0, 1, 2, 3}
+        assert ((other.starts >= 0) & (other.starts + 100 <= frames[other.clips])).all()
+        assert len(set(other.starts[rows])) > 16
+    assert not np.array_equal(first.clips, second.clips)
+
+
+def test_a_seed_names_the_same_crops_in_every_version():
+    """A run that is resumed, or repeated by its seed, must see what it would have seen; recorded."""
+    sampler = Sampler(np.array([900, 200, 5_000, 700, 640]), [100, 160], batch_size=6, seed=2**40 + 3)
+    plan = sampler.plan(7)
+    assert plan.crop == 160
+    assert plan.clips.tolist() == [2, 4, 3, 4, 3, 1]
+    assert plan.starts.tolist() == [4324, 223, 347, 160, 297, 36]
+    other = sampler.replace(plan, np.arange(6) < 3, attempt=1)
+    assert other.clips.tolist() == [0, 3, 3, 4, 3, 1]
+    assert other.starts.tolist() == [409, 483, 347, 160, 297, 36]
 
 
 def test_a_corpus_that_cannot_be_read_at_all_is_an_error(corpus):
