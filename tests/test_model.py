@@ -228,6 +228,33 @@ def test_the_teachers_statistics_are_those_of_its_centred_logits():
     torch.testing.assert_close(got["teacher_perplexity"], torch.tensor(1.0), rtol=0, atol=1e-4)
 
 
+def test_the_teachers_entropy_is_that_of_its_probabilities():
+    """From 0 to the logarithm of their number: training warns of a collapse by it."""
+    latents = torch.randn(3, 8)
+    for rows, want in (
+        ([[0.25] * 4] * 3, math.log(4)),
+        ([[1.0, 0, 0, 0]] * 3, 0.0),
+        ([[0.5, 0.5, 0, 0]] * 3, math.log(2)),
+    ):
+        p = torch.tensor(rows)
+        got = summarise(token_sums(latents, latents, p.flip(0), p))["teacher_entropy"]
+        assert got.item() == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("center_of", ["probabilities", "logits"])
+def test_the_centre_is_of_what_the_configuration_says(center_of):
+    model = Matpac(MatpacConfig(center_of=center_of, center_momentum=0.75, **TINY))
+    spec, ids_shuffle = torch.randn(2, 80, 64), torch.rand(2, model.config.n_tokens).argsort(dim=1)
+    with torch.no_grad():
+        _, masked = model.frontend.split(spec, ids_shuffle, model.config.n_visible())
+        features = model.teacher_head(model.teacher(masked)[:, 1:].flatten(0, 1))
+        logits = features @ model.teacher_head.last_layer.matrix().T
+    wanted = logits if center_of == "logits" else (logits / model.teacher_temperature(0)).softmax(-1)
+    model(spec, ids_shuffle)
+    model.update_teachers(0)
+    torch.testing.assert_close(model.center, 0.25 * wanted.mean(0), rtol=1e-4, atol=1e-7)
+
+
 def test_the_spread_of_rows_that_hardly_differ_is_not_the_rounding_of_their_squares():
     """As in a collapse, which the statistics are there to show: squares rounded to float32 are off by up to 6e-8."""
     generator = torch.Generator().manual_seed(0)
