@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,9 +52,18 @@ def expected_spans(n: int, size: int, hop: int, remainder: str) -> list[tuple[in
     return spans
 
 
+def mixed(remainder: str, layers: str, hop: float | None = None) -> dict[str, object]:
+    """A clip whose windows are of several frames, the last of another number of them."""
+    return dict(n=23_457, size=0.5, hop=hop, rate=SECOND, channels=1, remainder=remainder, layers=layers, batch_size=3)
+
+
 @settings(max_examples=60, derandomize=True)
+@example(**mixed("keep", "last"))
+@example(**mixed("merge", "all"))
+@example(**mixed("keep", "all", hop=0.2503))
 @given(
-    n=st.one_of(st.integers(1, 40_000), st.integers(1, 900)),
+    # Of integers from a range hypothesis draws small ones for the most part: hardly a clip had a second window.
+    n=st.sampled_from([1, 399, 881, 4_001, 9_999, 16_000, 23_457, 39_999]),
     size=st.sampled_from([0.02, 0.16, 0.25, 0.3337, 0.64, 1.0, 3.0]),
     hop=st.sampled_from([None, 0.1, 0.16, 0.2503, 0.5, 1.7]),
     rate=st.sampled_from([SECOND, 8_000, 44_100]),
@@ -164,6 +173,15 @@ def test_windows_of_all_clips_share_batches():
     encoder.batches.clear()
     encoder.embed([noise(n, seed=n) for n in (8_000, 9_000, 4_000, 8_000)], SECOND, batch_size=3)
     assert encoder.batches == [[(2, 48), (1, 64)], [(1, 32)]]
+
+
+def test_windows_of_two_clips_whose_numbers_follow_each_other_go_to_their_own(encoder):
+    """The remainder of the second, its window 1, stands behind the only window of the first, its window 0."""
+    clips = [noise(4_000, seed=1), noise(5_120 + 4_000, seed=2)]
+    found = encoder.embed(clips, SECOND, temporal_support=0.32)
+    for got, clip in zip(found, clips, strict=True):
+        want = encoder.embed(clip, SECOND, temporal_support=0.32, batch_size=1)
+        torch.testing.assert_close(got.values, want.values, rtol=0, atol=1e-5)
 
 
 def test_a_rare_length_does_not_hold_up_the_others(monkeypatch):
@@ -286,6 +304,13 @@ def test_a_piece_of_a_long_clip_that_waits_does_not_keep_it_alive(encoder):
         (np.zeros(8), {"sample_rate": "16000"}, ConfigError, "sample_rate is '16000'; expected Hz"),
         (np.zeros(8), {"temporal_support": "2"}, ConfigError, "temporal_support is '2', a str; expected seconds"),
         (np.zeros(8), {"temporal_support": 1, "hop": [1]}, ConfigError, r"hop is \[1\], a list; expected seconds"),
+        (np.zeros(8), {"temporal_support": 0}, ConfigError, "temporal_support is 0 s; expected at least one sample"),
+        (
+            np.zeros(8),
+            {"temporal_support": 1, "hop": 3e-5},
+            ConfigError,
+            "hop is 3e-05 s; expected at least one sample",
+        ),
         (np.zeros(8), {"batch_size": 0}, ConfigError, "batch_size is 0"),
         (np.zeros(8), {"batch_size": 2.5}, ConfigError, "batch_size is 2.5"),
         (np.zeros(8), {"batch_size": 16.0}, ConfigError, "batch_size is 16.0; expected a whole number"),
