@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -156,6 +157,17 @@ def test_early_stopping_keeps_the_best_step():
         torch.testing.assert_close(of_these, least[0], rtol=1e-6, atol=0)
 
 
+def test_scores_are_in_the_order_of_the_test_clips():
+    """Which need not be sorted: a fold of one's own."""
+    values, targets = blobs()
+    fold = three_folds(len(targets))[0]
+    order = np.random.default_rng(0).permutation(len(fold.test))
+    mixed = dataclasses.replace(fold, test=fold.test[order], valid=fold.valid[::-1], train=fold.train[::-1])
+    before, after = run(values, targets, [fold], QUICK, 3), run(values, targets, [mixed], QUICK, 3)
+    torch.testing.assert_close(after.scores[0], before.scores[0][:, order])
+    torch.testing.assert_close(after.valid_score, before.valid_score)
+
+
 def test_test_clips_choose_nothing():
     values, targets = blobs()
     fold = three_folds(len(targets))[0]
@@ -255,10 +267,10 @@ def test_constant_and_not_finite_columns():
     values, targets = blobs()
     folds = three_folds(len(targets))
     plain = run(values, targets, folds, QUICK, 3)
-    constant = torch.cat([values, torch.full((len(values), 1), 3.7, dtype=torch.float64)], 1)
-    assert all(
-        torch.allclose(a, b) for a, b in zip(plain.scores, run(constant, targets, folds, QUICK, 3).scores, strict=True)
-    )
+    for value in (3.7, -3.7, 0.1):
+        constant = torch.cat([values, torch.full((len(values), 1), value, dtype=torch.float64)], 1)
+        found = run(constant, targets, folds, QUICK, 3)
+        assert all(torch.allclose(a, b) for a, b in zip(plain.scores, found.scores, strict=True))
     values[5, 3] = torch.nan
     with pytest.raises(ConfigError, match="not finite"):
         run(values, targets, folds, QUICK, 3)
@@ -312,3 +324,19 @@ def test_weights_that_nothing_could_better_are_told():
     config = ProbeConfig(learning_rates=(10.0,), decays=(0.0,), seeds=2)
     with pytest.warns(UserWarning, match="no step lowered the validation loss at learning rate 10 for 2 of 2 seeds"):
         run(values, targets, [fold], config, 9)
+    values, targets = blobs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of these every seed's are better than as they were drawn
+        found = run(values, targets, three_folds(len(targets)), QUICK, 3)
+    assert not found.untrained.any()
+
+
+def test_a_probe_stops_once_no_check_was_better_for_so_long():
+    random = np.random.default_rng(0)
+    values, targets = torch.from_numpy(random.standard_normal((90, 600))), random.integers(0, 9, 90)
+    fold, told = Fold(np.arange(30), np.arange(60, 90), np.arange(30, 60)), []
+    config = ProbeConfig(learning_rates=(10.0,), decays=(0.0,), seeds=1, steps=100, check_every=10, patience=3)
+    rows = Rows(values, np.arange(90), np.ones(90))
+    with pytest.warns(UserWarning, match="no step lowered"):  # the first check, of step 0, is the best
+        probe(rows, targets, np.arange(90).astype(str), [fold], 9, config, "accuracy", progress=told.append)
+    assert told == pytest.approx([0.0, 0.1, 0.2, 0.3])
