@@ -51,6 +51,18 @@ def test_the_forward_pass_is_embed_windows(encoder):
     assert torch.equal(nn.Sequential(encoder, head).train()(waves), head(want))
 
 
+@pytest.mark.parametrize(
+    ("pool", "layers", "shape"),
+    [("mean", "all", (3, 2, 160)), ("none", "last", (3, 4, 160)), ("none", "all", (3, 2, 4, 160))],
+)
+def test_windows_by_frames_and_layers_are_those_of_embed(encoder, pool, layers, shape):
+    waves = noise(3, 9_000)  # four frames, and two layers
+    found = encoder.embed_windows(waves, pool=pool, layers=layers)
+    assert found.shape == shape
+    want = encoder.embed(waves, SECOND, pool=pool, layers=layers).values  # (N, T, [L,] E)
+    assert torch.equal(found, want.transpose(1, 2).reshape(shape) if layers == "all" else want)
+
+
 def test_windows_go_through_the_network_as_many_at_a_time_as_is_said(encoder, monkeypatch):
     sizes, forward = [], Encoder.forward_groups
 

@@ -133,6 +133,7 @@ def test_paired_interval_is_narrower_than_two() -> None:
         (lambda a: {**a, "train": a["train"] * torch.nan}, "not finite"),
         (lambda a: {**a, "train_labels": a["train_labels"] * 0}, "every class"),
         (lambda a: {**a, "train_labels": a["train_labels"] * 2}, "every class"),
+        (lambda a: {**a, "train_labels": a["train_labels"].index_fill(0, torch.tensor(0), 2)}, "every class"),
         (lambda a: {**a, "test_labels": a["test_labels"] + 1}, "every class"),
     ],
 )
