@@ -176,6 +176,20 @@ def test_the_averages_can_be_skipped_on_the_device(model_config):
         torch.testing.assert_close(p, q)
 
 
+def test_temperatures_and_decays_on_the_device_are_those_of_the_step(model_config, batch):
+    """As `schedule` takes them in a loop of one's own: without the flag, too."""
+    models = [Matpac(model_config), Matpac(model_config)]
+    schedule = models[1].schedule(3)
+    on_device = schedule._replace(
+        **{name: torch.tensor(value, dtype=torch.float64) for name, value in schedule._asdict().items() if value}
+    )
+    losses = [models[0](*batch, step=3).loss, models[1](*batch, step=10**6, schedule=on_device).loss]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    models[0].update_teachers(3)
+    models[1].update_teachers(10**6, schedule=on_device)
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=1e-6, atol=1e-8)
+
+
 def test_bf16_follows_float32(model_config, train_config, batch):
     losses = {}
     for precision in ("float32", "bf16"):
