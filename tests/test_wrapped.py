@@ -60,6 +60,21 @@ def test_a_wrapped_patch_projection_of_an_encoder_is_called():
     assert proj.more.weight.grad is not None
 
 
+@pytest.mark.parametrize("what", ["block", "attention", "attention replaced", "mlp"])
+def test_whatever_is_changed_in_a_block_of_an_encoder_is_what_runs(what):
+    """Also for windows of two lengths, which otherwise go through the layers together."""
+    encoder, wave = Encoder(n_frames=64, width=32, depth=2, num_heads=2), torch.randn(12_000) / 10
+    plain = encoder.embed(wave, 16_000, temporal_support=0.5).values
+    block = encoder.student.blocks[0]
+    if what == "attention replaced":
+        block.attn.forward = lambda x, first_query=0: 0 * x[:, first_query:]
+    else:
+        part = {"block": block, "attention": block.attn, "mlp": block.mlp}[what]
+        part.register_forward_hook(lambda module, args, out: 0 * out)
+    changed = encoder.embed(wave, 16_000, temporal_support=0.5).values
+    assert ((changed - plain).abs().amax(1) > 1e-3).all()
+
+
 def test_a_pruned_patch_projection_trains():
     model, spec = Matpac(MatpacConfig.preset("nano")), torch.randn(2, 80, 96)
     prune.l1_unstructured(model.frontend.patch_embed.proj, "weight", amount=0.5)

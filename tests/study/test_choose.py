@@ -112,13 +112,14 @@ def test_there_is_no_cheapest_where_a_cost_that_matters_is_not_known():
 
 def test_of_temporal_supports_that_see_every_clip_whole_the_first_is_chosen():
     """Their embeddings are the same: what one scores or costs more than the other is chance."""
-    task = rotating(3, 10)  # of clips of 20 s
-    right = [np.arange(30) % 10 < n for n in (1, 5, 6, 7)]
-    cells = [cell(task, ts, mask) for ts, mask in zip((5.0, 20.0, 25.0, 30.0), right, strict=True)]
-    best, cheapest = choose(cells, [0.5, 4.0, 3.0, 2.0], 0.3)
+    task = dataclasses.replace(rotating(3, 10), seconds=np.linspace(8.0, 20.0, 30))
+    right = [np.arange(30) % 10 < n for n in (1, 2, 5, 6, 7)]
+    cells = [cell(task, ts, mask) for ts, mask in zip((5.0, 10.0, 20.0, 25.0, 30.0), right, strict=True)]
+    assert [each.sees_all for each in cells] == [False, False, True, True, True]
+    best, cheapest = choose(cells, [0.5, 0.6, 4.0, 3.0, 2.0], 0.2)
     assert cheapest is not None
     for choice in (best, cheapest):
-        assert (choice.taken, choice.by_fold) == (1, [1, 1, 1])
+        assert (choice.taken, choice.by_fold) == (2, [2, 2, 2])
 
 
 def test_encoders_are_compared_at_their_choices_fold_by_fold(tmp_path):
