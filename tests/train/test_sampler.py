@@ -54,6 +54,7 @@ def test_every_epoch_draws_each_clip_once_in_an_order_of_its_own():
     for epoch in drawn:
         assert sorted(epoch) == list(range(10))
     assert len({tuple(epoch) for epoch in drawn}) == 4
+    assert [sampler.epoch(step) for step in (0, 1, 5, 10)] == [0.0, 0.4, 2.0, 4.0]
 
 
 def test_an_epoch_visits_clips_as_often_as_it_is_told_at_other_places():
