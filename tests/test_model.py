@@ -364,6 +364,27 @@ def test_a_forward_pass_that_its_user_has_put_in_place_is_called(linear, kind):
     assert not is_plain(layer, torch.nn.Linear)
 
 
+@pytest.mark.parametrize("name", ["train_matpac", "train_mcl"])
+def test_positions_that_are_made_are_the_official_ones(golden, name):
+    """To the bit: a model that is trained here keeps those it was made with, and official weights bring their own."""
+    g = golden(name)
+    made = Matpac(Matpac.from_official(weights(g), **GOLDEN_OPTIONS).config)
+    assert torch.equal(made.frontend.pos_embed, g["w/pos_embed"])
+    assert torch.equal(made.predictor.pos_embed, g["w/decoder.decoder_pos_embed"])
+
+
+def test_tokens_patches_and_prototypes_start_as_official():
+    model = Matpac(MatpacConfig(**TINY | dict(width=256, predictor_width=256)))
+    assert model.frontend.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.predictor.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+    # Uniform: of the patches' projection as a matrix, Xavier's; of the prototypes, as torch's linear layers.
+    projection, directions = model.frontend.patch_embed.proj.weight, model.head.last_layer.weight_v
+    for weight, bound in ((projection, (6 / (256 + 256)) ** 0.5), (directions, directions.shape[1] ** -0.5)):
+        assert bound * 0.98 < weight.abs().max().item() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert (model.head.last_layer.weight_g == 1).all()
+
+
 def test_linear_layers_start_as_official():
     """Xavier-uniform, and the teacher's head normal; biases at zero."""
     model = Matpac(MatpacConfig(**TINY))
