@@ -65,3 +65,12 @@ def test_a_list_in_the_place_of_an_object_is_named(tmp_path, name, file):
     (tmp_path / file).write_text(json.dumps(["bass"]))
     with pytest.raises(DatasetError, match=f"{file} is altered: it has .*; expected an object"):
         load_task(f"{name}:{tmp_path}", partial=True)
+
+
+def test_a_clip_of_openmic_without_labels_is_left_out_of_a_partial_folder(tmp_path):
+    miniature.openmic(tmp_path)
+    table = tmp_path / "openmic-2018-aggregated-labels.csv"
+    table.write_text("".join(line for line in table.open() if not line.startswith("000003_")))
+    task = load_task(f"openmic:{tmp_path}", partial=True)
+    assert [path.stem[:6] for path in task.paths] == [f"{i:06d}" for i in range(8) if i != 3]
+    assert ("partitions/split01_train.csv", f"altered: 000003_3000 has no labels in {table.name}") in task.left_out
