@@ -56,6 +56,22 @@ def test_rows_are_the_encoders(tmp_path, encoder, some, aggregate):
         assert np.allclose(rows.seconds[rows.clip == number], seconds)
 
 
+@pytest.mark.parametrize("hop", [None, 0.2])
+def test_of_a_clip_of_any_length_the_mean_counts_windows_by_their_seconds(tmp_path, encoder, hop):
+    wave = np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32)  # 0.75 s
+    found = encoder.embed(wave, 16_000, 0.5, hop)
+    assert len(found) == (2 if hop is None else 3)
+    seen = found.end - found.start
+    ((values, seconds),) = Cache(tmp_path, encoder, View(0.5, hop, aggregate="mean")).embed([wave])
+    torch.testing.assert_close(values, (seen[:, None] * found.values).sum(0, keepdim=True).float() / seen.sum().float())
+    assert seconds.tolist() == pytest.approx([seen.sum().item()])
+    ((values, _),) = Cache(tmp_path, encoder, View(0.5, hop, aggregate="score")).embed([wave])
+    torch.testing.assert_close(values, found.values)
+    ((values, seconds),) = Cache(tmp_path, encoder, View(0.5, hop, aggregate="one")).embed([wave])
+    torch.testing.assert_close(values, encoder.embed(wave[2_000:10_000], 16_000).values)
+    assert seconds.tolist() == [0.5]
+
+
 @pytest.mark.parametrize("remainder", ["keep", "pad", "merge", "drop"])
 def test_the_end_of_a_clip_is_treated_as_the_view_says(tmp_path, encoder, remainder):
     wave = np.random.default_rng(0).normal(0, 0.1, 12_000).astype(np.float32)
