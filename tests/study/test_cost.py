@@ -34,11 +34,14 @@ def test_multiply_adds_are_counted_right(encoder_file):
 def test_cost_in_a_fresh_process(encoder_file, tmp_path):
     small = measure(str(encoder_file), 0.6, 1, "cpu", threads=1)
     large = measure(str(encoder_file), 0.6, 256, "cpu", threads=1)
+    encoder = load_encoder(encoder_file, "cpu")
+    numbers = sum(t.numel() for t in (*encoder.parameters(), *encoder.buffers()))  # of four bytes each
+    assert small.weights_mib == large.weights_mib == pytest.approx(numbers * 4 / 2**20)
     assert small.weights_mib <= small.peak_mib < large.peak_mib
     assert large.peak_mib > 256 * 0.6 * 16_000 * 4 / 2**20 / 4  # of the waves alone a quarter: they are made before
     assert small.macs == large.macs > 0
     assert small.batch_ms_low <= small.batch_ms <= small.batch_ms_high
-    assert small.encoder_id == load_encoder(encoder_file, "cpu").id
+    assert small.encoder_id == encoder.id
     for one in (small, large):
         add_cost(tmp_path / "cost.parquet", one)
     assert read_costs(tmp_path / "cost.parquet") == [small, large]

@@ -176,7 +176,7 @@ def test_the_averages_can_be_skipped_on_the_device(model_config):
         torch.testing.assert_close(p, q)
 
 
-def test_temperatures_and_decays_on_the_device_are_those_of_the_step(model_config, batch):
+def test_temperatures_and_decays_on_the_device_are_those_of_the_step(model_config, train_config, batch):
     """As `schedule` takes them in a loop of one's own: without the flag, too."""
     models = [Matpac(model_config), Matpac(model_config)]
     schedule = models[1].schedule(3)
@@ -188,6 +188,14 @@ def test_temperatures_and_decays_on_the_device_are_those_of_the_step(model_confi
     models[0].update_teachers(3)
     models[1].update_teachers(10**6, schedule=on_device)
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=1e-6, atol=1e-8)
+    optimizers = [make_optimizer(model, train_config) for model in models]
+    steps = [
+        train_step(models[0], optimizers[0], [batch], 3, 1e-3, 3.0),
+        train_step(models[1], optimizers[1], [batch], 10**6, torch.tensor(1e-3), 3.0, schedule=on_device),
+    ]
+    torch.testing.assert_close(steps[1].loss, steps[0].loss, rtol=1e-6, atol=0)
+    for part in (lambda model: model.teacher.state_dict(), lambda model: model.center):
+        torch.testing.assert_close(part(models[1]), part(models[0]), rtol=1e-5, atol=1e-7)
 
 
 def test_bf16_follows_float32(model_config, train_config, batch):
