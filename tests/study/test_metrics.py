@@ -199,9 +199,9 @@ def test_of_one_group_there_is_no_interval():
     assert 0 < plain[0] < 1
     assert all(map(math.isnan, interval(plain)))
     said = torch.nn.functional.one_hot(target, 2).double()[None]
-    average, _ = Draws.of([np.zeros(40)], 1, resamples=20).score("mAP", [said], [said[0].float()])
-    assert average[0] == 1.0
-    assert average[1:].isnan().all()
+    for average in Draws.of([np.zeros(40)], 1, resamples=20).score("mAP", [said], [said[0].float()]):
+        assert average[0] == 1.0
+        assert average[1:].isnan().all()
     two = Draws.of([np.arange(40) % 2], 1, resamples=20)
     assert all(map(math.isnan, interval(two.score("accuracy", [scores], [target], [torch.arange(40) % 2 == 0])[0])))
 
@@ -219,10 +219,10 @@ def test_where_all_clips_are_right_or_wrong_the_interval_is_the_exact_one(seeds)
 
 
 def test_the_exact_interval_is_of_the_score_and_not_of_a_resample():
-    values = torch.tensor([0.9, 1.0, 1.0, 0.8, 0.8])
+    values = torch.tensor([0.9, 1.0, 1.0, 0.8, 0.8], dtype=torch.float64)
     assert score_interval(values, "accuracy", 20) == interval(values)
     assert score_interval(1 - values, "accuracy", 20) == interval(1 - values)
-    assert score_interval(torch.ones(5), "mAP", 20) == (1.0, 1.0)  # of which no such chance is known
+    assert score_interval(torch.ones_like(values), "mAP", 20) == (1.0, 1.0)  # of which no such chance is known
 
 
 @pytest.mark.parametrize(
