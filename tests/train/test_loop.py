@@ -367,7 +367,9 @@ def test_what_a_file_does_not_say_of_its_sizes_is_as_given(tmp_path, model_confi
         sizes = weights_sizes(tmp_path / name, given)
         assert (sizes["num_heads"], sizes["n_mels"], sizes["predictor_heads"]) == (2, n_mels, 2)
     model.save(tmp_path / "ours")
-    assert weights_sizes(tmp_path / "ours", {"num_heads": 4, "n_mels": 64, "predictor_heads": 1}).items() >= given.items()
+    assert (
+        weights_sizes(tmp_path / "ours", {"num_heads": 4, "n_mels": 64, "predictor_heads": 1}).items() >= given.items()
+    )
 
 
 def test_init_refuses_weights_of_another_model_whose_shapes_fit(tmp_path, model_config):
