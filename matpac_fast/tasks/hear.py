@@ -99,8 +99,9 @@ def _labels(layout: Layout, file: str, classes: dict[str, int], multi: bool) -> 
         if None in places or not (multi or len(places) == 1):
             one = "labels" if multi else "one label"
             raise layout.altered(file, name, repr(labels), f"a list of {one} of {_VOCABULARY}")
-        found[name] = places[0]
-        if multi:
+        if multi:  # of a clip there may be none
             found[name] = np.zeros(len(classes), np.float32)
             found[name][places] = 1.0
+        else:
+            found[name] = places[0]
     return found
