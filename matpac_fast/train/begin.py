@@ -70,7 +70,8 @@ def sampler_of(corpus: Corpus, crops: Sequence[int], config: TrainConfig, rank: 
     if config.visits is not None:
         if len(config.visits) != len(corpus.sizes):
             raise ConfigError(
-                f"visits is {config.visits}; expected {len(corpus.sizes)}, one of each folder of the corpus"
+                f"visits is {config.visits}; expected {len(corpus.sizes)}, one of each folder of the corpus: to go on "
+                "with a run, give all its folders, in their order"
             )
         visits = np.repeat(config.visits, corpus.sizes)
     return Sampler(corpus.frames, crops, config.batch_size, config.seed, config.pad_short, rank, world, visits)

@@ -41,7 +41,8 @@ def test_other_visits_or_folders_are_another_run(folders, tmp_path, capsys):
     assert run(*folders, "--out", out, "--visits", 2, 1) == cli.FAILED
     assert "train.visits is [1, 2] there and [2, 1] here (--visits)" in capsys.readouterr().err
     assert run(folders[0], "--out", out) == cli.FAILED
-    assert "visits is (1, 2); expected 1, one of each folder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "visits is (1, 2); expected 1, one of each folder of the corpus: to go on with a run, give all its" in said
 
 
 @pytest.mark.parametrize(
