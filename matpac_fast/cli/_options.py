@@ -55,7 +55,10 @@ def described(main: Callable[..., Any]) -> Callable[..., Any]:
         if parameter.default is None:
             hints[name] = Annotated[hints[name], tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
         if tyro.conf.Positional in typing.get_args(hints[name]):
-            hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
+            shown = tyro.conf.arg(metavar=name.upper())
+            if typing.get_origin(typing.get_args(hints[name])[0]) is tuple:  # which tyro lets be empty, no command does
+                shown = tyro.conf.arg(metavar=f"{name.upper()} ...", help_behavior_hint="(required)")
+            hints[name] = Annotated[hints[name], shown]
     main.__annotations__ = hints
     # tyro would break the help where the docstring breaks its lines.
     main.__doc__ = re.sub(r"\n {12}(?=\S)", " ", main.__doc__ or "")

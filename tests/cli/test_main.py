@@ -58,6 +58,7 @@ def test_every_command_has_help_with_an_example(name, capsys):
     assert max(map(len, described.splitlines())) <= 80  # the terminal's width here
     # What may be left out says what happens then; a switch is no choice between three words.
     assert "default: None" not in said
+    assert "(default: )" not in said
     assert "{None" not in said
     assert "True,False" not in said
 
