@@ -182,9 +182,11 @@ def heads_by_rule(width: int, given: int | None) -> int:
 def predictor_heads(width: int, given: int | None) -> int:
     """The predictor's attention heads, which no official file says: as given, or the 16 of the official width, 512."""
     if given is None and width != 512:
+        ours = max(1, width // 32)
         raise CheckpointError(
             f"the checkpoint does not say how many attention heads its predictor of width {width} has, and 16 are the "
-            f"official ones of width 512: give predictor_heads; this package's presets have {max(1, width // 32)} there"
+            f"official ones of width 512: give predictor_heads; this package's presets have {ours} there, which to "
+            f"pretrain is --set model.predictor_heads={ours}"
         )
     return 16 if given is None else given
 

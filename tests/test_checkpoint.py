@@ -80,7 +80,7 @@ def test_an_official_file_of_another_predictor_needs_its_heads(tmp_path):
     official = Matpac(preset).official_state_dict()
     torch.save({"model": official}, tmp_path / "c.pt")
     for take in (lambda: Matpac.from_official(official), lambda: weights_sizes(tmp_path / "c.pt")):
-        with pytest.raises(CheckpointError, match=r"of width 128 has.*give predictor_heads; .* presets have 4"):
+        with pytest.raises(CheckpointError, match=r"128 has.*give predictor_heads; .* have 4 .*predictor_heads=4"):
             take()
     assert Matpac.from_official(official, predictor_heads=4).config.predictor_heads == 4
     assert weights_sizes(tmp_path / "c.pt", {"predictor_heads": 4})["predictor_heads"] == 4
