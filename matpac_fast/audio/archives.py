@@ -165,7 +165,8 @@ def _blocks(data: Extent | Zipped) -> Iterator[bytes]:
 
 
 def _unzipped(member: IO[bytes]) -> Iterator[bytes]:
-    """A block at a time, for a small member may unpack to more than all memory."""
+    """A block at a time, for a small member may unpack to more than all memory; of bzip2 and LZMA Python's own reader
+    unpacks at once whatever a block of packed bytes holds."""
     try:
         with member:
             while block := member.read(_BLOCK):
