@@ -32,7 +32,8 @@ class Listing:
     @functools.cached_property
     def seconds_a_byte(self) -> float:
         """Of the first member that tells; 0 where none does. To ask each would be to read a Parquet file twice."""
-        first = list(itertools.islice(self.members.values(), _TRIED))
+        readable = (member for member in self.members.values() if not member.reason)
+        first = list(itertools.islice(readable, _TRIED))
         with contextlib.closing(archives.contents(self.path, first)) as contents:
             for member, data in zip(first, contents, strict=True):
                 with (

@@ -106,8 +106,8 @@ class Files:
 
     @staticmethod
     def _member(listing: Listing, name: str) -> Entry:
-        size = listing.members[name].size
-        return Entry(name, size * listing.seconds_a_byte, size)
+        member = listing.members[name]
+        return Entry(name, 0.0 if member.reason else member.size * listing.seconds_a_byte, member.size)
 
     def place(self, name: str) -> Path:
         return self.root / local(name)

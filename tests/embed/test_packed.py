@@ -245,6 +245,21 @@ def test_seconds_are_estimated_by_bytes(tmp_path):
     assert [row["bytes"] for row in listed] == [(tmp_path / f"{i}.wav").stat().st_size for i in range(8)]
 
 
+def test_archives_in_an_archive_are_no_seconds_of_audio(files, tmp_path):
+    (tmp_path / "inner.zip").write_bytes(bytes(1 << 20))
+    with tarfile.open(tmp_path / "in" / "x.tar", "w") as file:
+        for i in range(4):
+            file.add(tmp_path / "inner.zip", f"{i}.zip")
+        file.add(files / "a.wav", "a.wav")
+    embed(tmp_path / "in", tmp_path / "out")
+    listed = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    assert {row["path"]: round(row["seconds"], 2) for row in listed} == {
+        **{f"x.tar/{i}.zip": 0.0 for i in range(4)},
+        "x.tar/a.wav": round(soundfile.info(files / "a.wav").duration, 2),
+    }
+    assert set(errors(tmp_path / "out")) == {f"x.tar/{i}.zip" for i in range(4)}
+
+
 def test_a_long_member_streams(files, tmp_path, monkeypatch):
     tar(files, tmp_path / "in" / "x.tar")
     whole = (files / "a.wav").read_bytes()
