@@ -72,7 +72,8 @@ class Files:
             except UnicodeDecodeError:
                 unusable.append((storable(name), "the name is not UTF-8: rename the file"))
                 continue
-            (packed if is_archive(Path(stored)) else files).append(stored)
+            own = is_archive(Path(stored)) and self._packed.archive(stored) is None  # a list may name one in another
+            (packed if own else files).append(stored)
         members: list[Entry] = []
         jobs = ((1, partial(self._members, archive, known)) for archive in packed)
         for done, (archive, (new, reason)) in enumerate(zip(packed, in_order(jobs, workers), strict=True), 1):

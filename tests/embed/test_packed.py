@@ -258,6 +258,9 @@ def test_archives_in_an_archive_are_no_seconds_of_audio(files, tmp_path):
         "x.tar/a.wav": round(soundfile.info(files / "a.wav").duration, 2),
     }
     assert set(errors(tmp_path / "out")) == {f"x.tar/{i}.zip" for i in range(4)}
+    (tmp_path / "in" / "list.txt").write_text("x.tar/a.wav\nx.tar/0.zip\n")
+    embed(tmp_path / "in" / "list.txt", tmp_path / "listed")
+    assert errors(tmp_path / "listed") == {"x.tar/0.zip": errors(tmp_path / "out")["x.tar/0.zip"]}
 
 
 def test_a_long_member_streams(files, tmp_path, monkeypatch):
