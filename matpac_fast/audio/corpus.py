@@ -117,6 +117,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 over rate, places and source files' hashes of the clips: what training sees, whatever its names."""
         digest = hashlib.sha256(f"{FORMAT} {self.sample_rate} {len(self)}".encode())
+        if len(self.sizes) > 1:  # by which clips may be visited more often than others
+            digest.update(repr(self.sizes).encode())
         for column in (self.frames, self._shard, self._offset):
             digest.update(np.ascontiguousarray(column, "<i8").tobytes())
         if not self.folders:

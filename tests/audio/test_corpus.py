@@ -89,6 +89,11 @@ def test_folders_are_one_corpus(folders, tmp_path, waves):
     others = [Corpus(*folders[:2]), Corpus(*reversed(folders)), Corpus(folders[0])]
     assert len({each.fingerprint for each in (corpus, *others)}) == 4
     shutil.copytree(folders[1], tmp_path / "moved")
+    empty = tmp_path / "empty"
+    shutil.copytree(folders[1], empty)
+    pq.write_table(pq.read_table(empty / "index.parquet")[:0], empty / "index.parquet")
+    assert Corpus(empty, *folders).frames.tolist() == corpus.frames.tolist()
+    assert Corpus(empty, *folders).fingerprint != Corpus(*folders, empty).fingerprint  # --visits would tell them apart
     assert Corpus(folders[0], tmp_path / "moved", folders[2]).fingerprint == corpus.fingerprint
     assert Corpus(tmp_path / "moved").paths == ["0.wav"]
 
