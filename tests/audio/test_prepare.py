@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from matpac_fast.audio import ahead
+from matpac_fast.audio import ahead, store
 from matpac_fast.audio import prepare as module
-from matpac_fast.audio.corpus import Corpus, to_int16
+from matpac_fast.audio.corpus import INDEX, Corpus, read_metadata, to_int16
 from matpac_fast.audio.decode import read_audio
 from matpac_fast.audio.prepare import prepare
 from matpac_fast.errors import AudioError, CorpusError
@@ -135,6 +136,27 @@ def test_a_touched_file_changes_nothing(source, tmp_path):
     report = prepare(source, out)
     assert (report.added, report.replaced) == (0, 0)
     assert snapshot(out) == before
+
+
+def test_a_file_that_kept_its_time_and_not_its_size_is_decoded_again(source, tmp_path):
+    """As a copy that was cut short and is whole now, with the time of its original."""
+    out = tmp_path / "corpus"
+    prepare(source, out)
+    then = (source / "a.wav").stat().st_mtime_ns
+    soundfile.write(source / "a.wav", np.sin(np.arange(2 * RATE) / 9), RATE)
+    os.utime(source / "a.wav", ns=(then, then))
+    assert prepare(source, out).replaced == 1
+    assert Corpus(out).frames[-1] == 2 * RATE
+
+
+def test_the_index_names_each_decoder_that_clips_came_out_of(source, tmp_path, monkeypatch):
+    out, told = tmp_path / "corpus", []
+    for i, version in enumerate(("1", "2", "2")):
+        monkeypatch.setattr(store, "decoder_versions", lambda version=version: {"libsndfile": version})
+        soundfile.write(source / f"new {i}.wav", np.sin(np.arange(RATE) / 9), RATE)
+        assert prepare(source, out).clips == len(GOOD) + i + 1
+        told.append([each["libsndfile"] for each in read_metadata(pq.read_schema(out / INDEX), out)["decoders"]])
+    assert told == [["1"], ["1", "2"], ["1", "2"]]
 
 
 def test_a_vanished_file_keeps_its_clip_and_loses_its_rejection(source, tmp_path):

@@ -179,6 +179,10 @@ def test_a_full_disk_leaves_what_is_finished_and_one_clear_error(source, tmp_pat
     monkeypatch.undo()
     assert prepare(source, out, shard_seconds=1.1).added == 3
     assert snapshot(out, times=False) == snapshot(tmp_path / "whole", times=False)
+    shutil.rmtree(out / "shards")  # and with them the clips, which the index still has
+    monkeypatch.setattr(module, "open", FullDisk(0), raising=False)
+    with pytest.raises(CorpusError, match="No space left on device; 0 clips are safe"):
+        prepare(source, out, shard_seconds=1.1)
 
 
 def test_a_file_without_memory_for_it_is_left_out_and_tried_again(source, tmp_path, monkeypatch):
