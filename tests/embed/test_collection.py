@@ -178,6 +178,20 @@ def test_a_name_that_is_no_utf8_is_a_row_in_the_errors(encoder, tmp_path):
     assert error == {"path": "\\xff.wav", "reason": "the name is not UTF-8: rename the file"}
 
 
+def test_what_cannot_be_a_file_comes_and_goes_with_a_source_that_is_otherwise_the_same(collection, encoder, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(collection / "sub", source)
+    before = embed_collection(source, out, encoder)
+    assert (before.total, before.failed) == (2, 0)
+    (source / "more.tar.gz").write_bytes(b"\x1f\x8b")
+    report = embed_collection(source, out, encoder)
+    assert (report.total, report.failed, report.rows) == (3, 1, 0)
+    assert pq.read_table(out / "errors.parquet")["path"].to_pylist() == ["more.tar.gz"]
+    (source / "more.tar.gz").unlink()
+    assert embed_collection(source, out, encoder).failed == 0
+    assert pq.read_table(out / "errors.parquet").num_rows == 0
+
+
 def test_a_folder_that_cannot_be_read_is_a_row_in_the_errors(collection, encoder, tmp_path, monkeypatch):
     scandir = os.scandir
 
