@@ -105,6 +105,18 @@ def test_it_may_be_the_source_or_in_a_list_and_so_may_what_it_holds(files, tmp_p
     assert errors(tmp_path / "named") == {f"in/{name}/not there.wav": "no longer in its archive"}
 
 
+@pytest.mark.parametrize("name", ["x.tar", "x.zip", "x.parquet", "x.tar.gz"])
+def test_a_folder_may_be_called_as_one(files, tmp_path, name):
+    """As one is that was unpacked, or of the parts that Spark writes."""
+    embed(files, tmp_path / "plain")
+    files.rename(tmp_path / "in" / name)
+    report = embed(tmp_path / "in", tmp_path / "out")
+    assert (report.total, report.failed) == (3, 0)
+    assert rows(tmp_path / "out") == {f"{name}/{n}": values for n, values in rows(tmp_path / "plain").items()}
+    again = embed(tmp_path / "in", tmp_path / "out")
+    assert (again.before, again.changed, again.gone) == (3, [], [])
+
+
 def test_what_is_in_no_archive_is_said(tmp_path):
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"path": ["a.wav"], "label": [3]}), tmp_path / "in" / "labels.parquet")
