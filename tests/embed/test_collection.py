@@ -192,6 +192,13 @@ def test_what_cannot_be_a_file_comes_and_goes_with_a_source_that_is_otherwise_th
     assert pq.read_table(out / "errors.parquet").num_rows == 0
 
 
+def test_a_file_that_a_list_names_twice_is_embedded_once(collection, encoder, tmp_path):
+    (collection / "list.txt").write_text("good 0.wav\nsub/good 3.wav\n./good 0.wav\nsub//good 3.wav\ngood 0.wav\n")
+    report = embed_collection(collection / "list.txt", tmp_path, encoder, 1.0)
+    assert (report.total, report.files, report.rows) == (2, 2, 7)
+    assert [row["path"] for row in rows(tmp_path)] == ["sub/good 3.wav"] * 4 + ["good 0.wav"] * 3
+
+
 def test_a_folder_that_cannot_be_read_is_a_row_in_the_errors(collection, encoder, tmp_path, monkeypatch):
     scandir = os.scandir
 
