@@ -145,6 +145,23 @@ def test_what_failed_is_tried_again_on_request_and_nothing_else(source, tmp_path
     assert (again.files, again.failed) == (0, 1)
 
 
+def test_what_is_tried_again_and_again_has_its_rows_once_in_the_end(source, tmp_path):
+    out = tmp_path / "out"
+    good = (source / "1.wav").read_bytes()
+    (source / "1.wav").write_bytes(good[:2_000])
+    (source / "more.tar.gz").write_bytes(b"\x1f\x8b")
+    for again in (False, True, True):
+        report = embed_collection(source, out, crew.Tiny(), 0.05, retry_errors=again)
+        assert (report.total, report.failed) == (5, 2)
+        assert set(errors(out)) == {"1.wav", "more.tar.gz"}
+    (source / "1.wav").write_bytes(good)
+    assert embed_collection(source, out, crew.Tiny(), 0.05, retry_errors=True).failed == 1
+    assert set(errors(out)) == {"more.tar.gz"}
+    starts = [(row["path"], row["start"]) for p in out.glob("shard-*") for row in pq.read_table(p).to_pylist()]
+    assert len(starts) == len(set(starts))
+    assert {path for path, _ in starts} == {"0.wav", "1.wav", "2.wav", "3.wav"}
+
+
 def test_files_that_changed_or_vanished_since_are_said_and_their_rows_stay(source, tmp_path):
     out = tmp_path / "out"
     (source / "bad.wav").touch()
