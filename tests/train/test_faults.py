@@ -116,6 +116,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_run_whose_last_checkpoint_cannot_be_saved_has_not_finished(
+    tmp_path, corpus, model_config, train_config, monkeypatch
+):
+    honest = checkpoint.save
+
+    def save(path, *args):
+        if path.parent.name == "step-00000012.part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        says = "step-00000012: cannot be saved: No space left on device; step-00000008 is intact"
+        with pytest.raises(CheckpointError, match=says):
+            pretrain(corpus, tmp_path, model_config, train_config)
+    assert [r["event"] for r in read_log(tmp_path / "log.jsonl") if "event" in r] == ["start", "failed"]
+    assert pretrain(corpus, tmp_path, model_config, train_config).finished
+    assert (tmp_path / "latest").read_text() == "step-00000012\n"
+
+
 def limited(corpus, folder, model_config, train_config):
     """In a process of its own: no file may grow beyond what the log needs, as on a disk that is full."""
     torch.set_num_threads(1)
