@@ -192,6 +192,17 @@ def test_what_cannot_be_a_file_comes_and_goes_with_a_source_that_is_otherwise_th
     assert pq.read_table(out / "errors.parquet").num_rows == 0
 
 
+def test_files_that_failed_before_count_among_the_errors_allowed(collection, encoder, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(collection, source)
+    assert embed_collection(source, out, encoder).failed == 3
+    (source / "one more.wav").touch()
+    report = embed_collection(source, out, encoder, max_errors=3)
+    assert (report.stopped, report.files) == (True, 1)
+    assert len(list(out.glob("shard-*"))) == 1
+    assert not embed_collection(source, out, encoder, max_errors=4).stopped
+
+
 def test_a_file_that_a_list_names_twice_is_embedded_once(collection, encoder, tmp_path):
     (collection / "list.txt").write_text("good 0.wav\nsub/good 3.wav\n./good 0.wav\nsub//good 3.wav\ngood 0.wav\n")
     report = embed_collection(collection / "list.txt", tmp_path, encoder, 1.0)
