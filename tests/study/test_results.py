@@ -100,6 +100,17 @@ def test_of_no_wrong_clip_and_of_no_difference_tables_and_report_say_what_is_kno
         assert "<td>no clip differs</td>" in text.split(f'id="{name}"')[1].split("</table>")[0]
 
 
+def test_each_task_has_a_best_encoder_of_its_own():
+    right = {("a", "one"): 1.0, ("a", "two"): 0.5, ("b", "one"): 0.4, ("b", "two"): 0.8}
+    tasks = {name: dataclasses.replace(rotating(3, 10), name=name) for name in ("a", "b")}
+    masks = {key: np.tile(np.arange(10) < round(10 * share), 3) for key, share in right.items()}
+    cells = [cell(tasks[task], 1.0, masks[task, encoder], encoder=encoder) for task, encoder in right]
+    choices = tabulate(cells, 0.01, resamples=10).choices
+    told = {(row["task"], row["encoder"]): (row["best_encoder"], row["against_best"]) for row in choices}
+    assert {key: best for key, (best, _) in told.items()} == {key: {"a": "one", "b": "two"}[key[0]] for key in right}
+    assert [against for _, against in told.values()] == pytest.approx([0.0, -0.5, -0.4, 0.0])
+
+
 def test_a_subset_without_a_clip_of_any_class_has_no_score(tmp_path):
     targets = np.tile(np.eye(2, dtype=np.float32), (15, 1))
     targets[1::2] = 0
