@@ -72,9 +72,10 @@ class OfficialMatpac(nn.Module):
         """(S,), (B, S) or (B, 1, S) -> (B, F, T)."""
         if isinstance(x, (Tensor, np.ndarray)) and x.ndim == 3 and x.shape[1] == 1:
             x = x[:, 0]
-        waves = self.encoder.check_mono(x, "get_matpac: x").to(self.encoder.device)
+        waves = self.encoder.check_mono(x, "get_matpac: x")
         if isinstance(x, Tensor) and x.is_floating_point():
-            waves = x.to(waves)  # what was checked is detached, also from forward mode's tangents
+            waves = x.to(waves.dtype)  # what was checked is detached, also from forward mode's tangents
+        waves = waves.to(self.encoder.device)
         # Out of the caller's autocast, which the network obeys: a log-mel must not be rounded.
         with torch.autocast(waves.device.type, enabled=False):
             spec = self.encoder.log_mel(waves.reshape(-1, waves.shape[-1]))

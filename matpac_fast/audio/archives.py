@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from ..errors import AudioError, CorpusError, first_line
 from ..files import storable
@@ -64,13 +64,8 @@ class Extent(NamedTuple):
     size: int
 
 
-class Zipped(NamedTuple):
-    """A member of a zip file, opened, and not unpacked before it is wanted."""
-
-    file: IO[bytes]
-
-
-Data: TypeAlias = "bytes | Extent | Zipped | AudioError"  # what a member holds, or why that cannot be had
+# What a member holds, or why that cannot be had; that of a zip file is opened, and not unpacked before it is wanted.
+Data: TypeAlias = "bytes | Extent | zipfile.ZipExtFile | AudioError"
 
 
 def is_archive(path: Path) -> bool:
@@ -146,7 +141,7 @@ def unpacked(data: Data, suffix: str) -> Iterator[Path]:
             handle, name = tempfile.mkstemp(suffix)
             path = Path(name)
             with open(handle, "wb") as file:
-                for block in [data] if isinstance(data, bytes) else _blocks(data):
+                for block in _blocks(data):
                     file.write(block)
         except OSError as error:
             where = f"{tempfile.tempdir or 'temporary files'}: cannot be written: {error.strerror}"
@@ -157,14 +152,13 @@ def unpacked(data: Data, suffix: str) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
-def _blocks(data: Extent | Zipped) -> Iterator[bytes]:
-    if isinstance(data, Zipped):
-        yield from _unzipped(data.file)
-    else:
-        yield from _copied(data)
+def _blocks(data: bytes | Extent | zipfile.ZipExtFile) -> Iterable[bytes]:
+    if isinstance(data, bytes):
+        return [data]
+    return _copied(data) if isinstance(data, Extent) else _unzipped(data)
 
 
-def _unzipped(member: IO[bytes]) -> Iterator[bytes]:
+def _unzipped(member: zipfile.ZipExtFile) -> Iterator[bytes]:
     """A block at a time, for a small member may unpack to more than all memory; of bzip2 and LZMA Python's own reader
     unpacks at once whatever a block of packed bytes holds."""
     try:
@@ -286,7 +280,7 @@ def _list_zip(archive: Path) -> Iterator[Member]:
                 yield Member(archive, info.filename, i, info.file_size, reason)
 
 
-def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[Zipped | AudioError]:
+def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[zipfile.ZipExtFile | AudioError]:
     with zipfile.ZipFile(archive) as file:
         infos = file.infolist()
         for member in wanted:
@@ -301,11 +295,11 @@ def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[Zipped | Audi
                 yield AudioError("encrypted: unpack its archive with the password")
                 continue
             try:
-                opened = file.open(info)
+                opened: zipfile.ZipExtFile = file.open(info)  # type: ignore[assignment] - for reading it is one
             except (*_damage(), OSError) as error:
                 yield AudioError(f"cannot be read from its archive: {first_line(error)}")
             else:
-                yield Zipped(opened)
+                yield opened
 
 
 def _list_parquet(archive: Path) -> Iterator[Member]:

@@ -9,11 +9,9 @@ import numpy as np
 
 from ..audio.find import find_audio
 from ..files import local, storable
-from .task import DatasetError, Fold, Layout, Task, class_indices, deal_groups, rotate_folds
+from .task import ANY_LENGTH, SPLITS, DatasetError, Fold, Layout, Task, class_indices, deal_groups, rotate_folds
 
 _FOLDS = 5
-_ANY_LENGTH = (1e-3, np.inf)
-_SPLITS = ("train", "valid", "test")
 _OPTIONAL = ("split", "fold", "group", "subset")  # columns of clips.csv
 
 
@@ -74,7 +72,7 @@ def _listed(layout: Layout, seed: int) -> Task:
 
 
 def _task(layout: Layout, rows: list[dict[str, str]], seed: int, multi: bool) -> Task:
-    keep, seconds = layout.audio([row["file"] for row in rows], _ANY_LENGTH)
+    keep, seconds = layout.audio([row["file"] for row in rows], ANY_LENGTH)
     rows, seconds = [row for row, kept in zip(rows, keep, strict=True) if kept], seconds[keep]
     name = layout.folder.resolve().name
     if multi:
@@ -122,11 +120,11 @@ def _folds(layout: Layout, rows: list[dict[str, str]], groups: np.ndarray, strat
         )
     if any(row.get("split") for row in rows):
         splits = np.array([row.get("split", "") for row in rows])
-        if unknown := set(splits.tolist()) - set(_SPLITS):
+        if unknown := set(splits.tolist()) - set(SPLITS):
             raise DatasetError(
                 f"{layout.folder / 'clips.csv'}: split {sorted(unknown)[0]!r}; expected train, valid, test"
             )
-        train, valid, test = (np.flatnonzero(splits == part) for part in _SPLITS)
+        train, valid, test = (np.flatnonzero(splits == part) for part in SPLITS)
         folds = [Fold(train, test, valid if len(valid) else None)]
     elif any(row.get("fold") for row in rows):
         if bare := next((row for row in rows if not row["fold"]), None):

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from .task import Fold, Layout, Task, class_indices
+from .task import Layout, Task, class_indices, split_fold
 
 _SPLITS = {"train": 443, "valid": 197, "test": 290}
 
@@ -33,7 +33,6 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     names = [name for name, kept in zip(names, keep, strict=True) if kept]
     split = np.array(splits)[keep]
     classes, targets = class_indices([os.path.basename(name).split(".")[0] for name in names])
-    train, valid, test = (np.flatnonzero(split == part) for part in _SPLITS)
     return Task(
         name="gtzan",
         kind="single",
@@ -41,7 +40,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         paths=[layout.folder / name for name in names],
         targets=targets,
         groups=np.array(names),
-        folds=[Fold(train, test, valid)],
+        folds=[split_fold(split)],
         seconds=seconds[keep],
         left_out=layout.problems,
     )

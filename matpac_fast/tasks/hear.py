@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .task import DatasetError, Fold, Layout, Task, rotate_folds
+from .task import ANY_LENGTH, SPLITS, DatasetError, Layout, Task, rotate_folds, split_fold
 
 _METADATA, _VOCABULARY = "task_metadata.json", "labelvocabulary.csv"
-_SPLITS = ("train", "valid", "test")
 _OFF = 0.1  # seconds that a clip may differ from the length to which all were cut or padded
 
 
@@ -38,7 +37,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     splits = about.get("splits")
     if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
         raise layout.altered(_METADATA, "splits", repr(splits), "a list of names")
-    if fixed and sorted(splits) != sorted(_SPLITS):
+    if fixed and sorted(splits) != sorted(SPLITS):
         raise layout.altered(_METADATA, "splits", repr(splits), "train, valid and test")
     classes = _classes(layout)
     rate = max((name for name in os.listdir(layout.folder) if name.isdecimal()), key=int, default="48000")
@@ -51,7 +50,6 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     keep, seconds = layout.audio(names, _lengths(about.get("sample_duration")))
     names = [name for name, kept in zip(names, keep, strict=True) if kept]
     split = np.array(split_of)[keep]
-    train, valid, test = (np.flatnonzero(split == part) for part in _SPLITS)
     return Task(
         name=layout.folder.resolve().name,
         kind="multi" if multi else "single",
@@ -59,7 +57,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         paths=[layout.folder / name for name in names],
         targets=np.array(labels)[keep],
         groups=np.array(names),
-        folds=[Fold(train, test, valid)] if fixed else rotate_folds(split),
+        folds=[split_fold(split)] if fixed else rotate_folds(split),
         seconds=seconds[keep],
         left_out=layout.problems,
     )
@@ -76,7 +74,7 @@ def _lengths(duration: object) -> tuple[float, float]:
     """In which range clips are long, where they were cut and padded to one length; else any."""
     if isinstance(duration, (int, float)):
         return duration - _OFF, duration + _OFF
-    return 1e-3, np.inf
+    return ANY_LENGTH
 
 
 def _classes(layout: Layout) -> dict[str, int]:

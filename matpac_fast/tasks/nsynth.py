@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from .task import Fold, Layout, Task, class_indices
+from .task import Layout, Task, class_indices, split_fold
 
 _SPLITS = {"train": 289_205, "valid": 12_678, "test": 4_096}
 
@@ -35,7 +35,6 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     keep, seconds = layout.audio(names, (3.9, 4.1))
     classes, targets = class_indices([label for label, kept in zip(labels, keep, strict=True) if kept])
     split = np.array(splits)[keep]
-    train, valid, test = (np.flatnonzero(split == part) for part in _SPLITS)
     return Task(
         name="nsynth",
         kind="single",
@@ -43,7 +42,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         paths=[layout.folder / name for name, kept in zip(names, keep, strict=True) if kept],
         targets=targets,
         groups=np.array(groups)[keep],
-        folds=[Fold(train, test, valid)],
+        folds=[split_fold(split)],
         seconds=seconds[keep],
         left_out=layout.problems,
     )

@@ -23,6 +23,8 @@ from ..audio.decode import AudioFile
 from ..errors import AudioError, ConfigError
 from ..files import storable
 
+SPLITS = ("train", "valid", "test")
+ANY_LENGTH = (1e-3, np.inf)  # seconds that a clip may last, where nobody says how many
 _NAMED = 5  # files that an error's one line names
 _NEAR = 0.82  # of difflib: "splitt", "folds" and "groups" are near, "folder" and "subject" are not
 
@@ -302,6 +304,12 @@ def class_indices(labels: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     classes = sorted(set(labels))
     place = {name: i for i, name in enumerate(classes)}
     return tuple(classes), np.array([place[label] for label in labels], dtype=np.int64)
+
+
+def split_fold(splits: np.ndarray) -> Fold:
+    """The one fold of clips that are each of a part of `SPLITS`, by name."""
+    train, valid, test = (np.flatnonzero(splits == part) for part in SPLITS)
+    return Fold(train, test, valid)
 
 
 def rotate_folds(numbers: np.ndarray) -> list[Fold]:

@@ -10,17 +10,13 @@ from matpac_fast import cli
 from matpac_fast.errors import ConfigError
 from matpac_fast.train.config import TrainConfig
 from matpac_fast.train.logs import read_log
-from tests.cli.test_pretrain import SMALL
+from tests.cli.test_pretrain import SMALL, run
 
 
 @pytest.fixture
 def folders(corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "more")
     return [corpus, str(tmp_path / "more")]
-
-
-def run(*options):
-    return cli.main(["pretrain", *map(str, options)])
 
 
 def test_a_run_on_two_folders_goes_on_with_its_visits(folders, tmp_path, capsys):
