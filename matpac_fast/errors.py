@@ -17,6 +17,10 @@ class AudioError(MatpacFastError, ValueError):
     """A file or signal that cannot be used: unreadable, truncated, not finite, silent, too short."""
 
 
+class DiskError(AudioError):
+    """A file of audio that the system could not open or read, whatever is in it; another time it may."""
+
+
 class CorpusError(MatpacFastError, RuntimeError):
     """A corpus that is missing, incomplete or altered."""
 

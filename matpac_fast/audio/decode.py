@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import AudioError
+from ..errors import AudioError, DiskError
 from . import container, mpeg
 
 QUALITY = "HQ"  # of soxr; another one changes embeddings
@@ -36,6 +36,7 @@ _SIZE_SLACK = 64  # bytes; many writers count a header or a padding byte too man
 _SIZE_UNKNOWN = 0x7FFF0000  # recorders that write to a pipe state sizes from here up, for want of the real one
 _CUT_OGG = ("Junk after the last page", "ended unexpectedly without an End-Of-Stream")
 _FRAMES_UNKNOWN = 2**62  # a FLAC that was written to a pipe
+_SYSTEM_ERROR = 2  # of libsndfile: a call of the system's failed
 
 
 class AudioFile:
@@ -49,6 +50,7 @@ class AudioFile:
 
     Raises:
         AudioError: no audio that can be read; the message is one line, "path: reason".
+        DiskError: an AudioError; what failed is the reading, which says nothing of the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -94,13 +96,15 @@ class AudioFile:
                 wanted = n if left > n else left + more
                 block = self._file.read(wanted, dtype="float32", always_2d=True)  # (frames, channels)
             except soundfile.LibsndfileError as error:
-                said = self._disk_error() or f"damaged: libsndfile says {_plain(error.error_string)}"
-                raise self._error(said) from None
+                raise self._failed(error, f"damaged: libsndfile says {_plain(error.error_string)}") from None
             if not len(block):
                 break
             self.frames += len(block)
             yield self._mix(block)
-        self._check_length(promised)
+        try:
+            self._check_length(promised)
+        except OSError as error:
+            raise self._not_read(error) from None
 
     def _mix(self, block: np.ndarray) -> np.ndarray:
         mono = block[:, 0].copy()  # (frames,)
@@ -130,7 +134,7 @@ class AudioFile:
         try:
             file = forward(os.fsencode(self.path))
         except soundfile.LibsndfileError as error:
-            raise self._error(self._unreadable(error.error_string)) from None
+            raise self._failed(error, self._unreadable(error.error_string)) from None
         if foreign and file.format == "MP3":  # which something in any long file looks like
             file.close()
             raise self._error(self._unreadable(""))
@@ -149,7 +153,7 @@ class AudioFile:
                 opened = True
                 file.read(1)
         except OSError as error:
-            raise self._error(f"cannot be {'read' if opened else 'opened'}: {error.strerror}") from None
+            raise self._not_read(error, "read" if opened else "opened") from None
         if found.st_size == 0:
             raise self._error("empty: a file of 0 bytes")
 
@@ -192,17 +196,22 @@ class AudioFile:
             return f"no decoder for {suffix} files: {mend}"
         # For a file that is too short to be an MP3, libsndfile says that it is not there.
         reason = "no audio" if "not exist" in said else f"libsndfile says {_plain(said)}"
-        return self._disk_error() or f"unreadable: {reason}"
+        return f"unreadable: {reason}"
 
-    def _disk_error(self) -> str | None:
-        """What libsndfile takes for damage where it is the disk that fails."""
+    def _failed(self, error: Any, reason: str) -> AudioError:
+        """`reason`, unless it was the disk that failed, which libsndfile takes for damage."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 while file.read(1 << 20):
                     pass
-        except OSError as error:
-            return f"cannot be read: {error.strerror}"
-        return None
+        except OSError as failed:
+            return self._not_read(failed)
+        if error.code == _SYSTEM_ERROR:  # and the disk answers again
+            return DiskError(f"{self.path}: cannot be read: the system gave an error, and then none: try again")
+        return self._error(reason)
+
+    def _not_read(self, error: OSError, what: str = "read") -> DiskError:
+        return DiskError(f"{self.path}: cannot be {what}: {error.strerror}")
 
     def _error(self, reason: str) -> AudioError:
         return AudioError(f"{self.path}: {reason}")

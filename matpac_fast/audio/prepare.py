@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._cores import n_cores
-from ..errors import AudioError, CorpusError
+from ..errors import AudioError, CorpusError, DiskError
 from ..files import atomic, sha256, storable
 from . import archives
 from .ahead import in_order
@@ -278,11 +278,13 @@ def _load(
                 clipped += beyond
             wave = np.concatenate(blocks)
             row |= {"source_rate": file.sample_rate, "source_channels": file.channels}
+    except DiskError as error:  # told without the file's size, so that the next run tries again
+        return _Loaded({"path": key, "reason": str(error).removeprefix(f"{path}: ")})
     except AudioError as error:
         return _Loaded(row | {"reason": str(error).removeprefix(f"{path}: ")})
     except OSError as error:
         return _Loaded({"path": key, "reason": f"cannot be read: {error.strerror}"})
-    except MemoryError:  # told without its size, so that the next run tries again
+    except MemoryError:  # so is this
         return _Loaded({"path": key, "reason": "too long for the memory there is: cut it, or give fewer --workers"})
     seconds = len(wave) / settings.sample_rate
     if seconds < settings.min_seconds:

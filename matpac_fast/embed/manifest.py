@@ -93,6 +93,8 @@ def read_manifest(out: Path) -> Manifest | None:
         table = read_parquet(path)
         columns = [table[name].to_pylist() for name in _COLUMNS]
     except (pa.ArrowException, OSError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; pyarrow's own has no number
         raise ConfigError(f"{path}: damaged ({first_line(error)}): {mend}") from None
     for name, seconds, size, shard, reason in zip(*columns, strict=True):
         if shard is None:
@@ -208,7 +210,7 @@ def keep_settings(out: Path, settings: Mapping[str, Any], any_decoder: bool = Fa
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: damaged: {error}") from None
     if not isinstance(stored, dict) or not stored.keys() >= {"encoder", "encoder_name", "source", "decoder"}:
         raise ConfigError(f"{path}: of something else than embeddings; give a new folder to --out")

@@ -17,7 +17,7 @@ import soxr
 from matpac_fast.audio import decode, mpeg
 from matpac_fast.audio.decode import read_audio, read_blocks, resample
 from matpac_fast.audio.find import find_audio
-from matpac_fast.errors import AudioError
+from matpac_fast.errors import AudioError, DiskError
 
 RATE = 44_100
 SECONDS = 3
@@ -306,7 +306,7 @@ def test_what_is_no_file_is_said_plainly(tmp_path, monkeypatch, good):
         read_audio(tmp_path / "mine.wav")
 
 
-@pytest.mark.parametrize("when", ["opened", "header", "samples"])
+@pytest.mark.parametrize("when", ["opened", "header", "samples", "end"])
 def test_a_disk_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, when):
     """Where libsndfile gets no bytes it says "Format not recognised", or "System error"."""
     path, n_opened = tmp_path / "x.wav", 0
@@ -329,7 +329,21 @@ def test_a_disk_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, when):
         path.write_bytes(b"none of its bytes")
     if when == "samples":
         monkeypatch.setattr(soundfile.SoundFile, "read", read)
-    with pytest.raises(AudioError, match=r"x\.wav: cannot be read: Input/output error$"):
+    if when == "end":  # where an Ogg file is looked through for a second stream
+        soundfile.write(path, np.zeros(1_000), 16_000, format="OGG")
+    with pytest.raises(DiskError, match=r"x\.wav: cannot be read: Input/output error$"):
+        read_audio(path)
+
+
+def test_a_disk_that_failed_once_is_not_taken_for_damage(tmp_path, monkeypatch):
+    path = tmp_path / "x.flac"
+    soundfile.write(path, np.zeros(1_000), 16_000)
+
+    def read(self, *args, **kwargs):
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", read)
+    with pytest.raises(DiskError, match=r"x\.flac: cannot be read: the system gave an error, and then none"):
         read_audio(path)
 
 

@@ -183,6 +183,22 @@ def test_a_mended_file_becomes_a_clip_and_a_spoilt_one_is_rejected(source, tmp_p
     assert rejected["a.wav"]["reason"].startswith("unreadable")
 
 
+def test_a_file_that_the_disk_could_not_read_is_tried_again(source, tmp_path, monkeypatch):
+    out, read = tmp_path / "corpus", soundfile.SoundFile.read
+
+    def fails(self, *args, **kwargs):
+        if os.fsdecode(self.name).endswith("a.wav"):
+            raise soundfile.LibsndfileError(2)
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fails)
+    prepare(source, out)
+    assert rows(out / "rejected.parquet")["a.wav"]["reason"].startswith("cannot be read: ")
+    monkeypatch.setattr(soundfile.SoundFile, "read", read)
+    assert prepare(source, out).added == 1
+    assert "a.wav" in Corpus(out).paths
+
+
 def test_a_corpus_in_use_keeps_its_audio_though_the_last_shard_lost_its_only_clip(source, tmp_path):
     out = tmp_path / "corpus"
     prepare(source, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from matpac_fast import cli
 from matpac_fast.audio import container, decode
 from matpac_fast.cli.embed import summary
 from matpac_fast.embed import extract, shard
+from matpac_fast.embed import manifest as manifest_module
 from matpac_fast.embed import source as source_module
 from matpac_fast.embed.extract import embed_collection
 from matpac_fast.embed.lease import Leases
@@ -202,6 +204,22 @@ def test_a_damaged_manifest_is_one_line_with_what_to_do(source, tmp_path, harm):
     assert said.startswith(f"{manifest}: damaged (")
     assert said.endswith("): copy it again, or give a new folder to --out")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "settings.json"])
+def test_what_the_disk_does_not_give_is_not_called_damaged(source, tmp_path, monkeypatch, name):
+    """Its folder was to be given up then, and is there."""
+    embed_collection(source, tmp_path / "out", crew.Tiny())
+
+    def fails(path, *args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(
+        *((manifest_module, "read_parquet") if name == "manifest.parquet" else (Path, "read_text")), fails
+    )
+    with pytest.raises(OSError, match="Input/output error") as refused:
+        embed_collection(source, tmp_path / "out", crew.Tiny())
+    assert Path(refused.value.filename).name == name
 
 
 def test_without_its_manifest_nothing_is_taken_for_embedded(source, tmp_path):
