@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,21 +67,12 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float | Tensor, skip
 def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Each parameter of `average` with that of `model` in its place; what compiles or wraps a whole layer renames the
     layer, but neither what its parameters are called in it nor their order."""
-    mine, theirs = ([_Place(*item) for item in module.named_parameters()] for module in (average, model))
-    for pair in zip_longest(mine, theirs):
-        teacher, student = pair
-        if teacher is None or student is None or teacher.leaf() != student.leaf():
-            names = ["none" if place is None else f"{place.name} {tuple(place.parameter.shape)}" for place in pair]
+    pairs = list(zip_longest(average.named_parameters(), model.named_parameters()))
+    for pair in pairs:
+        if None in pair or len({(name.rpartition(".")[2], parameter.shape) for name, parameter in pair}) > 1:
+            names = ["none" if place is None else f"{place[0]} {tuple(place[1].shape)}" for place in pair]
             raise ConfigError(
                 f"the teacher's parameter {names[0]} stands beside the student's {names[1]}: layers were replaced, "
                 "pruned or parametrized; do the same to the teacher's, or put them back before update_teachers"
             )
-    return [(teacher.parameter, student.parameter) for teacher, student in zip(mine, theirs, strict=True)]
-
-
-class _Place(NamedTuple):
-    name: str
-    parameter: Tensor
-
-    def leaf(self) -> tuple[str, torch.Size]:
-        return self.name.rpartition(".")[2], self.parameter.shape
+    return [(teacher, student) for (_, teacher), (_, student) in pairs]
