@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -275,18 +276,13 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 def resampled(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int, path: Path) -> Iterator[np.ndarray]:
     """Blocks (n,) of a mono wave in float32, none of them empty, at another rate: joined they are `resample` of the
     whole. Raises AudioError, of `path`, where nothing is left."""
+    stream = None if from_rate == to_rate else resampler(from_rate, to_rate)
     taken = given = 0
-
-    def counted() -> Iterator[np.ndarray]:
-        nonlocal taken
-        for block in blocks:
-            taken += len(block)
-            yield block
-
-    for block in _at_rate(counted(), from_rate, to_rate):
-        given += len(block)
-        if len(block):
-            yield block
+    for block, last in itertools.chain(((block, False) for block in blocks), [(np.empty(0, np.float32), True)]):
+        out = block if stream is None else stream.resample_chunk(block, last=last)
+        taken, given = taken + len(block), given + len(out)
+        if len(out):
+            yield out
     if given == 0:
         raise AudioError(f"{path}: empty: {taken} samples at {from_rate} Hz are none at {to_rate} Hz")
 
@@ -294,16 +290,6 @@ def resampled(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int, path: 
 def resampler(from_rate: int, to_rate: int) -> Any:
     """soxr's ResampleStream, whose blocks joined together are what `resample` gives, to the bit."""
     return _soxr().ResampleStream(from_rate, to_rate, 1, dtype="float32", quality=QUALITY)
-
-
-def _at_rate(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
-    if from_rate == to_rate:
-        yield from blocks
-        return
-    stream = resampler(from_rate, to_rate)
-    for block in blocks:
-        yield stream.resample_chunk(block)
-    yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
 def decoder_versions() -> dict[str, str]:
