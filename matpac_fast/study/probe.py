@@ -159,6 +159,19 @@ def bootstrap_interval(
     return Interval(values.mean().item(), low, high)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """These products are too small to share: on a busy machine threads would wait for each other a hundred times as
+    long as they compute. And so the result does not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def linear_probe(
     train: Tensor,
     train_labels: Tensor,
@@ -193,44 +206,17 @@ def linear_probe(
     if len(counts) < 2 or counts.min() < 2 or test_labels.max() >= len(counts):
         raise ConfigError(f"every class, of at least two, needs two training clips; these have {counts.tolist()}")
 
-    with one_thread():
-        return _choose_and_score(train, train_labels, test, test_labels, l2_grid, n_folds, seed, groups)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """These products are too small to share: on a busy machine threads would wait for each other a hundred times as
-    long as they compute. And so the result does not depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _choose_and_score(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    l2_grid: tuple[float, ...],
-    n_folds: int,
-    seed: int,
-    groups: Tensor | None,
-) -> ProbeResult:
-    n_classes = int(train_labels.max()) + 1
     folds = _folds(train_labels, n_folds, seed)
     losses = torch.zeros(len(l2_grid), dtype=torch.float64, device="cpu")
     for fold in range(n_folds):
         held = folds == fold
         if not held.any():
             continue
-        problem = _Problem(train[~held], train_labels[~held], n_classes)
+        problem = _Problem(train[~held], train_labels[~held], len(counts))
         for i, weight in enumerate(problem.path(l2_grid)):
             losses[i] += F.cross_entropy(problem.logits(weight, train[held]), train_labels[held], reduction="sum")
     chosen = int(losses.argmin())
-    problem = _Problem(train, train_labels, n_classes)
+    problem = _Problem(train, train_labels, len(counts))
     weight = problem.path(l2_grid[: chosen + 1])[-1]
     correct = problem.logits(weight, test).argmax(1) == test_labels
     return ProbeResult(bootstrap_interval(correct, groups=groups), correct, l2_grid[chosen])
