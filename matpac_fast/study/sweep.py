@@ -164,11 +164,23 @@ def embed_share(
     """
     left_out: dict[str, str] = {}
     caches: dict[str, list[Cache]] = {}
+    tasks, audio = loaded
+    each = sum(len(task.paths) for task in tasks) * len(config.temporal_supports)  # clips of an encoder, at every TS
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("embedding", done, each * len(config.encoders))
+
     for number, name in enumerate(config.encoders):
         encoder = load_encoder(name, device, dtype=config.dtype)
         caches[name] = _caches(config, out, encoder)
+        done = number * each
+        noted = left_out if config.partial else None
         try:
-            _embed(config, caches[name], *loaded, number, progress, share, left_out if config.partial else None)
+            for task in tasks:
+                fill(caches[name], audio[task.name], task.paths, config.workers, more, share, noted)
         except AudioError as error:
             hint = "" if config.partial else "; mend or remove it, or leave such files out with --partial"
             raise AudioError(f"{error}{hint}") from error
@@ -239,35 +251,10 @@ def cost_sweep(config: StudyConfig, out: Path, progress: Progress) -> dict[tuple
     return found
 
 
-def _views(config: StudyConfig) -> list[View]:
-    return [View(ts, config.hop, config.remainder, config.aggregate) for ts in sorted(config.temporal_supports)]
-
-
 def _caches(config: StudyConfig, out: Path, encoder: AudioEncoder) -> list[Cache]:
     identity = encoder.id
-    return [Cache(out / "embeddings", encoder, view, config.batch_size, identity) for view in _views(config)]
-
-
-def _embed(
-    config: StudyConfig,
-    caches: list[Cache],
-    tasks: list[Task],
-    audio: dict[str, list[str]],
-    number: int,
-    progress: Progress,
-    share: tuple[int, int],
-    left_out: dict[str, str] | None,
-) -> None:
-    each = sum(len(task.paths) for task in tasks) * len(config.temporal_supports)  # clips of an encoder, at every TS
-    done = number * each
-    for task in tasks:
-
-        def more(count: int) -> None:
-            nonlocal done
-            done += count
-            progress("embedding", done, each * len(config.encoders))
-
-        fill(caches, audio[task.name], task.paths, config.workers, more, share, left_out)
+    views = [View(ts, config.hop, config.remainder, config.aggregate) for ts in sorted(config.temporal_supports)]
+    return [Cache(out / "embeddings", encoder, view, config.batch_size, identity) for view in views]
 
 
 def _probe_all(
