@@ -112,7 +112,7 @@ class ShardEmbedder:
 
         def waves() -> Iterator[np.ndarray]:
             while todo and not long:
-                entry, found = todo.popleft(), self._waited(audio)
+                entry, found = todo.popleft(), self.waited(audio)
                 if isinstance(found, str):
                     self._done(rows, entry, found)
                 elif isinstance(found, Long):
@@ -135,7 +135,7 @@ class ShardEmbedder:
         reason, done = None, 0.0
         with closing(long.blocks), closing(ahead):
             try:
-                while (block := self._waited(ahead)) is not None:
+                while (block := self.waited(ahead)) is not None:
                     self.work.audio_seconds += len(block) / rate
                     rows.add(*_arrays(stream.push(block)))
                     done += len(block) / rate
@@ -145,9 +145,10 @@ class ShardEmbedder:
                 reason = _reason(error, long.path)
         self._done(rows, entry, reason)
 
-    def _waited(self, audio: Iterator[Any]) -> Any:
+    def waited(self, audio: Iterator[Any]) -> Any:
+        """The next of `audio`, None at its end; the time that it took counts as waited."""
         clock = time.perf_counter()
-        found = next(audio)
+        found = next(audio, None)
         self.work.waited_seconds += time.perf_counter() - clock
         return found
 

@@ -136,7 +136,7 @@ class Worker:
 
     def _embed_what_is_free(self, threads: int) -> None:
         with closing(in_order(self._jobs(), threads)) as audio:
-            while (first := self._first(audio)) is not None:
+            while (first := self._embedder.waited(audio)) is not None:
                 shard = self._claimed[0]
                 if self._is_done(shard):  # by another, since this worker stood still for longer than its leases last
                     deque(itertools.islice(audio, len(self._manifest.shards[shard]) - 1), maxlen=0)
@@ -195,12 +195,6 @@ class Worker:
                 self._leases.release(_name(shard))
                 self._missing.pop(shard)
         return None
-
-    def _first(self, audio: Iterator[Audio]) -> Audio | None:
-        clock = time.perf_counter()
-        first = next(audio, None)
-        self._report.waited_seconds += time.perf_counter() - clock
-        return first
 
     def _is_done(self, shard: int) -> bool:
         return shard_path(self._out, shard, self._kind).exists()
