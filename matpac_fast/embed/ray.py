@@ -20,7 +20,7 @@ from ..encoder import load_encoder
 from ..errors import ConfigError
 from ..weights import DEFAULT
 from .extract import embed_collection as embed_here
-from .lease import Leases
+from .lease import SECONDS, Leases
 from .manifest import LEASES, Manifest, read_manifest
 from .worker import WORKER, Report
 from .writer import shard_path
@@ -81,7 +81,7 @@ def embed_collection(
     assert manifest is not None
     kind = options.get("format", "parquet")
     report.failed_before = len(manifest.errors(out, kind))
-    with Leases(out / LEASES, **_given(options)) as leases:
+    with Leases(out / LEASES, options.get("lease_seconds", SECONDS)) as leases:
         leases.claim(WORKER + leases.worker, keep=True)  # so that the actors join, and look for no new files each
         while missing := _missing(out, manifest, kind):
             progress(len(manifest.shards) - len(missing), len(manifest.shards))
@@ -114,10 +114,6 @@ def embed_collection(
 
 def _missing(out: Path, manifest: Manifest, kind: str) -> list[int]:
     return [i for i in range(len(manifest.shards)) if not shard_path(out, i, kind).exists()]
-
-
-def _given(options: dict[str, Any]) -> dict[str, float]:
-    return {"seconds": options["lease_seconds"]} if "lease_seconds" in options else {}
 
 
 class _Actor:
