@@ -93,14 +93,13 @@ def embed_collection(
     files, out = open_source(Path(source)), Path(out)
     files.check_rate(encoder.sample_rate)
     workers = n_cores() if workers is None else workers
-    for name, value in (("files_per_shard", files_per_shard), ("workers", workers), ("shard_seconds", shard_seconds)):
+    positive = dict(files_per_shard=files_per_shard, workers=workers, shard_seconds=shard_seconds)
+    for name, value in (positive | dict(lease_seconds=lease_seconds)).items():
         if not value > 0:
             raise ConfigError(f"{name} is {value}; expected more than 0")
     for name, value, allowed in (("dtype", dtype, DTYPES), ("format", format, FORMATS)):
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
-    if not lease_seconds > 0:
-        raise ConfigError(f"lease_seconds is {lease_seconds}; expected more than 0")
     if max_errors is not None and max_errors < 0:
         raise ConfigError(f"max_errors is {max_errors}; expected 0 or more")
     options = dict(temporal_support=temporal_support, hop=hop, pool=pool, layers=layers, remainder=remainder)
