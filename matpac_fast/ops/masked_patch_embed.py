@@ -58,11 +58,6 @@ def _check(
     return weight.dtype
 
 
-def _work(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic on the CPU: 16-bit tensors are read, but their product is no faster there and less exact."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _chunks(batch: int, rows: int) -> Iterator[slice]:
     step = max(1, _CHUNK_ROWS // rows)
     for start in range(0, batch, step):
@@ -108,7 +103,8 @@ def _launch_cpp(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     out_dtype = torch.promote_types(dtype, weight.dtype)
-    work = _work(out_dtype)
+    # 16-bit tensors are read, but their product is no faster here and less exact.
+    work = torch.promote_types(out_dtype, torch.float32)
     spec = spec.to(work)
     patch = weight.shape[-1]
     matrix = weight.to(work).flatten(1).T  # (p * p, D)
@@ -132,7 +128,7 @@ def _launch_cpp(
 def _backward_cpp(
     grad: Tensor, spec: Tensor, ids_shuffle: Tensor, n_visible: int, patch: int, dtype: torch.dtype
 ) -> Tensor:
-    work = _work(torch.promote_types(grad.dtype, dtype))
+    work = torch.promote_types(torch.promote_types(grad.dtype, dtype), torch.float32)
     spec, grad = spec.to(work), grad.to(work)
     ids, rows, width = ids_shuffle[:, :n_visible], 1 + n_visible, grad.shape[2]
     total = grad.new_zeros((width, patch * patch))
