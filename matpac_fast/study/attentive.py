@@ -58,13 +58,8 @@ class AttentiveFold(FoldProbes):
         logits = self._pool(self.learn[rows], self.share[rows], self.place[rows] - block.start, n, weight, bias)
         return (losses(logits, self.goal[block]) * part[block]).sum(0)
 
-    def _parts(self, mask: Tensor, n: int) -> Tensor:
-        """(C, S) of which clips -> (C, n) their shares in the mean over them."""
-        part = mask.to(self.dtype)
-        return (part / part.sum(0)).repeat(1, n // self.config.seeds)
-
     def _gradient(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        part = self._parts(self.training, len(bias))
+        part = self._parts(self.training.to(self.dtype), len(bias))
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         with torch.enable_grad():
             given = (weight.detach().requires_grad_(), bias.detach().requires_grad_())
@@ -75,7 +70,7 @@ class AttentiveFold(FoldProbes):
         return d_weight, d_bias
 
     def _loss(self, weight: Tensor, bias: Tensor) -> Tensor:
-        part = self._parts(~self.training, len(bias))
+        part = self._parts((~self.training).to(self.dtype), len(bias))
         return torch.stack([self._sum(weight, bias, part, block) for block in self._clip_blocks(len(bias))]).sum(0)
 
     def _probabilities(

@@ -87,7 +87,5 @@ class BatchedFold(FoldProbes):
             loss = loss + (losses(logits[:, None], self.goal[some])[:, 0] * self.share[some]).sum()
         return loss / total
 
-    def _given(self, weight: Tensor, bias: Tensor) -> Tensor:
-        by_column = (weight.double() * self.scale[:, None, None]).transpose(0, 1)  # (S, D, K)
-        shift = bias.double() - torch.einsum("d,sdk->sk", self.mean, by_column)
-        return torch.cat([by_column, shift[:, None]], 1).cpu()
+    def _by_column(self, weight: Tensor) -> Tensor:
+        return (weight * self.scale[:, None, None]).transpose(0, 1)  # (S, D, K)

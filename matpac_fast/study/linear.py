@@ -287,30 +287,30 @@ class FoldProbes:
         step = max(1, CELLS // (g * self.columns))
         return [slice(i, i + step) for i in range(0, rows, step)]
 
+    def _parts(self, counts: Tensor, n: int) -> Tensor:
+        """What each row or clip counts for each seed (R, S) -> (R, n) its shares in the mean over them."""
+        return (counts / counts.sum(0)).repeat(1, n // self.config.seeds)
+
     def _gradient(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Of the mean loss of a training clip, by every probe's weight and bias."""
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        n_pairs = len(bias) // self.config.seeds
-        part = self.share[:, None] * self.training
-        part = (part / part.sum(0)).repeat(1, n_pairs)  # (R, G)
+        part = self._parts(self.share[:, None] * self.training, len(bias))  # (R, G)
         for block in self._blocks(len(self.learn), len(bias)):
             x, goal = self.learn[block], self.goal[block]
             logits = self._logits(x, weight, bias)
             if self.multi:
                 slope = torch.where(goal.isnan()[:, None], 0.0, logits.sigmoid() - goal[:, None])
-                slope *= part[block, :, None]
             else:
                 slope = logits.softmax(2)
                 slope -= F.one_hot(goal, self.n_classes)[:, None].to(slope.dtype)
-                slope *= part[block, :, None]
+            slope *= part[block, :, None]
             d_weight += (x.T @ slope.flatten(1)).unflatten(1, bias.shape)
             d_bias += slope.sum(0)
         return d_weight, d_bias
 
     def _loss(self, weight: Tensor, bias: Tensor) -> Tensor:
         """(G,) mean loss of a validation clip, without the penalty."""
-        held = self.share[:, None] * ~self.training
-        held = (held / held.sum(0)).repeat(1, len(bias) // self.config.seeds)  # (R, G)
+        held = self._parts(self.share[:, None] * ~self.training, len(bias))  # (R, G)
         loss = torch.zeros_like(bias[:, 0])
         for block in self._blocks(len(self.learn), len(bias)):
             used = (held[block] > 0).any(1)
@@ -344,6 +344,10 @@ class FoldProbes:
 
     def _given(self, weight: Tensor, bias: Tensor) -> Tensor:
         """(S, D + 1, K) float64 for the features as they were given, bias last."""
-        by_column = torch.einsum("dr,rsk->sdk", self.basis, weight.double()) * self.scale[:, None]  # (S, D, K)
+        by_column = self._by_column(weight.double())
         shift = bias.double() - torch.einsum("d,sdk->sk", self.mean, by_column)
         return torch.cat([by_column, shift[:, None]], 1).cpu()
+
+    def _by_column(self, weight: Tensor) -> Tensor:
+        """(r, S, K) -> (S, D, K), for the features as they were given."""
+        return torch.einsum("dr,rsk->sdk", self.basis, weight) * self.scale[:, None]
