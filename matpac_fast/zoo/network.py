@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..audio_encoder import AudioEncoder, products_dtype
+from ..audio_encoder import AudioEncoder, in_pieces, products_dtype
 from ..backend import without_autocast
 from ..errors import CheckpointError
 
@@ -50,8 +50,7 @@ class Network(AudioEncoder):
         return self.max_samples / self.sample_rate
 
     def _sizes(self, n_samples: int) -> list[int]:
-        whole, rest = divmod(n_samples, self.max_samples)
-        return [self.max_samples] * whole + ([max(rest, self.min_samples)] if rest or not whole else [])
+        return [max(size, self.min_samples) for size in in_pieces(n_samples, self.max_samples)]
 
     def columns(self, n_samples: int) -> list[int]:
         return [self.frames(size) for size in self._sizes(n_samples)]
