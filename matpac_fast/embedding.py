@@ -191,8 +191,7 @@ class _Clip:
         columns = [count(int(n)) for n in lengths]  # few lengths, many windows
         self._columns = [columns[i] for i in which]
         pieces = [n for window in self._columns for n in window]
-        self._first_row = np.concatenate([[0], np.cumsum(pieces if windowing.pool == "none" else np.ones(len(pieces)))])
-        self._first_row = self._first_row.astype(np.int64)
+        self._first_row = np.cumsum([0, *(pieces if windowing.pool == "none" else [1] * len(pieces))])
         self._rows: Tensor | None = None  # (R, L, E)
         self.missing = len(pieces)
 
