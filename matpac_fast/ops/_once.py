@@ -50,6 +50,13 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     return once
 
 
+def implement(lib: torch.library.Library, op: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Let `function` compute `matpac_fast::op` on CPU and GPU, and `fake` say what tensors come of it."""
+    for device in ("CPU", "CUDA"):
+        lib.impl(op, function, device)
+    torch.library.register_fake(f"matpac_fast::{op}", fake, lib=lib)
+
+
 def under_autograd(
     lib: torch.library.Library,
     op: str,

@@ -11,7 +11,7 @@ from .. import reference
 from ..backend import device_guard, fuses
 from ..kernels._limits import MAX_WIDTH
 from ._check import FLOATS, check_shape, check_tensor
-from ._once import once_differentiable, under_autograd
+from ._once import implement, once_differentiable, under_autograd
 
 _OP = "add_layer_norm"
 
@@ -78,11 +78,8 @@ _LIB.define(
     "ScalarType? delta_dtype)"
     " -> (Tensor dx, Tensor ddelta, Tensor sums)"
 )
-for _device in ("CPU", "CUDA"):
-    _LIB.impl(_OP, launch, _device)
-    _LIB.impl(f"{_OP}_backward", launch_backward, _device)
-torch.library.register_fake(f"matpac_fast::{_OP}", _fake, lib=_LIB)
-torch.library.register_fake(f"matpac_fast::{_OP}_backward", _backward_fake, lib=_LIB)
+implement(_LIB, _OP, launch, _fake)
+implement(_LIB, f"{_OP}_backward", launch_backward, _backward_fake)
 
 
 class _AddLayerNorm(torch.autograd.Function):

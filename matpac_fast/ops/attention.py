@@ -13,7 +13,7 @@ from ..backend import device_guard, dtype_of_products, fuses, takes_cpp, transfo
 from ..kernels._limits import HEAD_WIDTHS, MAX_TOKENS
 from ._check import FLOATS, check_tensor, shape_of
 from ._native import DTYPE, address
-from ._once import once_differentiable, under_autograd
+from ._once import implement, once_differentiable, under_autograd
 
 _OP = "attention"
 _NATIVE = (torch.float32, torch.float64, torch.bfloat16)  # what the C++ takes
@@ -98,13 +98,8 @@ def _backward_impl(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor) -> Ten
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define(f"{_OP}(Tensor qkv, bool keep) -> (Tensor, Tensor)")
 _LIB.define(f"{_OP}_backward(Tensor grad, Tensor qkv, Tensor out, Tensor stats) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _LIB.impl(_OP, _impl, _device)
-    _LIB.impl(f"{_OP}_backward", _backward_impl, _device)
-torch.library.register_fake(f"matpac_fast::{_OP}", _fake, lib=_LIB)
-torch.library.register_fake(
-    f"matpac_fast::{_OP}_backward", lambda grad, qkv, out, stats: qkv.new_empty(qkv.shape), lib=_LIB
-)
+implement(_LIB, _OP, _impl, _fake)
+implement(_LIB, f"{_OP}_backward", _backward_impl, lambda grad, qkv, out, stats: qkv.new_empty(qkv.shape))
 
 
 class _Attention(torch.autograd.Function):

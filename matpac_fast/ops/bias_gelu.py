@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import device_guard, fuses
 from ._check import FLOATS, check_shape, check_tensor
-from ._once import once_differentiable, under_autograd
+from ._once import implement, once_differentiable, under_autograd
 
 _OP = "bias_gelu"
 
@@ -32,14 +32,12 @@ def launch_backward(grad: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tens
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define(f"{_OP}(Tensor h, Tensor bias) -> Tensor")
 _LIB.define(f"{_OP}_backward(Tensor grad, Tensor h, Tensor bias) -> (Tensor, Tensor)")
-for _device in ("CPU", "CUDA"):
-    _LIB.impl(_OP, launch, _device)
-    _LIB.impl(f"{_OP}_backward", launch_backward, _device)
-torch.library.register_fake(f"matpac_fast::{_OP}", lambda h, bias: h.new_empty(h.shape), lib=_LIB)
-torch.library.register_fake(
-    f"matpac_fast::{_OP}_backward",
+implement(_LIB, _OP, launch, lambda h, bias: h.new_empty(h.shape))
+implement(
+    _LIB,
+    f"{_OP}_backward",
+    launch_backward,
     lambda grad, h, bias: (h.new_empty(h.shape), bias.new_empty(bias.shape, dtype=torch.float32)),
-    lib=_LIB,
 )
 
 

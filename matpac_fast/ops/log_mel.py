@@ -16,7 +16,7 @@ from ..kernels._limits import MAX_MELS
 from ..reference import LogMelConfig
 from ._check import check_tensor, shape_of
 from ._native import DTYPE
-from ._once import once_differentiable, under_autograd
+from ._once import implement, once_differentiable, under_autograd
 
 _WAVE_DTYPES = (torch.float32, torch.float64, torch.int16)
 # A block of the CUDA kernel keeps 32 frames of samples; with longer hops than this they would not fit into the 99 KiB
@@ -217,10 +217,8 @@ _SCALARS = ", ".join(f"{field.type} {field.name}" for field in dataclasses.field
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define(f"log_mel(Tensor wave, {_SCALARS}) -> Tensor")
 _LIB.define(f"log_mel_backward(Tensor grad, Tensor wave, {_SCALARS}) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("log_mel", _impl, _device)
+implement(_LIB, "log_mel", _impl, _fake)
 _LIB.impl("log_mel_backward", _backward_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("matpac_fast::log_mel", _fake, lib=_LIB)
 torch.library.register_fake(
     "matpac_fast::log_mel_backward", lambda grad, wave, *_: wave.new_empty(wave.shape), lib=_LIB
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import choose, device_guard
 from ._check import check_int, check_tensor
+from ._once import implement
 
 
 def _check(seed: int, step: int, index: Tensor, n_tokens: int) -> None:
@@ -64,9 +65,7 @@ def _fake(seed: int, step: int, index: Tensor, n_tokens: int) -> Tensor:
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 # SymInt, so that a compiled step is not compiled again for the next `step`.
 _LIB.define("mask_shuffle(SymInt seed, SymInt step, Tensor index, SymInt n_tokens) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("mask_shuffle", _impl, _device)
-torch.library.register_fake("matpac_fast::mask_shuffle", _fake, lib=_LIB)
+implement(_LIB, "mask_shuffle", _impl, _fake)
 
 
 def mask_shuffle(seed: int, step: int, index: Tensor, n_tokens: int) -> Tensor:

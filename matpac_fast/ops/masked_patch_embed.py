@@ -12,7 +12,7 @@ from .. import reference
 from ..backend import autocast_dtype, choose, device_guard
 from ._check import FLOATS, check_int, check_shape, check_tensor, shape_of
 from ._native import address
-from ._once import once_differentiable, under_autograd
+from ._once import implement, once_differentiable, under_autograd
 
 _OP = "masked_patch_embed"
 
@@ -229,11 +229,8 @@ _LIB.define(
     f"{_OP}_backward(Tensor grad, Tensor spec, Tensor ids_shuffle, SymInt n_visible, SymInt patch, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor)"
 )
-for _device in ("CPU", "CUDA"):
-    _LIB.impl(_OP, _impl, _device)
-    _LIB.impl(f"{_OP}_backward", _backward_impl, _device)
-torch.library.register_fake(f"matpac_fast::{_OP}", _fake, lib=_LIB)
-torch.library.register_fake(f"matpac_fast::{_OP}_backward", _backward_fake, lib=_LIB)
+implement(_LIB, _OP, _impl, _fake)
+implement(_LIB, f"{_OP}_backward", _backward_impl, _backward_fake)
 
 
 class _MaskedPatchEmbed(torch.autograd.Function):

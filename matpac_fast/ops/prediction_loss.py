@@ -12,7 +12,7 @@ from ..backend import device_guard, fuses, takes_cpp
 from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor, shape_of
 from ._native import DTYPE, address
-from ._once import once_differentiable, under_autograd
+from ._once import implement, once_differentiable, under_autograd
 
 _OP = "prediction_loss"
 _EPS = 1e-12  # of torch's normalize
@@ -111,14 +111,12 @@ def _fake(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 _LIB = torch.library.Library("matpac_fast", "FRAGMENT")
 _LIB.define("prediction_distance(Tensor prediction, Tensor target) -> (Tensor, Tensor)")
 _LIB.define("prediction_distance_backward(Tensor grad, Tensor prediction, Tensor target, Tensor stats) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("prediction_distance", _impl, _device)
-    _LIB.impl("prediction_distance_backward", _backward_impl, _device)
-torch.library.register_fake("matpac_fast::prediction_distance", _fake, lib=_LIB)
-torch.library.register_fake(
-    "matpac_fast::prediction_distance_backward",
+implement(_LIB, "prediction_distance", _impl, _fake)
+implement(
+    _LIB,
+    "prediction_distance_backward",
+    _backward_impl,
     lambda grad, prediction, target, stats: prediction.new_empty(prediction.shape),
-    lib=_LIB,
 )
 
 

@@ -11,7 +11,7 @@ from .. import reference
 from ..backend import choose, without_autocast
 from ..reference import work_dtype
 from ._check import FLOATS, check_shape, check_tensor
-from ._once import once_differentiable, under_autograd
+from ._once import implement, once_differentiable, under_autograd
 from ._products import mm
 from ._prototype_launchers import LAUNCHERS, delta_dtype
 
@@ -144,9 +144,6 @@ _LIB.define(
     "Tensor? teacher_weight, Tensor? center, Tensor stats, Tensor delta, Tensor temps, "
     "bool for_student, bool for_weight, str launcher) -> (Tensor, Tensor)"
 )
-for _device in ("CPU", "CUDA"):
-    _LIB.impl("prototype_loss", _impl, _device)
-    _LIB.impl("prototype_loss_backward", _backward_impl, _device)
 
 
 def _fake(*args: Any) -> _Forward:
@@ -161,8 +158,8 @@ def _backward_fake(grad: Tensor, student: Tensor, student_weight: Tensor, *args:
     )
 
 
-torch.library.register_fake("matpac_fast::prototype_loss", _fake, lib=_LIB)
-torch.library.register_fake("matpac_fast::prototype_loss_backward", _backward_fake, lib=_LIB)
+implement(_LIB, "prototype_loss", _impl, _fake)
+implement(_LIB, "prototype_loss_backward", _backward_impl, _backward_fake)
 
 
 class _PrototypeLoss(torch.autograd.Function):
