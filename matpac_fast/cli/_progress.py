@@ -81,6 +81,16 @@ def stages(units: Mapping[str, str], begin: str | None = None) -> Iterator[Calla
         yield hear
 
 
+@contextlib.contextmanager
+def kept(what: str) -> Iterator[None]:
+    """Where Ctrl-C ends what runs within, say that it is not lost: `what` begins the sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{what} kept; the same command goes on from there", file=sys.stderr)
+        raise
+
+
 class Rate:
     """What is done a second since the first call, whose count an earlier run may have done in part."""
 

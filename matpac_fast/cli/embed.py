@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ..weights import DEFAULT
-from ._progress import Rate, Update, stages, told_rate
+from ._progress import Rate, Update, kept, stages, told_rate
 from ._quiet import quiet_libraries
 from ._words import count, length, plain
 
@@ -94,7 +93,7 @@ def main(
 
     loaded = load_encoder(encoder, _device(device), num_heads, dtype=precision)
     try:
-        with quiet_libraries(), _bars() as (listing, told):
+        with kept("the shards that are finished are"), quiet_libraries(), _bars() as (listing, told):
             report = embed_collection(
                 source,
                 out,
@@ -117,9 +116,6 @@ def main(
                 any_decoder=any_decoder,
                 lease_seconds=lease_seconds,
             )
-    except KeyboardInterrupt:
-        print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)
-        raise
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(out)  # a write that fails, as on a full disk, does not say where

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ._progress import stages
+from ._progress import kept, stages
 from ._quiet import quiet_libraries
 from ._words import count, length, plain
 
@@ -53,22 +52,19 @@ def main(
     """
     from ..audio.prepare import prepare
 
-    try:
-        with quiet_libraries(), stages({"listing": "archives", "preparing": "files"}, "listing") as told:
-            report = prepare(
-                source,
-                out,
-                sample_rate=sample_rate,
-                workers=workers,
-                shard_seconds=shard_seconds,
-                min_seconds=min_seconds,
-                silence_db=silence_db,
-                progress=partial(told, "preparing"),
-                listing=partial(told, "listing"),
-            )
-    except KeyboardInterrupt:
-        print("the shards that are finished are kept; the same command goes on from there", file=sys.stderr)
-        raise
+    units = {"listing": "archives", "preparing": "files"}
+    with kept("the shards that are finished are"), quiet_libraries(), stages(units, "listing") as told:
+        report = prepare(
+            source,
+            out,
+            sample_rate=sample_rate,
+            workers=workers,
+            shard_seconds=shard_seconds,
+            min_seconds=min_seconds,
+            silence_db=silence_db,
+            progress=partial(told, "preparing"),
+            listing=partial(told, "listing"),
+        )
     print(plain(summary(report)))
     return 0
 

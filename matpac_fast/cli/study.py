@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +29,7 @@ from ..study.sweep import Progress, StudyConfig, check_folder, cost_sweep, run_s
 from ..tasks import DatasetError
 from ..train.distributed import pick_device
 from ._probe import DECAYS, at_the_edge, check_resamples, numbers, probe_config, probe_words, untrained
-from ._progress import stages
+from ._progress import kept, stages
 from ._study_words import NAMED, choice_cells, cost_cells, left_out, sentences, unsteady, untold
 from ._table import show
 from ._words import plain
@@ -137,7 +136,7 @@ def main(
         return 0
     check_folder(out)
     cells: list[Cell] = []
-    with stages(UNITS) as hear, _kept():
+    with stages(UNITS) as hear, kept("what is embedded, probed and measured is"):
         if cost_only:
             found, tables = list(cost_sweep(config, out, hear).values()), Tables()
         else:
@@ -190,15 +189,6 @@ def _listed(out: Path, lines: Sequence[str]) -> Path | None:
         return path
     path.unlink(missing_ok=True)
     return None
-
-
-@contextlib.contextmanager
-def _kept() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("what is embedded, probed and measured is kept; the same command goes on from there", file=sys.stderr)
-        raise
 
 
 def _made(config: StudyConfig) -> dict[str, str]:
