@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..spans import PARTS, recorded, timed
 from ..train.config import resolve_precision
 from ..train.flops import part_flops
 from ._quiet import quiet_libraries
-from .bench import training_step
+from .bench import seconds_of, training_step
 
 _STEPS = 5
 
@@ -119,15 +118,8 @@ def _memory(step: Callable[[], Any], path: Path) -> None:
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _best(call: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times)
+def _best(call: Callable[[], Any], device: torch.device) -> float:
+    return min(seconds_of(call, device) for _ in range(5))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -156,11 +156,7 @@ def compare(call: Call, seconds: float, device: torch.device) -> tuple[float, fl
 
     def once(name: str) -> float:
         with use_backend(name):
-            began = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return 1e3 * (time.perf_counter() - began)
+            return 1e3 * seconds_of(call, device)
 
     names = ("reference", "auto")
     for name in names:
@@ -171,3 +167,12 @@ def compare(call: Call, seconds: float, device: torch.device) -> tuple[float, fl
         times.append((once("reference"), once("auto")))
     plain, fused = (statistics.median(t) for t in zip(*times, strict=True))
     return plain, fused
+
+
+def seconds_of(call: Call, device: torch.device) -> float:
+    """Until the device is through with it."""
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
