@@ -100,7 +100,8 @@ def tabulate(
                     part = draws.score(task.metric, cell.probed.scores, targets, within)
                     tables.results.append(_row(cell, subset, part))
                 tables.comparisons.append(_difference(task, cell, mine[best.taken], scored[i][0] - score))
-            choice = _choice(task, name, rows, best, score)
+            choice: dict[str, Any] = dict(task=task.name, encoder=name, metric=task.metric)
+            choice |= _taken("best", rows, best, score)
             if cheapest is None:
                 choice |= dict.fromkeys([*(f"cheapest_{column}" for column in _TAKEN), *_CHANGES])
             else:
@@ -219,10 +220,6 @@ def _apart(difference: Tensor) -> dict[str, float]:
 
 _TAKEN = ("temporal_support", "by_fold", "seconds_seen", "score", "low", "high")
 _CHANGES = ("difference", "difference_low", "difference_high", "memory_saved", "time_saved", "macs_saved")
-
-
-def _choice(task: Task, encoder: str, rows: list[dict[str, Any]], best: Choice, score: Tensor) -> dict[str, Any]:
-    return dict(task=task.name, encoder=encoder, metric=task.metric) | _taken("best", rows, best, score)
 
 
 def _taken(which: str, rows: list[dict[str, Any]], choice: Choice, score: Tensor) -> dict[str, Any]:
