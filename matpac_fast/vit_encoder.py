@@ -80,11 +80,6 @@ class Encoder(AudioEncoder):
         self.requires_grad_(False).eval()
 
     @property
-    def frame_seconds(self) -> float:
-        """Seconds from one frame embedding to the next."""
-        return self.patch_size * self.log_mel_config.hop / self.sample_rate
-
-    @property
     def native_seconds(self) -> float:
         """The longest stretch that the transformer sees at once; longer windows are cut into pieces of it."""
         return self.n_frames * self.log_mel_config.hop / self.sample_rate

@@ -61,7 +61,7 @@ def test_it_is_trained_gone_on_with_embedded_and_exported(tmp_path, corpus, conf
 
     encoder = load_encoder(tmp_path / "a", "cpu")
     assert isinstance(encoder, Encoder)
-    assert (encoder.sample_rate, encoder.native_seconds, encoder.frame_seconds) == (32_000, 0.32, 0.16)
+    assert (encoder.sample_rate, encoder.native_seconds, encoder.facts()["frame_seconds"]) == (32_000, 0.32, 0.16)
     wave = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)) / 10
     model = Matpac.load(tmp_path / "a")
     assert model.config == config
