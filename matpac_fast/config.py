@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import CheckpointError, ConfigError
-from .fields import convert
+from .fields import convert, made_of
 from .reference import LogMelConfig
 
 # The fields that make the model's `log_mel`.
@@ -181,13 +181,7 @@ class MatpacConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MatpacConfig:
         """Inverse of `to_dict`; what is none of its, ConfigError."""
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"the model's configuration is {fields!r}; expected its fields by name")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            names = ", ".join(unknown)
-            raise ConfigError(f"unknown fields in the model's configuration, as a later version may have: {names}")
-        return cls(**fields)
+        return made_of(fields, cls, "the model's configuration")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MatpacConfig:

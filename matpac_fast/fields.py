@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import numbers
 import types
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -28,6 +30,15 @@ def convert(config: Any, part: str = "") -> None:
             object.__setattr__(config, name, _as(value, kinds[0]))
         except (TypeError, OverflowError):
             raise ConfigError(f"{part}{name} is {value!r}; expected {' or '.join(map(_told, kinds))}") from None
+
+
+def made_of(fields: Any, config: Any, what: str) -> Any:
+    """The `config`, a dataclass, of these fields by name; what is none of them, ConfigError, where `what` names it."""
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{what} is {fields!r}; expected its fields by name")
+    if unknown := sorted(set(fields) - {field.name for field in dataclasses.fields(config)}):
+        raise ConfigError(f"unknown fields in {what}, as a later version may have: {', '.join(unknown)}")
+    return config(**fields)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 
 from ..config import MatpacConfig
 from ..errors import ConfigError
-from ..fields import convert
+from ..fields import convert, made_of
 from .sampler import Short
 from .schedule import OFFICIAL_STEPS, OFFICIAL_TEACHER_TEMP_WARMUP, OFFICIAL_WARMUP, share_of_run
 
@@ -138,13 +138,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
         """Inverse of `to_dict`; what is none of its, ConfigError."""
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"the training configuration is {fields!r}; expected its fields by name")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            names = ", ".join(unknown)
-            raise ConfigError(f"unknown fields in the training configuration, as a later version may have: {names}")
-        return cls(**fields)
+        return made_of(fields, cls, "the training configuration")
 
 
 def fit_to_run(model: MatpacConfig, train: TrainConfig) -> MatpacConfig:
