@@ -19,8 +19,8 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     folds = np.array(layout.whole(table, rows, "fold"))
     layout.count(table, "clips", len(rows), _CLIPS)
     names = [f"audio/{row['filename']}" for row in rows]
-    keep, seconds = layout.audio(names, (4.9, 5.1))
-    rows = [row for row, kept in zip(rows, keep, strict=True) if kept]
+    kept, seconds = layout.audio(names, (4.9, 5.1))
+    rows = [rows[i] for i in kept]
     classes, targets = class_indices([row["category"] for row in rows])
     return Task(
         name="esc50",
@@ -29,7 +29,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         paths=[layout.folder / "audio" / row["filename"] for row in rows],
         targets=targets,
         groups=np.array([row["src_file"] for row in rows]),
-        folds=rotate_folds(folds[keep]),
-        seconds=seconds[keep],
+        folds=rotate_folds(folds[kept]),
+        seconds=seconds,
         left_out=layout.problems,
     )

@@ -72,8 +72,8 @@ def _listed(layout: Layout, seed: int) -> Task:
 
 
 def _task(layout: Layout, rows: list[dict[str, str]], seed: int, multi: bool) -> Task:
-    keep, seconds = layout.audio([row["file"] for row in rows], ANY_LENGTH)
-    rows, seconds = [row for row, kept in zip(rows, keep, strict=True) if kept], seconds[keep]
+    kept, seconds = layout.audio([row["file"] for row in rows], ANY_LENGTH)
+    rows = [rows[i] for i in kept]
     name = layout.folder.resolve().name
     if multi:
         classes, targets = _multi([row["label"].split(";") for row in rows])

@@ -33,12 +33,11 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
             labels.append(row["labels"].split(","))
             if unknown := [label for label in labels[-1] if label not in place]:
                 raise DatasetError(f"fsd50k: {table} has a label {unknown[0]!r} that vocabulary.csv has not")
-    keep, seconds = layout.audio(names, (0.2, 31.0))
-    kept = np.flatnonzero(keep)
+    kept, seconds = layout.audio(names, (0.2, 31.0))
     targets = np.zeros((len(kept), len(classes)), np.float32)
     for row, i in zip(targets, kept, strict=True):
         row[[place[label] for label in labels[i]]] = 1.0
-    split = np.array(splits)[keep]
+    split = np.array(splits)[kept]
     return Task(
         name="fsd50k",
         kind="multi",
@@ -47,6 +46,6 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         targets=targets,
         groups=np.array([os.path.basename(names[i]) for i in kept]),
         folds=[Fold(*(np.flatnonzero(split == part) for part in ("train", "test", "val")))],
-        seconds=seconds[keep],
+        seconds=seconds,
         left_out=layout.problems,
     )

@@ -29,9 +29,9 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
             base = f"{root}/{stem.split('.')[0]}/{stem}"
             names.append(os.path.normpath(layout.first(f"{base}.wav", f"{base}.au")))
         splits += [split] * len(listed)
-    keep, seconds = layout.audio(names, (29.0, 31.0))
-    names = [name for name, kept in zip(names, keep, strict=True) if kept]
-    split = np.array(splits)[keep]
+    kept, seconds = layout.audio(names, (29.0, 31.0))
+    names = [names[i] for i in kept]
+    split = np.array(splits)[kept]
     classes, targets = class_indices([os.path.basename(name).split(".")[0] for name in names])
     return Task(
         name="gtzan",
@@ -41,6 +41,6 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         targets=targets,
         groups=np.array(names),
         folds=[split_fold(split)],
-        seconds=seconds[keep],
+        seconds=seconds,
         left_out=layout.problems,
     )

@@ -47,18 +47,18 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
             names.append(f"{rate}/{split}/{name}")
             labels.append(told)
             split_of.append(split)
-    keep, seconds = layout.audio(names, _lengths(about.get("sample_duration")))
-    names = [name for name, kept in zip(names, keep, strict=True) if kept]
-    split = np.array(split_of)[keep]
+    kept, seconds = layout.audio(names, _lengths(about.get("sample_duration")))
+    names = [names[i] for i in kept]
+    split = np.array(split_of)[kept]
     return Task(
         name=layout.folder.resolve().name,
         kind="multi" if multi else "single",
         classes=tuple(classes),
         paths=[layout.folder / name for name in names],
-        targets=np.array(labels)[keep],
+        targets=np.array(labels)[kept],
         groups=np.array(names),
         folds=[split_fold(split)] if fixed else rotate_folds(split),
-        seconds=seconds[keep],
+        seconds=seconds,
         left_out=layout.problems,
     )
 

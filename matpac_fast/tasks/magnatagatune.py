@@ -36,8 +36,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     rows, values = [row for row, kept in zip(rows, wanted, strict=True) if kept], values[wanted]
     root = layout.first("mp3", ".")
     names = [os.path.normpath(f"{root}/{row['mp3_path']}") for row in rows]
-    keep, seconds = layout.audio(names, (20.0, 40.0))
-    kept = np.flatnonzero(keep)
+    kept, seconds = layout.audio(names, (20.0, 40.0))
     first = np.array([rows[i]["mp3_path"][0] for i in kept])
     train, valid, test = first <= "b", first == "c", first >= "d"
     return Task(
@@ -45,10 +44,10 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         kind="multi",
         classes=tuple(tags[i] for i in common),
         paths=[layout.folder / names[i] for i in kept],
-        targets=values[keep].astype(np.float32),
+        targets=values[kept].astype(np.float32),
         # The file's name ends in the seconds that the excerpt begins and ends at.
         groups=np.array([rows[i]["mp3_path"].rsplit("-", 2)[0] for i in kept]),
         folds=[Fold(*map(np.flatnonzero, (train, test, valid)))],
-        seconds=seconds[keep],
+        seconds=seconds,
         left_out=layout.problems,
     )

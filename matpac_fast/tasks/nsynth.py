@@ -32,17 +32,17 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
                     raise layout.altered(table, f"the note {name}", f"no {key}", "its name")
                 found.append(told)
         splits += [split] * len(notes)
-    keep, seconds = layout.audio(names, (3.9, 4.1))
-    classes, targets = class_indices([label for label, kept in zip(labels, keep, strict=True) if kept])
-    split = np.array(splits)[keep]
+    kept, seconds = layout.audio(names, (3.9, 4.1))
+    classes, targets = class_indices([labels[i] for i in kept])
+    split = np.array(splits)[kept]
     return Task(
         name="nsynth",
         kind="single",
         classes=classes,
-        paths=[layout.folder / name for name, kept in zip(names, keep, strict=True) if kept],
+        paths=[layout.folder / names[i] for i in kept],
         targets=targets,
-        groups=np.array(groups)[keep],
+        groups=np.array(groups)[kept],
         folds=[split_fold(split)],
-        seconds=seconds[keep],
+        seconds=seconds,
         left_out=layout.problems,
     )

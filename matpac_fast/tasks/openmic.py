@@ -38,10 +38,10 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         layout.problems += [(name, f"altered: {key} has no labels in {table}") for key in part if key not in known]
         keys += part
         splits += [split] * len(part)
-    keep, seconds = layout.audio([f"audio/{key[:3]}/{key}.ogg" for key in keys], (9.0, 11.0))
-    keep &= np.array([key in known for key in keys])
-    seconds, split = seconds[keep], np.array(splits)[keep]
-    keys = [key for key, kept in zip(keys, keep, strict=True) if kept]
+    kept, seconds = layout.audio([f"audio/{key[:3]}/{key}.ogg" for key in keys], (9.0, 11.0))
+    labelled = np.array([keys[i] in known for i in kept], bool)
+    kept, seconds = kept[labelled], seconds[labelled]
+    keys, split = [keys[i] for i in kept], np.array(splits)[kept]
     targets = np.full((len(keys), len(places)), np.nan, np.float32)
     for row, key in zip(targets, keys, strict=True):
         for place, relevance in known[key]:

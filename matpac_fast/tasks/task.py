@@ -252,7 +252,7 @@ class Layout:
             self.problems.append((name, f"altered: {found} {what}, officially {official}"))
 
     def audio(self, names: Sequence[str], seconds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Which of these files are there with a length in this range (N,) bool, and their lengths (N,).
+        """Of these files those that are there with a length in this range, by number (M,), and their lengths (M,).
 
         Raises:
             DatasetError: some are not and the folder is not taken for partial, or none is.
@@ -260,12 +260,12 @@ class Layout:
         workers = min(8, n_cores() * 2)
         with ThreadPoolExecutor(workers) as pool:
             found = list(pool.map(lambda name: _length(self.folder / name, seconds), names, chunksize=64))
-        lengths = np.array([length for length, _ in found])
         bad = [(storable(name), reason) for name, (_, reason) in zip(names, found, strict=True) if reason]
         self.problems += bad
         if len(bad) == len(names) or (self.problems and not self.partial):
             raise self.error(len(names))
-        return np.array([not reason for _, reason in found]), lengths
+        kept = np.array([i for i, (_, reason) in enumerate(found) if not reason], np.int64)
+        return kept, np.array([found[i][0] for i in kept])
 
     def error(self, n_files: int) -> DatasetError:
         shown = "; ".join(f"{name}: {reason}" for name, reason in self.problems[:_NAMED])

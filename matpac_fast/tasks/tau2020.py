@@ -24,9 +24,9 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         splits += [split] * len(part)
         strange = [row["filename"] for row in part if row["filename"] not in listed]
         layout.problems += [(f"evaluation_setup/{table}", f"altered: {name} is not in meta.csv") for name in strange]
-    keep, seconds = layout.audio([row["filename"] for row in rows], (9.5, 10.5))
-    rows = [row for row, kept in zip(rows, keep, strict=True) if kept]
-    split = np.array(splits)[keep]
+    kept, seconds = layout.audio([row["filename"] for row in rows], (9.5, 10.5))
+    rows = [rows[i] for i in kept]
+    split = np.array(splits)[kept]
     groups, devices = [], []
     for row in rows:
         parts = os.path.splitext(os.path.basename(row["filename"]))[0].split("-")  # scene-city-location-segment-device
@@ -44,7 +44,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         targets=targets,
         groups=np.array(groups),
         folds=[Fold(np.flatnonzero(split == "train"), np.flatnonzero(split == "test"))],
-        seconds=seconds[keep],
+        seconds=seconds,
         subsets={f"device {name}": device == name for name in np.unique(device[split == "test"])},
         left_out=layout.problems,
     )

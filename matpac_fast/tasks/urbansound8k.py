@@ -20,8 +20,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
     folds = np.array(layout.whole(table, rows, "fold"))
     layout.count(table, "clips", len(rows), _CLIPS)
     names = [f"audio/fold{row['fold']}/{row['slice_file_name']}" for row in rows]
-    keep, seconds = layout.audio(names, (1e-3, 4.1))
-    kept = np.flatnonzero(keep)
+    kept, seconds = layout.audio(names, (1e-3, 4.1))
     rows = [rows[i] for i in kept]
     classes, targets = class_indices([row["class"] for row in rows])
     return Task(
@@ -32,7 +31,7 @@ def load(path: str | os.PathLike[str], partial: bool = False, seed: int = 0) -> 
         targets=targets,
         # A recording's slices of one class are together; the official folds part a few recordings between classes.
         groups=np.array([f"{row['fold']}-{row['fsID']}" for row in rows]),
-        folds=rotate_folds(folds[keep]),
-        seconds=seconds[keep],
+        folds=rotate_folds(folds[kept]),
+        seconds=seconds,
         left_out=layout.problems,
     )
