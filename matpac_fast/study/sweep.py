@@ -164,8 +164,9 @@ def embed_share(
     """
     left_out: dict[str, str] = {}
     caches: dict[str, list[Cache]] = {}
-    tasks, audio = loaded
-    each = sum(len(task.paths) for task in tasks) * len(config.temporal_supports)  # clips of an encoder, at every TS
+    paths = [path for task in loaded[0] for path in task.paths]
+    audio = [name for task in loaded[0] for name in loaded[1][task.name]]
+    each = len(paths) * len(config.temporal_supports)  # clips of an encoder, at every TS
     done = 0
 
     def more(count: int) -> None:
@@ -177,10 +178,8 @@ def embed_share(
         encoder = load_encoder(name, device, dtype=config.dtype)
         caches[name] = _caches(config, out, encoder)
         done = number * each
-        noted = left_out if config.partial else None
         try:
-            for task in tasks:
-                fill(caches[name], audio[task.name], task.paths, config.workers, more, share, noted)
+            fill(caches[name], audio, paths, config.workers, more, share, left_out if config.partial else None)
         except AudioError as error:
             hint = "" if config.partial else "; mend or remove it, or leave such files out with --partial"
             raise AudioError(f"{error}{hint}") from error
