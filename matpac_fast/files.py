@@ -28,6 +28,13 @@ def check_no_file(
         raise error(f"{os.fspath(path)}: {kind}, where a folder for {what} was expected; {mend}")
 
 
+def entries_of(folder: str | os.PathLike[str]) -> set[str]:
+    """The names in a folder but for hidden ones; none where there is no folder."""
+    with contextlib.suppress(FileNotFoundError):
+        return {name for name in os.listdir(folder) if not name.startswith(".")}
+    return set()
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)

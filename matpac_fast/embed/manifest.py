@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 from ..audio.ahead import in_order
 from ..audio.archives import is_archive
 from ..errors import AudioError, ConfigError, first_line
-from ..files import check_no_file, read_parquet, write_parquet, write_text
+from ..files import check_no_file, entries_of, read_parquet, write_parquet, write_text
 from .source import Entry, Source, Tell
 from .writer import Failure, read_errors, shard_path
 
@@ -57,10 +56,7 @@ class Manifest:
 def check_folder(out: Path) -> None:
     """Raise ConfigError where `out` is no folder, or holds things and no embeddings: nothing is mixed in there."""
     check_no_file(out, "the embeddings")
-    try:
-        entries = {name for name in os.listdir(out) if not name.startswith(".")}
-    except FileNotFoundError:
-        return
+    entries = entries_of(out)
     ours = entries & {"manifest.parquet", SETTINGS, LEASES} or any(out.glob("shard-*"))
     if entries and not ours:
         raise ConfigError(f"{out} is not empty and holds no embeddings; give a new folder to --out")

@@ -29,7 +29,7 @@ from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..encoder import load_encoder
 from ..errors import AudioError, ConfigError
-from ..files import atomic, check_no_file, made_anew
+from ..files import atomic, check_no_file, entries_of, made_anew
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, measure
@@ -93,10 +93,7 @@ class StudyConfig:
 def check_folder(out: Path, option: str = "--out") -> None:
     """Raise ConfigError where `out` is no folder, or holds things and no study: nothing is mixed in there."""
     check_no_file(out, "the study", mend=f"give another to {option}")
-    try:
-        entries = {name for name in os.listdir(out) if not name.startswith(".")}
-    except FileNotFoundError:
-        return
+    entries = entries_of(out)
     embeddings = "embeddings" in entries and not (out / "embeddings" / "settings.json").exists()  # else a collection
     if entries and not (embeddings or entries & _OURS):
         raise ConfigError(f"{out} is not empty and holds no study; give a new folder to {option}")

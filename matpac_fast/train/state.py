@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import checkpoint, distcp
 from ..config import MatpacConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import check_no_file, crc32, sync_folder, write_text
+from ..files import check_no_file, crc32, entries_of, sync_folder, write_text
 from ..intact import check_sums, intact_named, read_state
 from ..model import Matpac
 from .config import TrainConfig
@@ -98,8 +98,7 @@ class RunFolder:
         self.path = Path(path)
         checkpoint.check_name(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        others = [p for p in self.path.iterdir() if not p.name.startswith(".")]  # but our lock and a torn first write
-        if others and not (self.path / "config.json").exists():
+        if entries_of(self.path) and not (self.path / "config.json").exists():  # lock and torn first writes are hidden
             told = f"{self.path} is not empty and holds no run; give a new folder"
             if whole := checkpoint.checkpoints(self.path):
                 newest = shlex.quote(str(list(whole.values())[-1]))
