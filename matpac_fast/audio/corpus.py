@@ -1,4 +1,4 @@
-"""A corpus: clips as int16 in memory-mapped shards, found through one Parquet index.
+"""A corpus: clips as int16 in shards, found through one Parquet index.
 
 A prepared folder holds
 
@@ -72,7 +72,7 @@ class Corpus:
             np.concatenate(column) for column in zip(*(columns for _, columns in indices), strict=True)
         )
         self._shard += np.repeat(self._first, self.sizes)
-        self._mapped, self._files = _Opened(), _Opened()
+        self._files = _Opened()
 
     @classmethod
     def from_arrays(cls, waves: Iterable[Any], sample_rate: int = 16_000, paths: Iterable[str] | None = None) -> Corpus:
@@ -128,14 +128,11 @@ class Corpus:
         return digest.hexdigest()
 
     def read(self, index: int, start: int = 0, n: int | None = None) -> NDArray[np.int16]:
-        """`n` samples of a clip from `start`, by default all that follow: a read-only view of the shard.
+        """`n` samples of a clip from `start`, by default all that follow: (n,).
 
         Raises IndexError where they reach beyond the clip.
         """
-        n = int(self.frames[index]) - start if n is None else n
-        self._check(np.array([index]), np.array([start]), n)
-        begin = int(self._offset[index]) + start
-        return self._samples(int(self._shard[index]))[begin : begin + n]
+        return self.gather([index], [start], int(self.frames[index]) - start if n is None else n)[0]
 
     def gather(
         self, indices: ArrayLike, starts: ArrayLike, n: int, out: NDArray[np.int16] | None = None
@@ -150,7 +147,7 @@ class Corpus:
         begins = (self._offset[indices] + starts).tolist()
         for row, shard, begin in zip(out, self._shard[indices].tolist(), begins, strict=True):
             if not self.folders:
-                row[:] = self._samples(shard)[begin : begin + n]
+                row[:] = self._memory[begin : begin + n]
             else:
                 self._read_into(row, shard, begin)
         return out
@@ -174,17 +171,6 @@ class Corpus:
                 f"samples {starts[row]} to {starts[row] + n} of clip {indices[row]}, "
                 f"which has {self.frames[indices[row]]}"
             )
-
-    def _samples(self, shard: int) -> NDArray[np.int16]:
-        return self._mapped.get(shard, len(self._bytes), self._map) if self.folders else self._memory
-
-    def _map(self, shard: int) -> NDArray[np.int16]:
-        path = self._whole(shard)
-        try:
-            # A plain array on the map: slices of numpy's own memmap class cost microseconds each.
-            return np.memmap(path, "<i2", mode="r").view(np.ndarray)
-        except OSError as error:
-            raise _unreadable(path, error) from None
 
     def _whole(self, shard: int) -> Path:
         """The path of a shard that is as long as the index needs it."""
@@ -220,7 +206,7 @@ class Corpus:
 
 
 class _Opened:
-    """The shards used last, opened in one way, and kept so: all of them where a process may have so many."""
+    """The shards used last, kept open: all of them where a process may have so many."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Any] = {}  # the one used last stands last
@@ -246,15 +232,15 @@ class _Opened:
 
 def _may_open(n: int) -> int:
     """How many of n files to keep open at once; the process's limit is raised for them as far as it may be."""
-    for_others, n = 256, 2 * n  # each may be both mapped and opened for reading
+    for_others = 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= n + for_others:
-        return n // 2
+        return n
     raised = n + for_others if hard == resource.RLIM_INFINITY else min(n + for_others, hard)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
         soft = raised
-    return max(16, min(n, soft - for_others) // 2)
+    return max(16, min(n, soft - for_others))
 
 
 class _File:
