@@ -127,6 +127,9 @@ class RunFolder:
                     f"{self.path} cannot be locked ({error.strerror}): see to it that no second run writes there",
                     stacklevel=1,  # above it is contextlib
                 )
+            else:
+                for left in self.path.glob(".*.tmp"):  # by a process that was killed
+                    left.unlink()
             self._held = os.open(self.path, os.O_RDONLY)
             try:
                 yield

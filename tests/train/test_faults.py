@@ -159,8 +159,10 @@ def test_a_disk_that_is_really_full_is_said_so(tmp_path, corpus, model_config, t
 
 def test_a_first_write_that_was_torn_does_not_block_the_folder(tmp_path, corpus, model_config, train_config):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.json.abc.tmp").write_text("{")
+    torn = tmp_path / "run" / ".config.json.abc.tmp"
+    torn.write_text("{")
     assert pretrain(corpus, tmp_path / "run", model_config, train_config).finished
+    assert not torn.exists()
 
 
 def test_what_a_killed_save_left_behind_is_cleared(tmp_path, corpus, model_config, train_config):
