@@ -8,6 +8,7 @@ from torch.nn.utils import prune
 
 from matpac_fast import Matpac, MatpacConfig
 from matpac_fast.errors import ConfigError
+from matpac_fast.nn import linear
 from matpac_fast.nn.ema import ema_update
 from matpac_fast.vit_encoder import Encoder
 
@@ -73,6 +74,29 @@ def test_whatever_is_changed_in_a_block_of_an_encoder_is_what_runs(what):
         part.register_forward_hook(lambda module, args, out: 0 * out)
     changed = encoder.embed(wave, 16_000, temporal_support=0.5).values
     assert ((changed - plain).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+@pytest.mark.parametrize(
+    "name", ["frontend.patch_embed.proj", "student.blocks.0.attn.qkv", "predictor.blocks.1.attn.qkv", "head.mlp.1"]
+)
+def test_a_hook_on_every_module_is_called_as_one_on_its_own(name, kind, monkeypatch):
+    """Layers that are read and not called would leave it out without a word, and only where a kernel is faster."""
+    monkeypatch.setattr(linear, "_LEAST", 0)
+    model, spec = Matpac(MatpacConfig.preset("nano", depth=2, predictor_depth=2)), torch.randn(2, 80, 96)
+    layer, plain = model.get_submodule(name), model(spec).loss_pred + model(spec).loss_cls
+
+    def double(module, args, *out):
+        return None if module is not layer else 2 * out[0] if out else (2 * args[0],)
+
+    with getattr(layer, f"register_forward_{kind}")(double):
+        out = model(spec)
+        alone = out.loss_pred + out.loss_cls
+    with getattr(torch.nn.modules.module, f"register_module_forward_{kind}")(double):
+        out = model(spec)
+        among_all = out.loss_pred + out.loss_cls
+    assert (alone - plain).abs().max() > 1e-4
+    torch.testing.assert_close(among_all, alone)
 
 
 def test_a_pruned_patch_projection_trains():
