@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Wave: TypeAlias = "Tensor | np.ndarray"
 Clip: TypeAlias = "Tensor | np.ndarray | str | os.PathLike[str]"
 
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 does not say
 _CHANNELS = 32  # of a recording, at most; a batch of waves as short as this is none
 
 
@@ -294,7 +295,8 @@ class AudioEncoder(nn.Module):
         if wave.dtype == torch.int16:
             return wave.float() / 32768.0  # else it were of the application's default dtype
         wave = wave.float()
-        if not transformed():  # torch.func's tensors have no values to look at
+        # Tensors of torch.func and of an export have no values to look at.
+        if not (transformed() or _exporting()):
             check_samples(_peak(wave) if wave.numel() else 0.0, what)
         return wave
 

@@ -128,3 +128,20 @@ def test_the_callers_autocast_does_not_round_the_log_mel(model):
         want = model._spec(wave)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(model._spec(wave), want)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 does not say that it exports")
+@pytest.mark.parametrize("kind", ["precise", "fast"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_it_is_exported(kind, strict):
+    """Of the shape that is given; what an export traces has no samples to be checked."""
+    model, wave = get_matpac("untrained-nano", kind, device="cpu"), noise(2, 9_000)
+    exported = torch.export.export(model, (wave,), strict=strict).module()
+    other = noise(2, 9_000).flip(1)
+    for got, want in zip(exported(other), model(other), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_it_still_checks_its_samples(model):
+    with pytest.raises(AudioError, match="x holds NaN or infinite samples"):
+        torch.compile(model, backend="eager")(torch.full((9_000,), torch.nan))
