@@ -23,6 +23,7 @@ from matpac_fast.model import Matpac
 from matpac_fast.nn.linear import is_plain
 from matpac_fast.nn.statistics import summarise, token_sums
 from matpac_fast.nn.vit import shorten_positions
+from matpac_fast.vit_encoder import Encoder
 
 # What no checkpoint holds, from the golden files' own description.
 GOLDEN_OPTIONS = dict(num_heads=2, predictor_heads=4, max_steps=1000, teacher_temp_warmup=100)
@@ -172,7 +173,8 @@ def plain_predictor(model: Matpac, visible: Tensor, ids_shuffle: Tensor) -> Tens
     x = p.embed(visible)
     tokens = torch.cat([x[:, 1:], p.mask_token.expand(len(x), ids_shuffle.shape[1] - v, -1)], dim=1)
     tokens = tokens.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))
-    x = torch.cat([x[:, :1], tokens], dim=1) + shorten_positions(p.pos_embed, p.freq, ids_shuffle.shape[1] // p.freq)
+    positions = shorten_positions(p.pos_embed, p.freq, ids_shuffle.shape[1] // p.freq, like=p.mask_token)
+    x = torch.cat([x[:, :1], tokens], dim=1) + positions
     for block in p.blocks:
         x = block(x)
     x = p.norm(x)[:, 1:].gather(1, ids_shuffle[..., None].expand(-1, -1, x.shape[-1]))[:, v:]
@@ -449,6 +451,25 @@ def test_a_model_made_where_float64_is_the_default_is_of_float64():
         torch.set_default_dtype(before)
     assert out.loss.dtype == torch.float64
     torch.testing.assert_close(out.loss, plain(spec, step=1).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_made_where_16_bits_are_the_default_computes_in_them(dtype):
+    """Its positions are made in float32, for a checkpoint would keep their rounding."""
+    plain, spec = Matpac(MatpacConfig(**TINY)), torch.randn(2, 80, 64)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model, encoder = Matpac(MatpacConfig(**TINY)), Encoder(n_frames=64, width=32, depth=1, num_heads=2)
+        model.load_state_dict(plain.state_dict())
+        out = model(spec.to(dtype), step=1)
+        out.loss.backward()
+        assert encoder(torch.randn(2, 9_000) / 10).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+    assert model.frontend.cls_token.dtype == dtype
+    assert model.frontend.pos_embed.dtype == torch.float32
+    torch.testing.assert_close(out.loss, plain(spec, step=1).loss, rtol=0.02, atol=0.0, check_dtype=False)
 
 
 def test_annealing_ends_as_official_unless_asked_otherwise():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import needs_shards
 from torch.nn.utils import prune
 
 from matpac_fast import Matpac, MatpacConfig
@@ -207,3 +208,28 @@ def test_layers_without_a_bias_are_those_whose_bias_is_zero():
     bare.loss.backward()
     assert attn.qkv.weight.grad is not None
     assert embed.proj.weight.grad is not None
+
+
+@needs_shards
+def test_under_mixed_precision_of_fsdp_a_step_is_that_of_the_model():
+    """It hands out parameters in 16 bits and leaves buffers, which the positions are, in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, plain = (Matpac(MatpacConfig.preset("nano", depth=2, predictor_depth=2)) for _ in range(2))
+    spec = torch.randn(2, 80, 96)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for part in (*model.student.blocks, *model.predictor.blocks, *model.teacher.blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        for each in (model, plain):
+            each(spec, step=1).loss.backward()
+            each.update_teachers(1)
+        for sharded, parameter in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(sharded.full_tensor(), parameter)  # pyright: ignore[reportAttributeAccessIssue]
+            if parameter.grad is not None:
+                error = sharded.grad.full_tensor() - parameter.grad  # pyright: ignore
+                assert error.abs().max() < 0.1 * parameter.grad.abs().max()
+    finally:
+        torch.distributed.destroy_process_group()

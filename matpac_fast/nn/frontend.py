@@ -46,7 +46,7 @@ class Frontend(nn.Module):
         if not is_plain(proj, nn.Conv2d) or proj.bias is None:
             head, tokens = self(spec).split([1, ids_shuffle.shape[1]], dim=1)
             return hand_out(head, tokens, ids_shuffle, n_visible)
-        pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
+        pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size, self.cls_token)
         return ops.masked_patch_embed(spec, proj.weight, proj.bias, pos, self.cls_token, ids_shuffle, n_visible)
 
     def forward(self, spec: Tensor) -> Tensor:
@@ -57,6 +57,6 @@ class Frontend(nn.Module):
             tokens = F.linear(patches(spec, self.patch_size), proj.weight.flatten(1), proj.bias)  # (B, N, D)
         else:  # wrapped, as LoRA does, pruned or hooked
             tokens = proj(spec[:, None]).flatten(2).transpose(1, 2)
-        pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size)
+        pos = shorten_positions(self.pos_embed, self.freq, spec.shape[-1] // self.patch_size, self.cls_token)
         cls = (self.cls_token + pos[:, :1]).expand(spec.shape[0], -1, -1)
         return torch.cat([cls, tokens + pos[:, 1:]], dim=1)

@@ -59,7 +59,7 @@ class Predictor(nn.Module):
         """
         n = ids_shuffle.shape[1]
         v = visible.shape[1] - 1
-        pos = shorten_positions(self.pos_embed, self.freq, n // self.freq)
+        pos = shorten_positions(self.pos_embed, self.freq, n // self.freq, self.mask_token)
         shuffled_pos = pos[0, 1:][ids_shuffle]  # (B, N, P)
         x = linear(self.embed, visible)
         seen = x[:, 1:] + shuffled_pos[:, :v]

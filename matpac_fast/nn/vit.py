@@ -134,10 +134,11 @@ def sincos_positions(width: int, freq: int, time: int) -> Tensor:
     return torch.cat([grid.new_zeros(1, width), grid])[None].to(dtype)
 
 
-def shorten_positions(pos: Tensor, freq: int, time: int) -> Tensor:
-    """Positions (1, 1 + freq * T, D) of a grid of T >= time columns -> (1, 1 + freq * time, D)."""
-    if pos.shape[1] == 1 + freq * time:
-        return pos
-    d = pos.shape[-1]
-    grid = pos[:, 1:].reshape(1, freq, -1, d)[:, :, :time]
-    return torch.cat([pos[:, :1], grid.reshape(1, freq * time, d)], dim=1)
+def shorten_positions(pos: Tensor, freq: int, time: int, like: Tensor) -> Tensor:
+    """Positions (1, 1 + freq * T, D) of a grid of T >= time columns -> (1, 1 + freq * time, D), in the dtype of the
+    parameter `like`: a default dtype of 16 bits and FSDP's mixed precision leave these tables in float32."""
+    if pos.shape[1] != 1 + freq * time:
+        d = pos.shape[-1]
+        grid = pos[:, 1:].reshape(1, freq, -1, d)[:, :, :time]
+        pos = torch.cat([pos[:, :1], grid.reshape(1, freq * time, d)], dim=1)
+    return pos.to(like.dtype)
