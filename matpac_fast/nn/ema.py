@@ -34,10 +34,16 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float | Tensor, skip
     and the result is that of the formula to one rounding.
 
     Raises:
-        ConfigError: layers of one were replaced or parametrized, so that its parameters are not those of the other.
+        ConfigError: layers of one were replaced or parametrized, so that its parameters are not those of the other; or
+            the average is of 16 bits, in which it would stand still.
     """
     pairs = _pairs(average, model)
     targets: list[Tensor] = [local(p) for p, _ in pairs]
+    if coarse := [t.dtype for t in targets if t.dtype.itemsize < 4]:
+        raise ConfigError(
+            f"the teacher's parameters are {str(coarse[0]).removeprefix('torch.')}, in which an average hardly moves: "
+            "each step is rounded away; expected float32: keep the model in float32 and train it under torch.autocast"
+        )
     # .data, for the kernel counts as changing its gradients: a backward pass that comes later must not mind.
     sources = [local(p).data.to(t.dtype) for (_, p), t in zip(pairs, targets, strict=True)]
     if skip is None and not isinstance(decay, Tensor):

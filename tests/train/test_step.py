@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from matpac_fast import ops
+from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.nn.ema import ema_update
 from matpac_fast.train.config import TrainConfig
@@ -174,6 +175,16 @@ def test_the_averages_can_be_skipped_on_the_device(model_config):
     ema_update(twin.teacher, twin.student, 0.9)
     for p, q in zip(model.teacher.parameters(), twin.teacher.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_an_average_of_16_bits_is_refused(model_config, cast):
+    """Of a decay of 0.9999 bfloat16 keeps 1: two thousand steps moved the teacher by a fiftieth of what they should."""
+    model = getattr(Matpac(model_config), cast)()
+    before = [p.clone() for p in model.teacher.parameters()]
+    with pytest.raises(ConfigError, match="float16, in which an average hardly moves: .* expected float32: keep"):
+        model.update_teachers(1)
+    assert same_bits(before, list(model.teacher.parameters()))
 
 
 def test_temperatures_and_decays_on_the_device_are_those_of_the_step(model_config, train_config, batch):
