@@ -222,7 +222,8 @@ def state_to_save(module: torch.nn.Module, made: Mapping[str, Tensor] | None = N
     """A module's state, by the names that it has without torch.compile.
 
     Raises:
-        CheckpointError: FSDP has cut it, or its names and shapes are not those of `made`, its state when it was made.
+        CheckpointError: FSDP has cut it, it is quantized, or its names and shapes are not those of `made`, its state
+            when it was made.
     """
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict().items()}
     if any(hasattr(tensor, "to_local") for tensor in state.values()):
@@ -230,6 +231,8 @@ def state_to_save(module: torch.nn.Module, made: Mapping[str, Tensor] | None = N
             "save: FSDP has cut the weights: gather them on every rank by torch.distributed.checkpoint.state_dict."
             "get_model_state_dict with full_state_dict=True, load them into a model of its own, and save that"
         )
+    if odd := [name for name, tensor in state.items() if not isinstance(tensor, Tensor) or tensor.is_quantized]:
+        raise CheckpointError(f"save: {odd[0]} is quantized; expected plain weights: save it before quantize_dynamic")
     if made is not None:
         check_fits(made, state, "save: put back the layers that were replaced or parametrized; what they hold now")
     return state

@@ -8,7 +8,7 @@ from ranks import needs_shards
 from torch.nn.utils import prune
 
 from matpac_fast import Matpac, MatpacConfig
-from matpac_fast.errors import ConfigError
+from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.nn import linear
 from matpac_fast.nn.ema import ema_update
 from matpac_fast.vit_encoder import Encoder
@@ -233,3 +233,15 @@ def test_under_mixed_precision_of_fsdp_a_step_is_that_of_the_model():
                 assert error.abs().max() < 0.1 * parameter.grad.abs().max()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+def test_a_quantized_encoder_embeds_and_says_that_it_has_neither_file_nor_id(tmp_path):
+    encoder, wave = Encoder(n_frames=64, width=32, depth=2, num_heads=2), torch.randn(12_000) / 10
+    plain = encoder.embed(wave, 16_000).values
+    quantized = torch.ao.quantization.quantize_dynamic(encoder, {torch.nn.Linear}, dtype=torch.qint8)
+    assert (quantized.embed(wave, 16_000).values - plain).abs().max() < 0.1 * plain.std()
+    with pytest.raises(CheckpointError, match=r"save: student\.blocks\.0\.attn\.qkv\.\S+ is quantized; expected plain"):
+        quantized.save(tmp_path / "q.safetensors")
+    with pytest.raises(ConfigError, match="is quantized or cut by FSDP; an id is of whole, plain weights"):
+        _ = quantized.id
