@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .files import atomic, sha256, write_text
 
 _log = logging.getLogger("matpac_fast")
@@ -141,7 +141,7 @@ def _refused(url: str) -> Iterator[None]:
     except urllib.error.URLError as error:
         raise CheckpointError(f"{url}: no connection: {error.reason}{advice}") from None
     except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        raise CheckpointError(f"{url}: the connection broke: {str(error) or type(error).__name__}{advice}") from None
+        raise CheckpointError(f"{url}: the connection broke: {first_line(error)}{advice}") from None
     except OSError as error:
         raise CheckpointError(
             f"{url}: cannot be kept in {cache_folder()}: {error.strerror or error}; let MATPAC_FAST_CACHE name a "

@@ -24,7 +24,7 @@ PIN = f"#sha256={sha256(FILE)}"
 
 class Server(http.server.ThreadingHTTPServer):
     """Serves a folder on loopback and keeps the paths asked for; /broken.* ends before its length, /to? goes on,
-    /any/ is the encoder's file, /late/ too, after a moment."""
+    /any/ is the encoder's file, /late/ too, after a moment, and /plain/ without its length; /nonsense is no HTTP."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked = folder, []
@@ -49,6 +49,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", "abc")
             self.end_headers()
+        elif self.path.startswith("/plain/"):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(FILE.read_bytes())
+        elif self.path == "/nonsense":
+            self.wfile.write(b"220 a server of mail\r\n")
         elif self.path.startswith(("/any/", "/late/")):
             time.sleep(0.2 if self.path.startswith("/late/") else 0)
             self.path = "/e.safetensors"
@@ -109,8 +115,27 @@ def test_a_kept_file_that_changes_is_refused(server, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="changed since it was downloaded"):
+    with pytest.raises(CheckpointError, match="changed since it was downloaded.*; delete it to download it anew"):
         load_encoder(name, "cpu")
+    path.unlink()
+    assert sha256(downloads.resolve(name)) == sha256(FILE)
+
+
+@pytest.mark.parametrize("lost", ["e.safetensors", "sha256"])
+def test_a_file_or_record_that_is_lost_is_downloaded_again(server, tmp_path, lost):
+    name = f"{server.address}/e.safetensors{PIN}"
+    path = Path(downloads.resolve(name))
+    (path.parent / lost).unlink()
+    assert downloads.resolve(name) == str(path)
+    assert server.asked == ["/e.safetensors"] * 2
+    assert kept(tmp_path) == ["e.safetensors", "sha256"]
+    (path.parent / "sha256").write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match="changed since it was downloaded"):
+        downloads.resolve(name)
+
+
+def test_a_file_may_come_without_its_length(server):
+    assert sha256(downloads.resolve(f"{server.address}/plain/e.safetensors{PIN}")) == sha256(FILE)
 
 
 def test_another_file_than_expected_is_refused_and_not_kept(server, tmp_path):
@@ -128,6 +153,7 @@ def test_another_file_than_expected_is_refused_and_not_kept(server, tmp_path):
     [
         ("/nothing.pt", "the server answered 404"),
         ("/endless", "the connection broke: Content-Length is 'abc'; expected a number of bytes; fetch it elsewhere"),
+        ("/nonsense", "the connection broke: 220 a server of mail; fetch it elsewhere"),
         ("/broken.pt", "the connection broke: .*; fetch it elsewhere and give its path"),
         ("/login.html", "the server sent a web page, .*; give the address of the file itself"),
     ],
@@ -256,6 +282,7 @@ def test_an_address_that_leads_out_of_https_is_refused_at_any_step(server, tls, 
         ("%2e%2e", "_.."),
         (".e.pt", "_.e.pt"),
         ("a%00%2Fb%5C%0A", "a__b__"),
+        ("/", "any"),
     ],
 )
 def test_a_file_is_kept_under_a_name_that_does_no_harm_and_found_again(server, tmp_path, path, name):
