@@ -245,6 +245,33 @@ def test_what_the_others_say(leases, tmp_path):
     assert leases.others("worker-") == [{"files": 3}]
 
 
+def test_of_the_dead_nothing_is_said_and_nothing_left(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with Leases(tmp_path, 60.0) as mine:
+        foreign(tmp_path / "worker-x.0")
+        assert mine.others("worker-") == [{"files": 3}]
+        clock.turn(61.0, mine)
+        assert mine.others("worker-") == []
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_look_that_is_out_of_date_gives_nobody_another_s_lease(leases, tmp_path):
+    with Leases(tmp_path) as other:
+        assert other.claim("a")
+        assert not leases.claim("a", among={})  # it was free
+        other.release("a")
+        assert not leases.claim("a", among={"a": tmp_path / "a.0"})  # it was taken, and its work may be done
+        assert os.listdir(tmp_path) == []
+
+
+def test_what_else_lies_in_the_folder_is_no_lease(leases, tmp_path):
+    for name in (".nfs000000000012", "notes", "a.tmp", ".7"):  # NFS keeps what is open under such names
+        (tmp_path / name).touch()
+    assert leases.taken() == {}
+    assert leases.claim("a")
+    assert leases.taken() == {"a": tmp_path / "a.0"}
+
+
 def test_a_lost_lease_is_not_raised_from_the_dead(leases, tmp_path):
     leases.claim("a")
     (tmp_path / "a.0").unlink()
