@@ -160,8 +160,12 @@ def load(folder: str | os.PathLike[str], prefix: str = "") -> tuple[dict[str, Te
     fill(wanted, folder)
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / _ABOUT}: cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder / _ABOUT}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
+        raise CheckpointError(f"{folder / _ABOUT}: damaged: {error}") from None
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{folder / _ABOUT}: damaged: it is a {type(about).__name__}, no object")
     return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}, about
 
 

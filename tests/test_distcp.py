@@ -92,6 +92,25 @@ def test_a_genuine_one_is_read_and_any_damage_is_named(folder):
             distcp.load(folder, "model.")
 
 
+@pytest.mark.parametrize("content", [None, b"{", b'{"step": "\xff"}', b"[" * 100_000, b"[1]"])
+def test_metadata_that_is_lost_or_damaged_is_named(folder, content):
+    (folder / "matpac_fast.json").unlink()
+    if content is not None:
+        (folder / "matpac_fast.json").write_bytes(content)
+    reason = "cannot be read: No such file" if content is None else "damaged: "
+    with pytest.raises(CheckpointError, match=rf"matpac_fast\.json: {reason}"):
+        distcp.load(folder, "model.")
+
+
+def test_a_size_beyond_all_memory_is_damage(folder):
+    path = folder / ".metadata"
+    about = pickle.loads(path.read_bytes())
+    about.state_dict_metadata["model.w"].size = torch.Size([1 << 58])
+    path.write_bytes(pickle.dumps(about))
+    with pytest.raises(CheckpointError, match=f"{folder}: damaged: "):
+        distcp.load(folder, "model.")
+
+
 def test_a_disk_that_is_full_is_named(tmp_path):
     """Torch says `enforce fail at inline_container.cc`, and keeps the system's error behind it."""
     code = (
