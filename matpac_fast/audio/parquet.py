@@ -31,6 +31,7 @@ _BEGINNINGS = (
     b"\xff\xf3",
     b"\xff\xf2",
 )
+_PICTURES = (b"WEBP", b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # which share RIFF and MPEG-4 with audio
 
 
 class Row(NamedTuple):
@@ -127,8 +128,8 @@ def _audio_column(file: Any) -> _Column | None:
 def _begins_as_audio(file: Any, name: str) -> bool:
     """Whether the first row of a column of bytes does."""
     for batch in file.iter_batches(1, columns=[name]):
-        start = (batch.column(0)[0].as_py() or b"")[:8]
-        return start.startswith(_BEGINNINGS) or start[4:] == b"ftyp"
+        start = (batch.column(0)[0].as_py() or b"")[:12]
+        return (start.startswith(_BEGINNINGS) or start[4:8] == b"ftyp") and not start.endswith(_PICTURES)
     return False
 
 
