@@ -66,6 +66,25 @@ def test_the_sound_of_a_container(tmp_path, name, codec, video):
             assert file.seconds == pytest.approx(2.0, abs=0.1)
 
 
+def test_of_several_sound_tracks_the_first_is_read(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        tracks = [file.add_stream("aac", rate=rate, layout="mono") for rate in (16_000, 48_000)]
+        for stream, hertz in zip(tracks, (500, 3_000), strict=True):
+            for begin in range(0, stream.rate, 1024):
+                t = np.arange(begin, begin + 1024) / stream.rate
+                tone = np.sin(2 * np.pi * hertz * t).astype(np.float32) / 2
+                frame = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = stream.rate, begin
+                for packet in stream.encode(frame):
+                    file.mux(packet)
+            for packet in stream.encode(None):
+                file.mux(packet)
+    with AudioFile(tmp_path / "a.mkv") as opened:
+        assert opened.sample_rate == 16_000
+    wave = read_audio(tmp_path / "a.mkv")
+    assert np.abs(np.fft.rfft(wave[:16_000])).argmax() == pytest.approx(500, abs=1)
+
+
 def test_what_is_wrong_is_said(tmp_path):
     whole = write(tmp_path / "a.mp4", seconds=20.0, video=True).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])

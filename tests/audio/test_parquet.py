@@ -43,13 +43,20 @@ def test_a_struct_without_bytes_is_none(tmp_path):
 
 @pytest.mark.parametrize(
     "picture",
-    [b"RIFF\x24\0\0\0WEBPVP8 ", b"\0\0\0\x20ftypavif\0\0\0\0", b"\0\0\0\x18ftypheic\0\0\0\0", b"\0\0\0\x18ftypmif1\0\0"],
+    [
+        b"RIFF\x24\0\0\0WEBPVP8 ",
+        b"\0\0\0\x20ftypavif\0\0\0\0",
+        b"\0\0\0\x18ftypheic\0\0\0\0",
+        b"\0\0\0\x18ftypmif1\0\0",
+    ],
 )
 def test_pictures_that_begin_as_audio_does_are_told_from_it(tmp_path, picture):
     assert found(tmp_path, {"image": bare(picture)}) == []
     assert found(tmp_path, {"image": bare(picture), "sound": bare(SOUND)}) == [SOUND]
 
 
-@pytest.mark.parametrize("sound", [SOUND, b"\0\0\0\x1cftypM4A \0\0\0\0", b"\0\0\0\x20ftypisom\0\0\2\0", b"fLaC", b"ID3"])
+@pytest.mark.parametrize(
+    "sound", [SOUND, b"\0\0\0\x1cftypM4A \0\0\0\0", b"\0\0\0\x20ftypisom\0\0\2\0", b"fLaC", b"ID3"]
+)
 def test_bytes_alone_are_audio_where_the_first_begin_so(tmp_path, sound):
     assert found(tmp_path, {"label": bare(b"dog"), "clip": bare(sound)}) == [sound]
