@@ -157,11 +157,7 @@ class WholeStream(Stream):
 
     def _embed(self, sections: list[tuple[int, int]]) -> Embeddings:
         found = self._found(sections)
-        rate = self._encoder.sample_rate
         if self._windowing.pool == "none":
-            for f, (a, _) in zip(found, sections, strict=True):
-                if a < self._next:
-                    f.end.clamp_(max=(a + self._hop) / rate)
             return self._joined(found)
         for f, (a, b) in zip(found, sections, strict=True):
             columns = sum(self._encoder.columns(b - a))
@@ -170,5 +166,5 @@ class WholeStream(Stream):
         if not self._finished:
             return self._joined([])
         assert self._sum is not None
-        end = torch.tensor([self._received / rate], dtype=torch.float64, device="cpu")
+        end = torch.tensor([self._received / self._encoder.sample_rate], dtype=torch.float64, device="cpu")
         return Embeddings(self._sum / self._columns, torch.zeros_like(end), end)

@@ -113,6 +113,9 @@ def test_frames_of_pieces_follow_each_other(files):
     late = encoder.embed(wave[hop:], 16_000, pool="none")
     torch.testing.assert_close(found.values[-len(late) :], late.values, rtol=0, atol=1e-5)
     assert found.start[-len(late)].item() == hop / 16_000
+    streamed = list(encoder.stream(16_000, pool="none").over(wave.split(70_000)))
+    for name in ("start", "end"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in streamed]), getattr(found, name))
 
 
 @pytest.mark.parametrize("name", NAMES)
