@@ -58,6 +58,12 @@ def test_own_format_there_and_back(model, tmp_path):
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
+def test_safetensors_of_others_have_no_metadata(tmp_path):
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "m.safetensors")
+    state, metadata = checkpoint.load(tmp_path / "m.safetensors")
+    assert (state["w"].tolist(), metadata) == ([1, 1], {})
+
+
 @pytest.mark.parametrize("config", [5, None, [1], {"width": "192"}, {"depht": 3}])
 def test_a_configuration_that_cannot_be_is_damage(tmp_path, config):
     checkpoint.save(tmp_path / "m", {"w": torch.zeros(1)}, {"config": config})
@@ -291,9 +297,12 @@ def test_the_applications_default_device_changes_no_sizes(model):
 def test_positions_that_are_no_sines_are_of_80_mels(model):
     ours = checkpoint.from_official_names(model.official_state_dict())
     pos = ours["frontend.pos_embed"]
-    for other in (torch.randn(pos.shape), torch.zeros(1, 1, 32).expand(pos.shape), pos.flip(1)):
+    whole_numbers = torch.zeros(pos.shape, dtype=torch.int64)
+    for other in (torch.randn(pos.shape), torch.zeros(1, 1, 32).expand(pos.shape), pos.flip(1), whole_numbers):
         sizes = checkpoint.read_sizes(ours | {"frontend.pos_embed": other})
         assert (sizes["n_mels"], sizes["n_frames"]) == (80, 64)
+    endless = torch.zeros(1).expand(1, 1 + 5 * 2**38, 32)  # as a few bytes of a pickle may have it
+    assert checkpoint.read_sizes(ours | {"frontend.pos_embed": endless})["n_frames"] == 2**42
     with pytest.raises(CheckpointError, match="23 positions are no grid of patches of 16 on 80 mels"):
         checkpoint.read_sizes(ours | {"frontend.pos_embed": torch.randn(1, 24, 32)})
 
@@ -355,3 +364,5 @@ def test_without_latest_a_copy_that_somebody_made_is_not_the_newest(tmp_path):
     for name in ("step-00000004", "step-00000008", "step-00000008-best"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert checkpoint.read_latest(tmp_path) == "step-00000008"
+    (tmp_path / "latest").write_text("step-00000004\n")
+    assert checkpoint.read_latest(tmp_path) == "step-00000004"
