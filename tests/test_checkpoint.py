@@ -114,10 +114,19 @@ class Bomb:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # is for files that their users trust, not for these
     torch.save({"model": {"w": torch.zeros(1)}, "bomb": Bomb()}, "bomb.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match="posix.mkdir, and loading it could run code, so it is refused"):
         checkpoint.load("bomb.pt")
     assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_a_gpu_has_saved_is_read_onto_the_cpu(tmp_path, monkeypatch, zipped):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    torch.save({"w": torch.arange(2)}, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
+    found = checkpoint.load(tmp_path / "c.pt")[0]["w"]
+    assert (found.device.type, found.tolist()) == ("cpu", [0, 1])
 
 
 @pytest.mark.parametrize("zipped", [True, False])

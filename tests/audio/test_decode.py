@@ -256,13 +256,25 @@ def more_frames(mp3: bytes) -> bytes:
 @pytest.mark.parametrize("name", ODD)
 def test_odd_but_whole_files_are_read_to_the_end(tmp_path, good, name):
     base, change = ODD[name]
-    wave = read_audio(write(tmp_path / "odd.mp3", change(good[base])))
-    assert abs(len(wave) - SECONDS * 16_000) < 0.06 * 16_000
+    path = write(tmp_path / "odd.mp3", change(good[base]))
+    assert abs(len(read_audio(path)) - SECONDS * 16_000) < 0.06 * 16_000
+    with decode.AudioFile(path) as file:
+        assert file.seconds == (None if name == "flac from a pipe" else pytest.approx(SECONDS, abs=0.3))
 
 
 def test_a_recording_that_ends_between_two_ogg_pages_is_read(tmp_path, good):
     at = good["ogg"].rindex(b"OggS")
     assert len(read_audio(write(tmp_path / "live.ogg", good["ogg"][:at]))) > 16_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "chained"),
+    [([2, 0, 1, 1, 5], False), ([2, 2, 0, 0, 4, 4], False), ([2, 0, 4, 2, 0], True), ([2, 1, 5, 2], True)],
+)
+def test_ogg_pages_that_go_on_with_a_packet_begin_no_stream(tmp_path, flags, chained):
+    """1: goes on with a packet, as pictures take several pages; 2: begins a stream, of sound or video; 4: ends it."""
+    pages = (b"OggS\0" + bytes([flag]) + bytes(20) + b"\x02\xff\x10" + b"OggS" + bytes(267) for flag in flags)
+    assert decode._is_chained(write(tmp_path / "x.ogg", b"".join(pages))) == chained
 
 
 def test_bare_mp3_is_counted_frame_by_frame(tmp_path, good):
