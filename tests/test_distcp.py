@@ -149,3 +149,8 @@ def test_a_checkpoint_whose_optimizer_is_damaged_is_not_told_to_be_intact(tmp_pa
     distcp.load(tmp_path / "checkpoints" / step_name(2) / PARTS, "model.")
     with pytest.raises(CheckpointError, match="lost. step-00000001 is intact: "), intact_named(tmp_path, "{folder}"):
         raise CheckpointError("lost")
+    (tmp_path / "checkpoints" / step_name(1) / "state.json").unlink()  # as of a copy of the weights alone
+    with pytest.raises(CheckpointError, match=r"lost\. No other checkpoint .* is intact"), intact_named(tmp_path, ""):
+        raise CheckpointError("lost")
+    with pytest.raises(CheckpointError, match="^lost$"), intact_named(tmp_path / "x.pt", ""):
+        raise CheckpointError("lost")  # what is no run has none
