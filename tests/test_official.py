@@ -45,6 +45,11 @@ def test_a_probe_of_few_classes_and_what_it_sets(tmp_path):
         get_matpac("untrained-nano", **options)
 
 
+def test_an_inference_type_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="inference_type is 'exact'; expected 'precise' or 'fast'"):
+        get_matpac("untrained-nano", "exact", device="cpu")
+
+
 @pytest.mark.parametrize("as_given", [lambda w: w.double(), lambda w: w.numpy(), lambda w: w.double().numpy()[:, None]])
 def test_any_float_and_arrays_give_the_same(model, as_given):
     wave = noise(2, 9_000)
