@@ -46,7 +46,7 @@ class OfficialMatpac(nn.Module):
         if self.inference_type == "fast":
             layers = self._fast(self._spec(x))
         else:
-            layers = self._precise(self._spec(x), by_frame=self.head_norm is not None and not self.concat_freq)
+            layers = self._precise(self._spec(x), by_frame=self.head_norm is not None)
         emb = layers[:, -1]
         if self.pull_time_dimension:
             return emb.mean(1), layers.mean(2)
