@@ -76,10 +76,7 @@ class OfficialMatpac(nn.Module):
         if isinstance(x, Tensor) and x.is_floating_point():
             waves = x.to(waves.dtype)  # what was checked is detached, also from forward mode's tangents
         waves = waves.to(self.encoder.device)
-        # Out of the caller's autocast, which the network obeys: a log-mel must not be rounded.
-        with torch.autocast(waves.device.type, enabled=False):
-            spec = self.encoder.log_mel(waves.reshape(-1, waves.shape[-1]))
-        return spec.to(self.encoder.weights_dtype)
+        return self.encoder.log_mel(waves.reshape(-1, waves.shape[-1])).to(self.encoder.weights_dtype)
 
     def _precise(self, spec: Tensor, by_frame: bool) -> Tensor:
         """Pieces of at most `n_frames`, the last one padded to whole patches only: (B, L, T, E)."""
