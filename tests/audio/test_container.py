@@ -120,8 +120,17 @@ def test_what_ends_early_and_decodes_well_is_seen_by_its_length(tmp_path):
     path = write(tmp_path / "a.mp4", seconds=20.0, codec="ac3", movflags="faststart")
     assert len(read_audio(path)) == pytest.approx(20 * 16_000, abs=1_500)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(AudioError, match=r"a.mp4: truncated: 10\.\d s of 20\.\d s are missing"):
-        read_audio(path)
+    for seconds in (0.7, 10.0, 15.0):
+        with pytest.raises(AudioError, match=r"a.mp4: truncated: 10\.\d s of 20\.\d s are missing"):
+            list(read_blocks(path, block_seconds=seconds))
+
+
+def test_no_more_is_decoded_than_is_asked_for(tmp_path):
+    file = container.Container(write(tmp_path / "a.mp4", seconds=20.0))
+    for _ in range(3):
+        assert file.read(1_000).shape == (1_000, 2)
+        assert len(file._rest) < 44_100
+    file.close()
 
 
 @pytest.mark.parametrize("channels", [3, 6, 8])
