@@ -50,6 +50,15 @@ def test_an_inference_type_that_is_none_is_refused():
         get_matpac("untrained-nano", "exact", device="cpu")
 
 
+def test_encoders_that_it_or_the_head_is_not_of_are_refused():
+    with pytest.raises(ConfigError, match="logmel-stats is a LogMelStatistics; expected a MATPAC encoder"):
+        get_matpac("logmel-stats", device="cpu")
+    with pytest.raises(
+        ConfigError, match="AudioSet head is of the last layer, and this is untrained-nano@layer2; leave it out"
+    ):
+        get_matpac("untrained-nano@layer2", as_class_head=True, device="cpu")
+
+
 @pytest.mark.parametrize("as_given", [lambda w: w.double(), lambda w: w.numpy(), lambda w: w.double().numpy()[:, None]])
 def test_any_float_and_arrays_give_the_same(model, as_given):
     wave = noise(2, 9_000)
