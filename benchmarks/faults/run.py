@@ -89,23 +89,28 @@ class Commands:
 
 def contents(folder: Path) -> dict[str, Any]:
     """All that is in it but clocks, by the files' names."""
-    import pyarrow.parquet as pq
-
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or _PASSED.search(name):
-            continue
-        if path.suffix == ".parquet":
-            found[name] = _timeless(pq.read_table(path).to_pylist())
-        elif path.suffix == ".json":
-            found[name] = _timeless(json.loads(path.read_text()))
-        elif path.name == "log.jsonl":  # what was done again stands there twice
-            records = map(json.loads, path.read_text().splitlines())
-            found[name] = {record["step"]: record["loss"] for record in records if "event" not in record}
-        else:
-            found[name] = path.read_bytes()
+        if not path.is_dir() and not _PASSED.search(name):
+            try:
+                found[name] = _content(path)
+            except (OSError, ValueError) as error:  # Arrow's, too: what is torn is like no other
+                found[name] = str(error)
     return found
+
+
+def _content(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        return _timeless(pq.read_table(path).to_pylist())
+    if path.suffix == ".json":
+        return _timeless(json.loads(path.read_text()))
+    if path.name == "log.jsonl":  # what was done again stands there twice
+        records = map(json.loads, path.read_text().splitlines())
+        return {record["step"]: record["loss"] for record in records if "event" not in record}
+    return path.read_bytes()
 
 
 def _timeless(value: Any) -> Any:
