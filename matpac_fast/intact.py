@@ -31,11 +31,16 @@ def _is_whole(folder: Path) -> bool:
 
 
 def check_sums(folder: Path, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a file of a checkpoint has other bytes than were written, by the sums in its state:
-    there are none of parts that processes wrote together."""
+    """Raise CheckpointError where a file of a checkpoint, or a part that a process wrote, is gone or has other bytes
+    than were written, by the sums in its state."""
     for name, sum_ in state.get("crc32", {}).items():
-        if crc32(folder / name) != sum_:
-            raise CheckpointError(f"{folder / name}: damaged: its bytes have changed since they were written")
+        path = folder / name
+        try:
+            found = crc32(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        if found != sum_:
+            raise CheckpointError(f"{path}: damaged: its bytes have changed since they were written")
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -177,7 +177,8 @@ class RunFolder:
                 part.mkdir(parents=True)
                 checkpoint.save(part / "model.safetensors", snapshot.model, snapshot.metadata)
                 checkpoint.save(part / "optimizer.safetensors", snapshot.optimizer, {"kind": "optimizer"})
-            state = {**snapshot.state, "crc32": {file.name: crc32(file) for file in part.glob("*.safetensors")}}
+            written = [file for file in sorted(part.rglob("*")) if file.is_file()]
+            state = {**snapshot.state, "crc32": {str(file.relative_to(part)): crc32(file) for file in written}}
             write_text(part / "state.json", json.dumps(state, indent=2) + "\n")
             if done.exists():  # left by a run that was killed before it moved `latest` here
                 shutil.rmtree(done)

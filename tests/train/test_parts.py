@@ -166,7 +166,8 @@ def test_damaged_parts_are_named(tmp_path, stopped, corpus, model_config, train_
     says = r"\.metadata: the pickle is more than a description of tensors, it names posix.system, so it is refused"
     refused(".metadata", pickle.dumps(_Evil()), says)
     refused(".metadata", about[: len(about) // 2], r"\.metadata: damaged")
-    refused("__1_0.distcp", part[: len(part) // 2], r"parts: damaged")
+    refused("__1_0.distcp", part[: len(part) // 2], r"__1_0\.distcp: damaged")
+    refused("__1_0.distcp", bytes([*part[:-1], part[-1] ^ 64]), r"__1_0\.distcp: damaged: its bytes have changed")
     refused("__1_0.distcp", None, r"__1_0\.distcp: cannot be read: No such file")
     metadata = distcp._read_metadata(parts)
     del metadata.state_dict_metadata["model.center"]
