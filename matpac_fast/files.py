@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import stat
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -79,6 +80,15 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             error.filename = os.fspath(path)
             del error.filename2  # of a rename
         raise
+
+
+def clear_torn(folder: Path) -> None:
+    """Remove what `atomic` of processes that were killed has left at any depth: such as nobody has written to for a
+    day, for others may be at work."""
+    for left in folder.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                left.unlink()
 
 
 def arrow_file(path: str | os.PathLike[str], mode: str = "rb") -> Any:

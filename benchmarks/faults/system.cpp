@@ -54,7 +54,8 @@ int fate(const char* call, const char* path) {
     const int length = snprintf(line, sizeof line, "%s %s\n", call, path);
     syscall(SYS_write, list, line, length);
   }
-  if (number != chosen && !(and_all_after && number > chosen && chosen > 0)) return 0;
+  const bool removes = strncmp(call, "unlink", 6) == 0 || strcmp(call, "rmdir") == 0;  // on a full disk, too
+  if (number != chosen && !(and_all_after && number > chosen && !removes)) return 0;
   if (how == kKill) die();
   return how;
 }

@@ -29,7 +29,7 @@ from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..encoder import load_encoder
 from ..errors import AudioError, ConfigError
-from ..files import atomic, check_no_file, entries_of, made_anew
+from ..files import atomic, check_no_file, clear_torn, entries_of, made_anew
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, measure
@@ -121,6 +121,7 @@ def run_study(config: StudyConfig, out: Path, progress: Progress = ignored, load
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     tasks, audio = load_tasks(config, progress) if loaded is None else loaded
+    clear_torn(out)
     if world > 1:
         embed_share(config, out, (tasks, audio), device, (rank, world), progress)
         _wait_for_all(rank, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from datetime import timedelta
@@ -121,7 +122,12 @@ def test_a_stopped_study_goes_on_and_ends_the_same(studied, encoder_file, clips,
         assert torch.allclose(one.probed.scores[0], two.probed.scores[0], atol=1e-3)
     monkeypatch.setattr(sweep, "probe", lambda *_, **__: pytest.fail("probed again"))
     monkeypatch.setattr(cache_module.Cache, "embed", lambda *_: pytest.fail("embedded again"))
+    torn = [tmp_path / "probes" / f".{name}.npz.0123abcd.tmp" for name in ("young", "old")]
+    for path in torn:
+        path.touch()
+    os.utime(torn[1], (0, 0))
     third = run_study(config(encoder_file, clips), tmp_path)
+    assert [path.exists() for path in torn] == [True, False], "another process may still be writing what is young"
     assert all(torch.equal(a.probed.scores[0], b.probed.scores[0]) for a, b in zip(again, third, strict=True))
 
 
