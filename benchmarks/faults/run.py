@@ -85,7 +85,9 @@ class Commands:
                 sys.stdout.flush()
                 os._exit(code)
         status = os.waitpid(process, 0)[1]
-        return Run(os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), calls.read_text().splitlines())
+        # Threads may have listed them in another order than their numbers'.
+        in_order = [line[9:] for line in sorted(calls.read_text().splitlines())]
+        return Run(os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), in_order)
 
 
 def contents(folder: Path) -> dict[str, Any]:

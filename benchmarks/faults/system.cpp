@@ -51,7 +51,7 @@ int fate(const char* call, const char* path) {
   const long number = ++calls;
   if (list >= 0) {
     char line[PATH_MAX + 32];
-    const int length = snprintf(line, sizeof line, "%s %s\n", call, path);
+    const int length = snprintf(line, sizeof line, "%09ld%s %s\n", number, call, path);
     syscall(SYS_write, list, line, length);
   }
   const bool removes = strncmp(call, "unlink", 6) == 0 || strcmp(call, "rmdir") == 0;  // on a full disk, too
