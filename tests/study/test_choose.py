@@ -13,7 +13,7 @@ import torch
 from matpac_fast.cli._study_words import choice_cells, sentences
 from matpac_fast.study.cache import View
 from matpac_fast.study.cell import Cell
-from matpac_fast.study.choose import choose
+from matpac_fast.study.choose import Choice, best_encoder, choose
 from matpac_fast.study.linear import Probed
 from matpac_fast.study.metrics import Draws, interval
 from matpac_fast.study.results import tabulate
@@ -108,6 +108,9 @@ def test_there_is_no_cheapest_where_a_cost_that_matters_is_not_known():
     _, cheapest = choose(cells, [3.0, 1.0, None], 0.01)  # the third is too bad to be it
     assert cheapest is not None
     assert cheapest.taken == 1
+    best, cheapest = choose(made(rotating(3, 10), [[0.5, 0.9, 0.4], [0.4, 0.8, 1.0]]), [None, None], 0.01)
+    assert best == Choice(1, [0, 1, 0])
+    assert cheapest is None
 
 
 def test_of_temporal_supports_that_see_every_clip_whole_the_first_is_chosen():
@@ -144,6 +147,13 @@ def test_encoders_are_compared_at_their_choices_fold_by_fold(tmp_path):
     assert "t: e is best on validation clips; against each fold's own best, on test: other +0.033 (" in said[2]
     write_report(tmp_path / "report.html", tables, [], [], choice_cells(tables), said, {})
     assert "each fold's own validation clips choose" in html.unescape((tmp_path / "report.html").read_text())
+
+
+def test_the_best_encoder_is_that_of_all_folds_whatever_one_fold_prefers():
+    task = rotating(3, 10)
+    encoders = [made(task, [shares]) for shares in ([0.5, 0.9, 0.6], [0.9, 0.4, 0.9])]  # fold f validates on f + 1
+    found = best_encoder([(cells, Choice(0, [0, 0, 0])) for cells in encoders])
+    assert found == Choice(1, [0, 1, 1])
 
 
 def test_a_fold_without_a_validation_score_prefers_none():
