@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from matpac_fast import ops, use_backend
 from matpac_fast.config import MatpacConfig
+from matpac_fast.kernels._limits import MAX_WIDTH
 from matpac_fast.model import Matpac
 from matpac_fast.nn import fused, halves
 from matpac_fast.nn.vit import Transformer
@@ -56,6 +57,7 @@ def test_who_is_served():
         assert not fused.serves(blocks, norm, x)  # float32
         with torch.autocast("cpu", torch.bfloat16):
             assert fused.serves(blocks, norm, x)
+            assert not fused.serves(blocks, norm, torch.empty(1, 3, MAX_WIDTH + 1))
             blocks[1].compile(backend="eager")
             assert not fused.serves(blocks, norm, x)
             assert not fused.serves(model.teacher.bfloat16().blocks, model.teacher.norm, x)
@@ -270,6 +272,12 @@ def same_gradients(model: Transformer, x: torch.Tensor, monkeypatch: pytest.Monk
         model.zero_grad()
     for got, want in zip(*found, strict=True):
         assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+def test_attention_that_no_kernel_computes(monkeypatch):
+    """As of heads of such a width, or more tokens than a program holds: the bias's gradient is then the product's."""
+    torch.manual_seed(0)
+    same_gradients(Transformer(48, 2, 2, 2), torch.randn(2, 5, 48), monkeypatch)
 
 
 def test_no_sequences(monkeypatch):
