@@ -156,6 +156,8 @@ def test_frames_that_are_centred_are_told_at_their_middle():
 
 
 def test_what_is_no_hear_call_says_so(model):
+    with pytest.raises(ConfigError, match="logmel-stats has no frame embeddings"):
+        hear.get_timestamp_embeddings(noise(1, 8_000), hear.load_model("logmel-stats").to("cpu"))
     with pytest.raises(CheckpointError, match="no encoder 'nowhere'"):
         hear.load_model("nowhere")
     for function in (hear.get_scene_embeddings, hear.get_timestamp_embeddings):
