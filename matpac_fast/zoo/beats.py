@@ -268,7 +268,7 @@ def from_official(
     with recognised("BEATs", state, source):
         embed = state["patch_embedding.weight"].shape[0]
         hidden, width = state[first + "fc1.weight"].shape
-        taps = state["encoder.pos_conv.0.weight_v"]
+        _, per_group, taps = state["encoder.pos_conv.0.weight_v"].shape
         buckets = state[first + "self_attn.relative_attention_bias.weight"].shape[0]
     for key, expected in _FORM.items():
         if config.get(key, expected) != expected:
@@ -277,7 +277,7 @@ def from_official(
     depth = len({key.split(".")[2] for key in state if key.startswith("encoder.layers.")})
     distance = int(config.get("max_distance", _MAX_DISTANCE))
     with torch.device("meta"):
-        model = Beats(embed, width, hidden, depth, heads, taps.shape[2], width // taps.shape[1], buckets, distance)
+        model = Beats(embed, width, hidden, depth, heads, taps, width // per_group, buckets, distance)
     fill(model, state, source, _HEADS)
     return model
 

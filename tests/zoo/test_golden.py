@@ -124,6 +124,7 @@ def test_files_that_do_not_fit_are_refused_by_name(golden, kind):
     good = official.weights(g, "stride10/w/" if kind == "passt" else "w/")
     module = passt if kind == "passt" else beats
     some = "norm.bias" if kind == "passt" else "layer_norm.bias"
+    flat = "time_new_pos_embed" if kind == "passt" else "encoder.pos_conv.0.weight_v"
     sized = "freq_new_pos_embed" if kind == "passt" else "encoder.layers.0.fc1.weight"
     for state, line in (
         ({k: v for k, v in good.items() if k != some}, rf"f does not fit this model; 1 missing: {some}"),
@@ -131,6 +132,8 @@ def test_files_that_do_not_fit_are_refused_by_name(golden, kind):
         (good | {some: torch.zeros(7)}, rf"1 of another shape: {some} \(7,\) for"),
         ({"x": torch.zeros(1)}, r"f: not a \w+ checkpoint .*; its first names are x"),
         (good | {sized: torch.zeros(1)}, r"f: not a \w+ checkpoint \(not enough values"),
+        (good | {flat: torch.zeros(1)}, r"f: not a \w+ checkpoint \((tuple index out of range|not enough values)"),
+        (good | {some: 3}, "f: expected a dictionary of tensors"),
     ):
         with pytest.raises(CheckpointError, match=line):
             module.from_official(state, "f", 2)
