@@ -106,7 +106,7 @@ def centred_pieces(
             yield wave[begin : begin + (count - 1) * hop + span]
 
 
-def fill(network: Network, state: Mapping[str, Any], source: str, ignored: tuple[str, ...] = ()) -> None:
+def fill(network: Network, state: Mapping[str, Any], source: str, ignored: tuple[str, ...]) -> None:
     """Make the official weights those of a network built without memory (on the device "meta").
 
     Args:
@@ -115,7 +115,7 @@ def fill(network: Network, state: Mapping[str, Any], source: str, ignored: tuple
     Raises:
         CheckpointError: entries that are missing, left over or of another shape, which are listed.
     """
-    tensors = {key: value for key, value in state.items() if not key.startswith(ignored or ("\0",))}
+    tensors = {key: value for key, value in state.items() if not key.startswith(ignored)}
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{source}: expected a dictionary of tensors")
     checkpoint.check_fits(network.state_dict(), tensors, source)
