@@ -84,6 +84,11 @@ def test_weights_that_lack_some_are_refused(tmp_path, refused, dry):
     torch.save({"model": state}, tmp_path / "official.pt")
     said = refused("--init", tmp_path / "official.pt", "--preset", "nano", *dry)
     assert "official.pt does not fit this model; 1 missing: teacher.norm.weight" in said
+    state = Matpac(MatpacConfig.preset("nano")).state_dict()
+    del state["predictor.embed.weight"]  # which the predictor's width is read off
+    torch.save(state, tmp_path / "bare.pt")
+    said = refused("--init", tmp_path / "bare.pt", "--preset", "nano", *dry)
+    assert "bare.pt does not fit this model; 1 missing: predictor.embed.weight" in said
 
 
 def test_a_dry_run_of_what_has_begun_takes_no_weights_any_more(corpus, tmp_path):
