@@ -91,9 +91,10 @@ def test_weights_that_lack_some_are_refused(tmp_path, refused, dry):
     assert "bare.pt does not fit this model; 1 missing: predictor.embed.weight" in said
 
 
-def test_a_dry_run_of_what_has_begun_takes_no_weights_any_more(corpus, tmp_path):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_has_begun_takes_no_weights_any_more(corpus, tmp_path, dry):
     weights = tmp_path / "weights"
     Matpac(MatpacConfig.preset("nano")).save(weights)
     assert run(corpus, tmp_path / "run", "--init", weights) == 0
     weights.unlink()
-    assert run(corpus, tmp_path / "run", "--init", weights, "--dry-run") == 0
+    assert run(corpus, tmp_path / "run", "--init", weights, *dry) == 0
