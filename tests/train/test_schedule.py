@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from fractions import Fraction
@@ -9,9 +10,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from stops import after
 
 from matpac_fast.config import MatpacConfig
 from matpac_fast.errors import ConfigError
+from matpac_fast.train import pretrain
 from matpac_fast.train.config import TrainConfig, fit_to_run, resolve_precision
 from matpac_fast.train.flops import step_flops
 from matpac_fast.train.schedule import learning_rate
@@ -141,3 +144,12 @@ def test_precision():
     cpu = torch.device("cpu")
     assert resolve_precision("bf16", cpu) == "bf16"
     assert resolve_precision("float32", cpu) == "float32"
+
+
+@pytest.mark.parametrize("begun", ["bf16", "float32"])
+def test_a_run_keeps_the_precision_that_it_has_begun_with(tmp_path, corpus, model_config, train_config, begun):
+    """Whatever "auto" is on the device that it goes on on."""
+    for precision in (begun, "auto"):
+        config = dataclasses.replace(train_config, precision=precision)
+        result = pretrain(corpus, tmp_path / "run", model_config, config, "cpu", stop=after(1))
+    assert result.step == 2
