@@ -114,11 +114,11 @@ void faults_begin(const char* below, long number, int ends, bool all_after, int 
     return call arguments;                                    \
   }
 
-#define OPEN(name, parameters, last, arguments, ...)                                                        \
+#define OPEN(name, parameters, arguments, ...)                                                              \
   int name parameters {                                                                                     \
     static const auto call = real<int parameters>(#name);                                                   \
     mode_t mode = 0;                                                                                        \
-    if (flags & (O_CREAT | O_TMPFILE)) {                                                                    \
+    if (flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE) {                                              \
       va_list list;                                                                                         \
       va_start(list, flags);                                                                                \
       mode = va_arg(list, mode_t);                                                                          \
@@ -132,10 +132,10 @@ WRITE(write, (int fd, const void* data, size_t n), (fd, data, n / 2), (fd, data,
 WRITE(pwrite, (int fd, const void* data, size_t n, off_t at), (fd, data, n / 2, at), (fd, data, n, at))
 WRITE(pwrite64, (int fd, const void* data, size_t n, off64_t at), (fd, data, n / 2, at), (fd, data, n, at))
 WRITE(writev, (int fd, const iovec* parts, int n), (fd, parts, n / 2), (fd, parts, n))
-OPEN(open, (const char* path, int flags, ...), mode, (path, flags, mode), AT_FDCWD, path)
-OPEN(open64, (const char* path, int flags, ...), mode, (path, flags, mode), AT_FDCWD, path)
-OPEN(openat, (int at, const char* path, int flags, ...), mode, (at, path, flags, mode), at, path)
-OPEN(openat64, (int at, const char* path, int flags, ...), mode, (at, path, flags, mode), at, path)
+OPEN(open, (const char* path, int flags, ...), (path, flags, mode), AT_FDCWD, path)
+OPEN(open64, (const char* path, int flags, ...), (path, flags, mode), AT_FDCWD, path)
+OPEN(openat, (int at, const char* path, int flags, ...), (at, path, flags, mode), at, path)
+OPEN(openat64, (int at, const char* path, int flags, ...), (at, path, flags, mode), at, path)
 CALL(ssize_t, read, (int fd, void* data, size_t n), (fd, data, n), fd)
 CALL(ssize_t, pread, (int fd, void* data, size_t n, off_t at), (fd, data, n, at), fd)
 CALL(ssize_t, pread64, (int fd, void* data, size_t n, off64_t at), (fd, data, n, at), fd)
