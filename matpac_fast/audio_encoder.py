@@ -135,13 +135,11 @@ class AudioEncoder(nn.Module):
                 "weights decides the embeddings: give the class one"
             ) from None
         digest = hashlib.sha256(repr(items).encode())
-        state = self.state_dict()
-        for name, held in state.items():
-            if not isinstance(held, Tensor) or held.is_quantized or hasattr(held, "to_local"):
+        for name, tensor in sorted(self.state_dict().items()):
+            if not isinstance(tensor, Tensor) or tensor.is_quantized or hasattr(tensor, "to_local"):
                 raise ConfigError(f"{self.name}: {name} is quantized or cut by FSDP; an id is of whole, plain weights")
-        for name, tensor in sorted(state.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @overload

@@ -82,12 +82,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def clear_torn(folder: Path) -> None:
-    """Remove what `atomic` of processes that were killed has left at any depth: such as nobody has written to for a
-    day, for others may be at work."""
-    for left in folder.rglob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 86_400:
+def clear_torn(folder: Path, pattern: str = ".*.tmp", older: float | None = None) -> None:
+    """Remove what `atomic` of processes that were killed has left; where others may be at work, only such as nobody has
+    written to for `older` seconds."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # removed by another, or another's own: it harms nobody
+            if older is None or time.time() - left.stat().st_mtime > older:
                 left.unlink()
 
 
@@ -118,8 +118,8 @@ def read_parquet(path: str | os.PathLike[str], columns: list[str] | None = None)
 
 
 @contextlib.contextmanager
-def made_anew(path: Path) -> Iterator[None]:
-    """Around reading `path`, which a command makes anew where it is not there: ConfigError where it is damaged."""
+def damage_named(path: Path, mend: str = "remove it and run the same again, which makes it anew") -> Iterator[None]:
+    """Around reading `path`: ConfigError with what mends it where it is damaged, which is not where the disk fails."""
     import pyarrow as pa
 
     try:
@@ -127,8 +127,7 @@ def made_anew(path: Path) -> Iterator[None]:
     except (pa.ArrowException, zipfile.BadZipFile, OSError, EOFError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own has no number
-        said = first_line(error)
-        raise ConfigError(f"{path}: damaged ({said}): remove it and run the same again, which makes it anew") from None
+        raise ConfigError(f"{path}: damaged ({first_line(error)}): {mend}") from None
 
 
 def storable(name: str | bytes | os.PathLike[str]) -> str:

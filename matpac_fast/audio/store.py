@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorpusError
-from ..files import check_no_file, read_parquet, sync_folder, write_parquet
+from ..files import check_no_file, clear_torn, read_parquet, sync_folder, write_parquet
 from .corpus import FORMAT, INDEX, METADATA, PARTS, REJECTED, SHARDS, damaged, read_metadata, shard_path
 from .decode import decoder_versions
 
@@ -127,8 +127,7 @@ class Store:
         import pyarrow as pa
 
         for pattern in (f".{INDEX}.*.tmp", f".{REJECTED}.*.tmp", f"{SHARDS}/.*.tmp", f"{PARTS}/.*.tmp"):
-            for left in self.out.glob(pattern):  # by a process that was killed
-                left.unlink()
+            clear_torn(self.out, pattern)
         self._decoders = [decoder_versions()]
         self.next_shard = 0
         self.clips = self._read(self.out / INDEX)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import made_anew, read_parquet
+from ..files import damage_named, read_parquet
 from ..study.cell import Cell
 from ..study.cost import Cost
 from ..study.results import Tables
@@ -153,7 +153,7 @@ def untold(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
     if not path.exists():
         return []
     try:
-        with made_anew(path):
+        with damage_named(path):
             before = read_parquet(path, ["task", "encoder"]).to_pylist()
     except ConfigError:  # damaged, and about to be made anew
         return []

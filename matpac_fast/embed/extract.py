@@ -15,6 +15,7 @@ from ..audio.decode import decoder_versions
 from ..audio_encoder import AudioEncoder
 from ..backend import versions
 from ..errors import ConfigError
+from ..files import clear_torn
 from .lease import SECONDS, Leases
 from .manifest import (
     LEASES,
@@ -138,8 +139,7 @@ def embed_collection(
             if leases.others(WORKER) and known is not None:
                 manifest = known  # who joins others takes their list
             else:  # who comes to an idle folder looks for new files, and clears away what the dead left half-written
-                for beside in out.glob(".*.tmp"):
-                    beside.unlink(missing_ok=True)
+                clear_torn(out)
                 manifest, changed = extend(known, files, *sizes, workers, looked)
                 if known is not None:
                     report.changed, report.gone, renewed = look_over(known, files, out, format, workers, looked)

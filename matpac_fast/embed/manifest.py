@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from ..audio.ahead import in_order
 from ..audio.archives import is_archive
-from ..errors import AudioError, ConfigError, first_line
-from ..files import check_no_file, entries_of, read_parquet, write_parquet, write_text
+from ..errors import AudioError, ConfigError
+from ..files import check_no_file, damage_named, entries_of, read_parquet, write_parquet, write_text
 from .source import Entry, Source, Tell
 from .writer import Failure, read_errors, shard_path
 
@@ -75,8 +75,6 @@ def taken_back(out: Path) -> Iterator[None]:
 
 
 def read_manifest(out: Path) -> Manifest | None:
-    import pyarrow as pa
-
     path = out / "manifest.parquet"
     # Without it nobody knows what the shards' numbers stand for, so a new one could not be made to fit them.
     mend = "copy it again, or give a new folder to --out"
@@ -85,13 +83,9 @@ def read_manifest(out: Path) -> Manifest | None:
             raise ConfigError(f"{path}: missing, and there are shards: {mend}")
         return None
     manifest = Manifest()
-    try:
+    with damage_named(path, mend):
         table = read_parquet(path)
         columns = [table[name].to_pylist() for name in _COLUMNS]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk; pyarrow's own has no number
-        raise ConfigError(f"{path}: damaged ({first_line(error)}): {mend}") from None
     for name, seconds, size, shard, reason in zip(*columns, strict=True):
         if shard is None:
             manifest.unusable.append((name, reason))

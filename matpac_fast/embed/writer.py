@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..files import arrow_file, atomic, made_anew, write_parquet
+from ..files import arrow_file, atomic, damage_named, write_parquet
 
 FORMATS = ("parquet", "npz", "npy")
 DTYPES = ("float32", "float16")
@@ -184,7 +184,7 @@ def read_errors(path: Path) -> list[Failure]:
     """The failures that a shard lists; ConfigError where it is damaged, as by a copy that was cut short."""
     import pyarrow.parquet as pq
 
-    with made_anew(path):
+    with damage_named(path):
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return list(zip(arrays["failed"].tolist(), arrays["reason"].tolist(), strict=True))

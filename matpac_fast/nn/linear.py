@@ -21,10 +21,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether to read the weights of `module` is to call it: a `kind` and none of its subclasses, as LoRA, FSDP and
     parametrizations make them, neither hooked, compiled nor wrapped, with its own forward pass, as off-loading and
     checkpointing replace it, and with its weights here and whole."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    # Those of every module, as register_module_forward_hook makes them.
-    hooks += (modules._global_forward_hooks, modules._global_forward_pre_hooks)
-    hooks += (modules._global_backward_hooks, modules._global_backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        modules._global_forward_hooks,  # of every module, as register_module_forward_hook makes them
+        modules._global_forward_pre_hooks,
+        modules._global_backward_hooks,
+        modules._global_backward_pre_hooks,
+    )
     if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
         return False
     # In a graph, torch 2.6 finds nothing in the dictionary.

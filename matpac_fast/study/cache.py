@@ -26,7 +26,7 @@ from ..audio.decode import decoder_versions, read_audio
 from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..errors import AudioError, ConfigError
-from ..files import arrow_file, made_anew, sha256, write_parquet, write_text
+from ..files import arrow_file, damage_named, sha256, write_parquet, write_text
 from ..tasks.task import Fold
 from .linear import Rows
 from .own_code import class_name, dtype_name, own_code
@@ -92,7 +92,7 @@ class Cache:
 
         found: set[str] = set()
         for part in self._parts():
-            with made_anew(part), arrow_file(part) as opened, pq.ParquetFile(opened) as file:
+            with damage_named(part), arrow_file(part) as opened, pq.ParquetFile(opened) as file:
                 found.update(_names(file))
         return found
 
@@ -109,7 +109,7 @@ class Cache:
         lacking, tables = set(audio), []
         place = {name: i for i, name in enumerate(sorted(lacking))}
         for part in self._parts():
-            with made_anew(part), arrow_file(part) as opened, pq.ParquetFile(opened) as file:
+            with damage_named(part), arrow_file(part) as opened, pq.ParquetFile(opened) as file:
                 names = _names(file)
                 if fresh := lacking & names:  # other tasks' clips are in parts of their own
                     lacking -= fresh

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..files import made_anew, read_parquet, write_parquet
+from ..files import damage_named, read_parquet, write_parquet
 from ..tasks import Task
 from .cell import Cell
 from .choose import Choice, best_encoder, choose
@@ -276,5 +276,5 @@ def add_cost(path: Path, cost: Cost) -> None:
 def read_costs(path: Path) -> list[Cost]:
     if not path.exists():
         return []
-    with made_anew(path):
+    with damage_named(path):
         return [Cost(**row) for row in read_parquet(path).to_pylist()]

@@ -29,7 +29,7 @@ from ..audio_encoder import AudioEncoder
 from ..embedding import Windowing
 from ..encoder import load_encoder
 from ..errors import AudioError, ConfigError
-from ..files import atomic, check_no_file, clear_torn, entries_of, made_anew
+from ..files import atomic, check_no_file, clear_torn, damage_named, entries_of
 from ..tasks import DatasetError, Fold, Task, load_task
 from .cache import Aggregate, Cache, View, fill, hash_audio, shared_audio
 from .cost import Cost, device_name, measure
@@ -121,7 +121,8 @@ def run_study(config: StudyConfig, out: Path, progress: Progress = ignored, load
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     tasks, audio = load_tasks(config, progress) if loaded is None else loaded
-    clear_torn(out)
+    if rank == 0:
+        clear_torn(out, "**/.*.tmp", older=86_400)
     if world > 1:
         embed_share(config, out, (tasks, audio), device, (rank, world), progress)
         _wait_for_all(rank, world)
@@ -315,7 +316,7 @@ def _probe(
             arrays[key] = getattr(found, key).double().numpy()
         with atomic(path) as beside, open(beside, "wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    with made_anew(path), np.load(path, allow_pickle=False) as stored:
+    with damage_named(path), np.load(path, allow_pickle=False) as stored:
         scores = [torch.from_numpy(stored[f"scores{f}"]).double() for f in range(len(task.folds))]
         valid, valid_score, chosen = (torch.from_numpy(stored[key]) for key in ("valid", "valid_score", "chosen"))
         untrained = torch.from_numpy(stored["untrained"]).bool()

@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import checkpoint, distcp
 from ..config import MatpacConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import check_no_file, crc32, entries_of, sync_folder, write_text
+from ..files import check_no_file, clear_torn, crc32, entries_of, sync_folder, write_text
 from ..intact import check_sums, intact_named, read_state
 from ..model import Matpac
 from .config import TrainConfig
@@ -128,8 +128,7 @@ class RunFolder:
                     stacklevel=1,  # above it is contextlib
                 )
             else:
-                for left in self.path.glob(".*.tmp"):  # by a process that was killed
-                    left.unlink()
+                clear_torn(self.path)
             self._held = os.open(self.path, os.O_RDONLY)
             try:
                 yield
