@@ -95,7 +95,7 @@ def is_official(state: Mapping[str, Any]) -> bool:
     return "patch_embed.proj.weight" in state and any(name.startswith("student_encoder.") for name in state)
 
 
-def read_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+def read_sizes(state: Mapping[str, Tensor], source: str = "the checkpoint") -> dict[str, int]:
     """The model's sizes, read off the shapes of a state with our names; predictor and head only where present."""
     try:
         width, _, patch_size, _ = state["frontend.patch_embed.proj.weight"].shape
@@ -105,7 +105,7 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
             "depth": _count(state, r"student\.blocks\.(\d+)\."),
             "mlp_ratio": state["student.blocks.0.mlp.fc1.weight"].shape[0] // width,
         }
-        freq, time = _grid(state["frontend.pos_embed"], patch_size)
+        freq, time = _grid(state["frontend.pos_embed"], patch_size, source)
         sizes |= {"n_mels": freq * patch_size, "n_frames": time * patch_size}
         if "predictor.embed.weight" in state:
             sizes |= {
@@ -118,9 +118,9 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
             sizes |= {"head_hidden": state["head.mlp.0.weight"].shape[0]}
             sizes |= {"head_bottleneck": bottleneck, "prototypes": prototypes}
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no {error.args[0]!r}, so its sizes cannot be read") from None
+        raise CheckpointError(f"{source} has no {error.args[0]!r}, so its sizes cannot be read") from None
     except (AttributeError, ValueError, IndexError, ZeroDivisionError):  # no tensor, or one of other axes
-        raise CheckpointError("the checkpoint's tensors have not MATPAC's axes, so its sizes cannot be read") from None
+        raise CheckpointError(f"{source}: its tensors have not MATPAC's axes, so its sizes cannot be read") from None
     return sizes
 
 
@@ -129,13 +129,13 @@ def _count(state: Iterable[str], pattern: str) -> int:
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
-def _grid(pos: Tensor, patch_size: int) -> tuple[int, int]:
+def _grid(pos: Tensor, patch_size: int, source: str) -> tuple[int, int]:
     """(frequency, time) patches of positions (1, 1 + N, D), as their sines tell; without sines, those of 80 mels."""
     tokens, freq = pos.shape[1] - 1, 80 // patch_size
     if told := _grid_of_sines(pos):
         return told
     if freq < 1 or tokens % freq:
-        raise CheckpointError(f"{tokens} positions are no grid of patches of {patch_size} on 80 mels")
+        raise CheckpointError(f"{source}: its {tokens} positions are no grid of patches of {patch_size} on 80 mels")
     return freq, tokens // freq
 
 

@@ -263,7 +263,7 @@ def _interpret(
     else:
         heads = ("head.", "head_norm.")
         state = checkpoint.from_official_names({k: v for k, v in state.items() if not k.startswith(heads)}, path)
-        sizes = checkpoint.read_sizes(state)
+        sizes = checkpoint.read_sizes(state, path)
     sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
     kept = (*SIZES, "mean", "std", "framing")
     return state, {size: sizes[size] for size in kept if size in sizes}, None

@@ -52,6 +52,6 @@ def from_m2d(state: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor], 
         for theirs, mine in _NAMES
         if name.startswith(theirs)
     }
-    sizes = checkpoint.read_sizes(ours)
+    sizes = checkpoint.read_sizes(ours, source)
     mean, std = (float(x) for x in state.get("norm_stats", _STATS))
     return ours, sizes | {"mean": mean, "std": std, "framing": "center"}

@@ -284,7 +284,7 @@ class Matpac(nn.Module):
         state = source if isinstance(source, Mapping) else checkpoint.load(source)[0]
         name = "the checkpoint" if isinstance(source, Mapping) else str(source)
         ours = checkpoint.from_official_names(state, name)
-        sizes: dict[str, Any] = checkpoint.read_sizes(ours)
+        sizes: dict[str, Any] = checkpoint.read_sizes(ours, name)
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], num_heads)
         if "predictor_width" in sizes:  # else what is missing is listed
             sizes["predictor_heads"] = checkpoint.predictor_heads(sizes["predictor_width"], predictor_heads)

@@ -313,8 +313,8 @@ def test_positions_that_are_no_sines_are_of_80_mels(model):
     endless = torch.zeros(1).expand(1, 1 + 5 * 2**38, 32)  # as a few bytes of a pickle may have it
     assert checkpoint.read_sizes(ours | {"frontend.pos_embed": endless})["n_frames"] == 2**42
     for n, other in ((23, torch.randn(1, 24, 32)), (19, pos[:, :-1])):
-        with pytest.raises(CheckpointError, match=f"{n} positions are no grid of patches of 16 on 80 mels"):
-            checkpoint.read_sizes(ours | {"frontend.pos_embed": other})
+        with pytest.raises(CheckpointError, match=f"a.pt: its {n} positions are no grid of patches of 16 on 80 mels"):
+            checkpoint.read_sizes(ours | {"frontend.pos_embed": other}, "a.pt")
 
 
 def test_names_of_blocks_may_say_any_number(model):

@@ -151,7 +151,8 @@ def summary(report: Report) -> list[str]:
         )
     if report.failed:
         failed = f"{count(report.failed, 'file')} could not be used; {report.out / 'errors.parquet'} says why"
-        lines.append(failed + ("; --retry-errors tries those of before again" if report.failed_before else ""))
+        old = report.failed_before > report.unusable
+        lines.append(failed + ("; --retry-errors tries those of before again" if old else ""))
     return lines
 
 

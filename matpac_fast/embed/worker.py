@@ -30,7 +30,8 @@ class Report(Work):
     total: int = 0  # files of the collection
     before: int = 0  # of these, done before this call
     failed: int = 0  # of the collection
-    failed_before: int = 0  # of these, before this call
+    failed_before: int = 0  # of these, before this call, and the unusable ones
+    unusable: int = 0  # of these, of kinds or names that nothing reads: they are never tried
     failed_here: int = 0  # of these, in this worker's hands
     stopped: bool = False  # for too many failures
     out: Path = Path()
@@ -91,7 +92,7 @@ class Worker:
         self._errors_left = None if max_errors is None else max_errors - len(manifest.errors(out, self._kind))
         homes = manifest.homes()
         self._done_before = set(range(len(manifest.shards))) - set(self._missing)
-        report.total = len(manifest)
+        report.total, report.unusable = len(manifest), len(manifest.unusable)
         report.before = report.total - sum(homes[e.path] == i for i in self._missing for e in manifest.shards[i])
         self._sizes = [  # of each shard: its file's name, its files and their seconds
             (shard_path(out, i, self._kind).name, len(shard), sum(e.seconds for e in shard))

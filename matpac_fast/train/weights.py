@@ -39,7 +39,7 @@ def load_weights(model: Matpac, source: str | os.PathLike[str]) -> None:
     path, state, config, official = _read(source, sums=True)
     known = config or {}
     if official:
-        sizes = checkpoint.read_sizes(state)
+        sizes = checkpoint.read_sizes(state, str(path))
         known = dataclasses.asdict(LogMelConfig(n_mels=sizes["n_mels"])) | sizes
     _check_whole(path, state)
     asked = model.config.to_dict()
@@ -61,8 +61,8 @@ def weights_sizes(source: str | os.PathLike[str], given: Mapping[str, Any] = {})
     """
     path, state, sizes, official = _read(source, sums=False)
     if sizes is None:
-        sizes = checkpoint.read_sizes(state)
         _check_whole(path, state)
+        sizes = checkpoint.read_sizes(state, str(path))
         sizes["num_heads"] = checkpoint.heads_by_rule(sizes["width"], given.get("num_heads"))
         if "predictor_width" in sizes:  # else what is missing is listed when it is loaded
             told = given.get("predictor_heads")

@@ -66,6 +66,8 @@ def test_the_summary_says_who_did_what_and_what_was_the_limit():
         "1 embedding of 4.5 s of audio in 3.0 s, 1.50 times real time; decoding was the limit",
     ]
     assert embed.summary(report)[2].startswith("1 file changed in size and 0 gone")
+    report = Report(total=3, before=1, failed=2, failed_before=1, unusable=1, out=Path("o"))  # an archive nobody reads
+    assert embed.summary(report)[-1] == "2 files could not be used; o/errors.parquet says why"
 
 
 def test_progress_is_told_in_total_and_of_this_worker(monkeypatch):
