@@ -7,7 +7,7 @@ import itertools
 import json
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
@@ -69,6 +69,7 @@ class AudioEncoder(nn.Module):
     beyond: str = "seen whole"
     autocasts: bool = False
     settings: dict[str, Any]
+    __call__: Callable[..., Tensor]  # which torch calls Any
 
     def columns(self, n_samples: int) -> list[int]:
         """Frames in each piece of a window of `n_samples`; all are averaged alike."""

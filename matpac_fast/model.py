@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +92,7 @@ class Matpac(nn.Module):
         self.teacher_head.requires_grad_(False)
         self._made = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}  # names and shapes
 
+    __call__: Callable[..., MatpacOutput]  # which torch calls Any
     center: Tensor
     center_sum: Tensor
     center_count: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class OfficialMatpac(nn.Module):
     checked as `Encoder.embed` checks it. With the time axis pulled, emb is (B, E) and layer_results
     (B, L, E); else (B, T, E) and (B, L, T, E). E is 3840 with `concat_freq`, 768 without.
     """
+
+    __call__: Callable[..., tuple[Tensor, Tensor]]  # which torch calls Any
 
     def __init__(self, encoder: Encoder, inference_type: str, pull_time_dimension: bool, concat_freq: bool):
         super().__init__()
