@@ -41,8 +41,9 @@ def probe(
     """Train every probe of the grid for every fold and seed, and score the chosen ones on each fold's test clips.
 
     The test clips of a fold take no part in its training, standardisation or choice. Full-batch Adam; the folds have
-    a loop, since their features are standardised and rotated each by its own training clips; the grid and the seeds are
-    one product. Single-label: softmax cross-entropy; multi-label: sigmoid cross-entropy over the known labels.
+    a loop, since their features are standardised and rotated each by its own training clips, and so have seeds that
+    hold out validation clips of their own; the grid, and seeds that share them, are one product. Single-label: softmax
+    cross-entropy; multi-label: sigmoid cross-entropy over the known labels.
 
     Args:
         rows: embeddings on any device.
@@ -75,10 +76,65 @@ def probe(
     found = []
     with one_thread() if work < _SHARED else contextlib.nullcontext():
         for i, fold in enumerate(folds):
-            probes = kind(rows, targets, groups, fold, n_classes, config, torch.device(device), dtype)
-            found.append(probes.run(metric, lambda share, done=i: progress((done + share) / len(folds))))
+            parts, some = split(fold, targets, groups, config.seeds), []
+            for j, (part, seeds) in enumerate(parts):
+                told = lambda share, done=i + j / len(parts), of=len(parts): progress((done + share / of) / len(folds))  # noqa: E731
+                probes = kind(rows, targets, part, n_classes, config, torch.device(device), dtype, seeds)
+                some.append(probes.run(metric, told))
+            found.append([torch.cat(each) for each in zip(*some, strict=True)])
+            _warn(found[-1][4], config)
     scores, *others, weights = zip(*found, strict=True)
     return Probed(list(scores), *map(torch.stack, others), weights=list(weights))
+
+
+def _warn(untrained: Tensor, config: ProbeConfig) -> None:
+    if n := int(untrained.sum()):
+        rates = config.learning_rates
+        at = f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
+        warnings.warn(
+            f"probe: no step lowered the validation loss at {at} for {n} of {config.seeds} "
+            f"seed{'s' * (config.seeds > 1)}, whose scores are those of untrained weights, as they were drawn; try "
+            f"smaller learning rates, such as {min(rates) / 10:g}, or larger decays",
+            stacklevel=3,
+        )
+
+
+def split(fold: Fold, targets: np.ndarray, groups: np.ndarray, seeds: int) -> list[tuple[Fold, range]]:
+    """Folds with validation clips, and the seeds that train on each: all, where the task has validation clips; else
+    each seed holds out some of the training clips."""
+    if fold.valid is not None:
+        return [(fold, range(seeds))]
+    held = [_held_out(fold.train, targets, groups, seed) for seed in range(seeds)]
+    return [
+        (Fold(fold.train[~np.isin(fold.train, valid)], fold.test, valid), range(seed, seed + 1))
+        for seed, valid in enumerate(held)
+    ]
+
+
+def _held_out(learn: np.ndarray, targets: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """The clips, sorted, that a seed draws from `learn` to validate on; never parts of a group."""
+    multi = targets.ndim == 2
+    strata = targets[learn] if not multi else np.nan_to_num(targets[learn]).argmax(1)
+    parts = min(_HELD_OUT, len(np.unique(groups[learn])))
+    if parts < 2:
+        raise ConfigError("probe: one group of training clips; expected two or more, to train and to validate on")
+    dealt = deal_groups(groups[learn], strata, parts, seed)
+    for part in range(parts):
+        held = dealt == part
+        if multi:  # without a class that both sides have there is nothing to score
+            trained, validated = (np.nansum(targets[learn[side]], 0) > 0 for side in (~held, held))
+            usable = bool((trained & validated).any())
+        else:  # a group with a class of its own stays, whole, with the training clips
+            alone = held & ~np.isin(targets[learn], targets[learn[~held]])
+            held &= ~np.isin(groups[learn], groups[learn[alone]])
+            usable = bool(held.any())
+        if usable:
+            return np.sort(learn[held])
+    raise ConfigError(
+        "probe: no class has training clips in two groups, or each group has a class of its own; expected a group "
+        "whose classes others have too, to hold out and validate on, or validation clips of the task's own, as the "
+        "split valid of a clips.csv"
+    )
 
 
 def _sum(blocks: Iterable[Tensor]) -> Tensor:
@@ -94,75 +150,67 @@ def losses(logits: Tensor, goal: Tensor) -> Tensor:
     return torch.where(goal.isnan()[:, None], 0.0, each).sum(2)
 
 
+class Part:
+    """The rows of some clips, clip by clip; `weight` (R, 1) is each one's share in the mean over the clips.
+
+    `x` (R, r) features, as the probes see them; `clip` (R,); `share` (R,) float64 of the row's clip, on the CPU;
+    `goal` (R,) int64, or (R, K), of the row's clip.
+    """
+
+    x: Tensor
+
+    def __init__(self, clips: np.ndarray, rows: Rows, targets: Tensor, device: torch.device, dtype: torch.dtype):
+        self.clips = np.ascontiguousarray(clips)
+        where = np.flatnonzero(np.isin(rows.clip, clips))
+        where = where[np.argsort(rows.clip[where], kind="stable")]
+        self.rows, self.clip = torch.from_numpy(where), rows.clip[where]
+        self.share = torch.from_numpy(rows.shares()[where])
+        self.weight = (self.share / self.share.sum()).to(device, dtype)[:, None]
+        goal = targets[torch.from_numpy(self.clip)]
+        self.goal = goal.to(device, dtype) if targets.ndim == 2 else goal.to(device)
+
+
 class FoldProbes:
-    """All probes of one fold. G = learning rates x decays x seeds, in this order."""
+    """The probes of a fold, of the seeds that share its validation clips. G = learning rates x decays x seeds, in this
+    order. All that is fitted, means and axes too, is fitted to the training clips alone: to axes that validation clips
+    helped to find, these fit better than any other clips, the more so the more columns there are to a row."""
+
+    part = Part
 
     def __init__(
         self,
         rows: Rows,
         targets: np.ndarray,
-        groups: np.ndarray,
         fold: Fold,
         n_classes: int,
         config: ProbeConfig,
         device: torch.device,
         dtype: torch.dtype,
+        seeds: Sequence[int],
     ):
-        self.config, self.n_classes, self.device, self.dtype = config, n_classes, device, dtype
+        self.config, self.n_classes, self.device, self.dtype, self.seeds = config, n_classes, device, dtype, seeds
         self.columns = n_classes  # of the weights
         self.multi = targets.ndim == 2
         self.targets = torch.from_numpy(targets)
-        learn = fold.train if fold.valid is None else np.concatenate([fold.train, fold.valid])
-        self.valid_of = [self._validation(fold, learn, groups, targets, seed) for seed in range(config.seeds)]
-        learn_rows, test_rows = (np.flatnonzero(np.isin(rows.clip, part)) for part in (learn, fold.test))
-        self.clip, self.test_clip, self.test = rows.clip[learn_rows], rows.clip[test_rows], fold.test
-        self._features(rows.values, torch.from_numpy(learn_rows), torch.from_numpy(test_rows))
-        shares = torch.from_numpy(rows.shares())
-        self.share, self.test_share = shares[learn_rows].to(device, dtype), shares[test_rows]  # (R,) of its clip
-        masks = np.stack([~np.isin(self.clip, valid) for valid in self.valid_of], 1)
-        self.training = torch.from_numpy(masks).to(device)  # (R, S)
-        self.goal = self._goal(self.clip)  # (R, K) or (R,)
-
-    def _validation(
-        self, fold: Fold, learn: np.ndarray, groups: np.ndarray, targets: np.ndarray, seed: int
-    ) -> np.ndarray:
-        """The validation clips, sorted: the task's, or some that the seed draws."""
-        if fold.valid is not None:
-            return np.sort(fold.valid)
-        strata = targets[learn] if not self.multi else np.nan_to_num(targets[learn]).argmax(1)
-        parts = min(_HELD_OUT, len(np.unique(groups[learn])))
-        if parts < 2:
-            raise ConfigError("probe: one group of training clips; expected two or more, to train and to validate on")
-        dealt = deal_groups(groups[learn], strata, parts, seed)
-        for part in range(parts):
-            held = dealt == part
-            if self.multi:  # without a class that both sides have there is nothing to score
-                trained, validated = (np.nansum(targets[learn[side]], 0) > 0 for side in (~held, held))
-                usable = bool((trained & validated).any())
-            else:  # a group with a class of its own stays, whole, with the training clips
-                alone = held & ~np.isin(targets[learn], targets[learn[~held]])
-                held &= ~np.isin(groups[learn], groups[learn[alone]])
-                usable = bool(held.any())
-            if usable:
-                return np.sort(learn[held])
-        raise ConfigError(
-            "probe: no class has training clips in two groups, or each group has a class of its own; expected a group "
-            "whose classes others have too, to hold out and validate on, or validation clips of the task's own, as the "
-            "split valid of a clips.csv"
+        assert fold.valid is not None
+        self.train, self.valid, self.test = (
+            self.part(clips, rows, self.targets, device, dtype) for clips in (fold.train, fold.valid, fold.test)
         )
+        self._features(rows.values)
 
-    def _features(self, values: Tensor, learn: Tensor, test: Tensor) -> None:
-        """Standardise, rotate to the learning rows' principal axes, and scale to rows of unit length on average.
+    def _features(self, values: Tensor) -> None:
+        """Standardise, rotate to the training rows' principal axes, and scale to rows of unit length on average.
 
-        With an L2 penalty the best weight is a combination of the rows learnt from, so the rotation loses nothing: it
+        With an L2 penalty the best weight is a combination of the rows trained on, so the rotation loses nothing: it
         leaves as many columns as there are rows, and uncorrelated ones, which Adam wants. The scale makes a learning
         rate mean the same for embeddings of every width; the penalty is that of the features before it.
 
-        values (R, D), of which `learn` and `test` are rows. In float64, some rows at a time: a collection of short
-        windows does not fit into memory several times. Fewer rows than columns are always together.
+        In float64, some rows at a time: a collection of short windows does not fit into memory several times. Fewer
+        rows than columns are always together.
         """
+        learn = self.train.rows
         n, width = len(learn), values.shape[1]
-        scaled = self._standardise(values, learn)
+        scaled = self._standardise(values)
         wide = n < width
         gram = _sum(block @ block.T if wide else block.T @ block for block in scaled(learn))
         eigenvalues, vectors = torch.linalg.eigh(gram)
@@ -172,15 +220,13 @@ class FoldProbes:
             self.basis = next(scaled(learn)).T @ (self.basis / eigenvalues[kept].sqrt())  # (D, r)
         self.size = (gram.trace() / n).sqrt().clamp(min=1e-30)
         self.basis = self.basis / self.size
+        for part in (self.train, self.valid, self.test):
+            rotated = (block @ self.basis for block in scaled(part.rows))
+            part.x = self._together(rotated, len(part.rows), self.basis.shape[1])
 
-        self.learn, self.tested = (
-            self._together((block @ self.basis for block in scaled(which)), len(which), self.basis.shape[1])
-            for which in (learn, test)
-        )
-
-    def _standardise(self, values: Tensor, learn: Tensor) -> Callable[[Tensor], Iterator[Tensor]]:
-        """Take mean and scale from the rows `learn`; returns rows -> them standardised, block by block, in float64."""
-        n, width = len(learn), values.shape[1]
+    def _standardise(self, values: Tensor) -> Callable[[Tensor], Iterator[Tensor]]:
+        """Take mean and scale from the training rows; returns rows -> them standardised, block by block, in float64."""
+        n, width = len(self.train.rows), values.shape[1]
         step = max(width, _FEATURES // width)
 
         def blocks(which: Tensor) -> Iterator[Tensor]:
@@ -189,8 +235,8 @@ class FoldProbes:
         self.mean = values.new_zeros(width, dtype=torch.float64, device=self.device)
         self.scale = torch.ones_like(self.mean)
         if self.config.standardize:
-            self.mean = _sum(block.sum(0) for block in blocks(learn)) / n
-            spread = (_sum((block - self.mean).square().sum(0) for block in blocks(learn)) / n).sqrt()
+            self.mean = _sum(block.sum(0) for block in blocks(self.train.rows)) / n
+            spread = (_sum((block - self.mean).square().sum(0) for block in blocks(self.train.rows)) / n).sqrt()
             # A column that does not vary says nothing, and has no spread to divide by.
             self.scale = torch.where(spread > 1e-7 * (self.mean.abs() + 1e-30), 1 / spread, 0.0)
         return lambda which: ((block - self.mean) * self.scale for block in blocks(which))
@@ -203,31 +249,17 @@ class FoldProbes:
             start += len(block)
         return out
 
-    def _goal(self, clip: np.ndarray) -> Tensor:
-        goal = self.targets[torch.from_numpy(clip)]
-        return goal.to(self.device, self.dtype) if self.multi else goal.to(self.device)
-
     def run(self, metric: str, progress: Callable[[float], None]) -> tuple[Tensor, ...]:
-        """Of the fold what `Probed` has of it, in its order."""
+        """Of the fold what `Probed` has of it, in its order, seed by seed."""
         pairs = [(lr, decay) for lr in self.config.learning_rates for decay in self.config.decays]
         loss, weight, bias, untrained = self._train(pairs, progress)
-        seeds = self.config.seeds
+        seeds = len(self.seeds)
         choice = loss.view(len(pairs), seeds).argmin(0)  # (S,)
         picked = choice * seeds + torch.arange(seeds, device=self.device)
-        if n := int(untrained[picked].sum()):
-            rates = self.config.learning_rates
-            at = f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
-            warnings.warn(
-                f"probe: no step lowered the validation loss at {at} for {n} of {seeds} seed{'s' * (seeds > 1)}, whose "
-                "scores are those of untrained weights, as they were drawn; try smaller learning rates, such as "
-                f"{min(rates) / 10:g}, or larger decays",
-                stacklevel=2,
-            )
         weight, bias = weight[:, picked], bias[picked]  # (r, S, K), (S, K)
         chosen = torch.tensor([pairs[i] for i in choice.tolist()], dtype=torch.float64, device="cpu")
-        scores = self._probabilities(self.tested, self.test_clip, self.test_share, self.test, weight, bias)
         return (
-            scores,
+            self._probabilities(self.test, weight, bias),
             loss[picked].cpu(),
             self._valid_scores(metric, weight, bias),
             chosen,
@@ -241,11 +273,11 @@ class FoldProbes:
         """Of each pair and seed the least validation loss (G,), the weight (r, G, K) and bias (G, K) of it, and whether
         these are as they were drawn (G,)."""
         c = self.config
-        s, k, r = c.seeds, self.columns, self.learn.shape[1]
+        s, k, r = len(self.seeds), self.columns, self.train.x.shape[1]
         g = len(pairs) * s
         rate = torch.tensor([lr for lr, _ in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
         decay = torch.tensor([d for _, d in pairs for _ in range(s)], device=self.device, dtype=self.dtype)
-        drawn = [torch.Generator().manual_seed(seed) for seed in range(s)]
+        drawn = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         first = [torch.randn(r, k, generator=one, dtype=torch.float64, device="cpu") for one in drawn]
         # Small beside what training makes of them: seeds differ, and none starts far from no opinion.
         weight = 0.01 * torch.stack(first, 1).to(self.device, self.dtype).repeat(1, len(pairs), 1)  # (r, G, K)
@@ -287,60 +319,46 @@ class FoldProbes:
         step = max(1, CELLS // (g * self.columns))
         return [slice(i, i + step) for i in range(0, rows, step)]
 
-    def _parts(self, counts: Tensor, n: int) -> Tensor:
-        """What each row or clip counts for each seed (R, S) -> (R, n) its shares in the mean over them."""
-        return (counts / counts.sum(0)).repeat(1, n // self.config.seeds)
-
     def _gradient(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Of the mean loss of a training clip, by every probe's weight and bias."""
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        part = self._parts(self.share[:, None] * self.training, len(bias))  # (R, G)
-        for block in self._blocks(len(self.learn), len(bias)):
-            x, goal = self.learn[block], self.goal[block]
+        for block in self._blocks(len(self.train.x), len(bias)):
+            x, goal = self.train.x[block], self.train.goal[block]
             logits = self._logits(x, weight, bias)
             if self.multi:
                 slope = torch.where(goal.isnan()[:, None], 0.0, logits.sigmoid() - goal[:, None])
             else:
                 slope = logits.softmax(2)
                 slope -= F.one_hot(goal, self.n_classes)[:, None].to(slope.dtype)
-            slope *= part[block, :, None]
+            slope *= self.train.weight[block, :, None]
             d_weight += (x.T @ slope.flatten(1)).unflatten(1, bias.shape)
             d_bias += slope.sum(0)
         return d_weight, d_bias
 
     def _loss(self, weight: Tensor, bias: Tensor) -> Tensor:
         """(G,) mean loss of a validation clip, without the penalty."""
-        held = self._parts(self.share[:, None] * ~self.training, len(bias))  # (R, G)
         loss = torch.zeros_like(bias[:, 0])
-        for block in self._blocks(len(self.learn), len(bias)):
-            used = (held[block] > 0).any(1)
-            logits = self._logits(self.learn[block][used], weight, bias)
-            loss += (losses(logits, self.goal[block][used]) * held[block][used]).sum(0)
+        for block in self._blocks(len(self.valid.x), len(bias)):
+            logits = self._logits(self.valid.x[block], weight, bias)
+            loss += (losses(logits, self.valid.goal[block]) * self.valid.weight[block]).sum(0)
         return loss
 
-    def _probabilities(
-        self, x: Tensor, clip: np.ndarray, share: Tensor, wanted: np.ndarray, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        """(S, N, K) float64, the mean over each wanted clip's rows, in the order of `wanted`."""
-        order = np.argsort(wanted)
-        where = torch.from_numpy(order[np.searchsorted(wanted, clip, sorter=order)])
-        total = torch.zeros(len(wanted), *bias.shape, dtype=torch.float64, device="cpu")
-        for block in self._blocks(len(x), len(bias)):
-            logits = self._logits(x[block], weight, bias).double()
+    def _probabilities(self, part: Part, weight: Tensor, bias: Tensor) -> Tensor:
+        """(S, N, K) float64, the mean over each clip's rows, in the order of the part's clips."""
+        order = np.argsort(part.clips)
+        where = torch.from_numpy(order[np.searchsorted(part.clips, part.clip, sorter=order)])
+        total = torch.zeros(len(part.clips), *bias.shape, dtype=torch.float64, device="cpu")
+        for block in self._blocks(len(part.x), len(bias)):
+            logits = self._logits(part.x[block], weight, bias).double()
             said = (logits.sigmoid() if self.multi else logits.softmax(2)).cpu()
-            total.index_add_(0, where[block], said * share[block, None, None].to(said))
+            total.index_add_(0, where[block], said * part.share[block, None, None])
         return total.transpose(0, 1).contiguous()
 
     def _valid_scores(self, metric: str, weight: Tensor, bias: Tensor) -> Tensor:
-        """(S,) each seed's score on its validation clips."""
-        found = []
-        for seed, valid in enumerate(self.valid_of):
-            rows = np.flatnonzero(np.isin(self.clip, valid))
-            one = slice(seed, seed + 1)
-            share = self.share[torch.from_numpy(rows).to(self.share.device)]
-            p = self._probabilities(self.learn[rows], self.clip[rows], share, valid, weight[:, one], bias[one])[0]
-            found.append(METRICS[metric](p, self.targets[torch.from_numpy(valid)], p.new_ones(1, len(valid))))
-        return torch.cat(found)
+        """(S,) each seed's score on the validation clips."""
+        targets = self.targets[torch.from_numpy(self.valid.clips)]
+        scores = self._probabilities(self.valid, weight, bias)
+        return torch.cat([METRICS[metric](one, targets, one.new_ones(1, len(targets))) for one in scores])
 
     def _given(self, weight: Tensor, bias: Tensor) -> Tensor:
         """(S, D + 1, K) float64 for the features as they were given, bias last."""

@@ -37,7 +37,7 @@ from .linear import ProbeConfig, Probed, probe
 from .own_code import class_name, dtype_name, own_code
 from .results import Cell, Progress, add_cost, ignored, read_costs
 
-_PROBES = 4  # raised where stored probes are wrong, or lack something: those of 3 do not say which are untrained
+_PROBES = 5  # raised where stored probes are wrong: to those of 4 validation clips had shown the features' axes
 _OURS = {"probes", "cost.parquet", "results.parquet", "problems.txt"}  # and embeddings/, the first to be there
 _SHORTEST = 1e-3  # seconds that a window or a hop has at least
 _PATIENCE = timedelta(days=14)  # gloo counts milliseconds in 31 bits, which hold 24 days

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from matpac_fast.study import attentive
 from matpac_fast.study.attentive import AttentiveFold
-from matpac_fast.study.linear import ProbeConfig, Rows, probe
+from matpac_fast.study.linear import Part, ProbeConfig, Rows, probe
 from matpac_fast.tasks import Fold
 
 LINEAR = ProbeConfig(learning_rates=(0.1, 1.0), decays=(1e-3, 1e-2), seeds=2, steps=150)
@@ -94,17 +94,16 @@ def test_loss_and_gradient_are_those_of_clip_after_clip(monkeypatch, several, ce
         targets = np.eye(CLASSES, dtype=np.float32)[targets]
         targets[3:9, 0] = np.nan
     config = dataclasses.replace(ATTENTIVE, learning_rates=(0.1,), decays=(0.1,))
-    groups = np.arange(30).astype(str)
-    made = AttentiveFold(rows, targets, groups, fold(30), CLASSES, config, torch.device("cpu"), torch.float64)
+    made = AttentiveFold(rows, targets, fold(30), CLASSES, config, torch.device("cpu"), torch.float64, range(2))
     random = torch.Generator().manual_seed(0)
-    weight = torch.randn(made.learn.shape[1], 2, CLASSES + 1, generator=random, dtype=torch.float64)
+    weight = torch.randn(made.train.x.shape[1], 2, CLASSES + 1, generator=random, dtype=torch.float64)
     bias = torch.randn(2, CLASSES + 1, generator=random, dtype=torch.float64)
     given = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
 
-    def mean_loss(clips: np.ndarray, seed: int) -> torch.Tensor:
+    def mean_loss(part: Part, seed: int) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for i in clips:
-            found = made.learn[torch.from_numpy(made.clip == i)] @ given[0][:, seed] + given[1][seed]
+        for i in part.clips:
+            found = part.x[torch.from_numpy(part.clip == i)] @ given[0][:, seed] + given[1][seed]
             logits = (found[:, -1:].softmax(0) * found[:, :-1]).sum(0)
             if several:
                 known = ~np.isnan(targets[i])
@@ -112,13 +111,12 @@ def test_loss_and_gradient_are_those_of_clip_after_clip(monkeypatch, several, ce
                 total = total + F.binary_cross_entropy_with_logits(logits[known], wanted, reduction="sum")
             else:
                 total = total + F.cross_entropy(logits[None], torch.tensor([targets[i]]))
-        return total / len(clips)
+        return total / len(part.clips)
 
-    part = fold(30)
-    sum(mean_loss(part.train, seed) for seed in range(2)).backward()
+    sum(mean_loss(made.train, seed) for seed in range(2)).backward()
     for found, leaf in zip(made._gradient(weight, bias), given, strict=True):
         torch.testing.assert_close(found, leaf.grad)
-    expected = torch.stack([mean_loss(part.valid, seed) for seed in range(2)]).detach()
+    expected = torch.stack([mean_loss(made.valid, seed) for seed in range(2)]).detach()
     torch.testing.assert_close(made._loss(weight, bias), expected)
 
 
@@ -140,14 +138,13 @@ def test_rows_count_by_their_seconds_however_large_the_query(size):
     """With a query of zero as in the mean embedding; with a large one no exponential overflows."""
     rows, targets = hidden(30)
     rows = Rows(rows.values, rows.clip, np.random.default_rng(1).uniform(0.1, 1.0, len(rows.clip)))
-    groups = np.arange(30).astype(str)
-    made = AttentiveFold(rows, targets, groups, fold(30), CLASSES, ATTENTIVE, torch.device("cpu"), torch.float64)
-    weight = torch.randn(made.learn.shape[1], 1, CLASSES + 1, dtype=torch.float64)
+    made = AttentiveFold(rows, targets, fold(30), CLASSES, ATTENTIVE, torch.device("cpu"), torch.float64, range(2))
+    part, n = made.train, len(made.train.first)
+    weight = torch.randn(part.x.shape[1], 1, CLASSES + 1, dtype=torch.float64)
     weight[..., -1] *= size
-    n = len(made.first)
-    found = made._pool(made.learn, made.share, made.place, n, weight, torch.zeros(1, CLASSES + 1, dtype=torch.float64))
+    found = made._pool(part, slice(0, n), weight, torch.zeros(1, CLASSES + 1, dtype=torch.float64))
     assert found.isfinite().all()
     if size == 0:
-        mean = torch.zeros(n, made.learn.shape[1], dtype=torch.float64)
-        mean.index_add_(0, made.place, made.learn * made.share[:, None])
+        mean = torch.zeros(n, part.x.shape[1], dtype=torch.float64)
+        mean.index_add_(0, part.place, part.x * part.share[:, None])
         torch.testing.assert_close(found[:, 0], mean @ weight[:, 0, :-1])

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from matpac_fast.errors import ConfigError
@@ -40,7 +41,7 @@ def run(values, targets, folds, config, k, metric="accuracy", clip=None, dtype=t
 
 
 def standardised(values: torch.Tensor, fold: Fold) -> np.ndarray:
-    learn = values[np.concatenate([fold.train, fold.valid])]
+    learn = values[fold.train]
     return ((values - learn.mean(0)) / learn.std(0, correction=0)).numpy()
 
 
@@ -181,18 +182,54 @@ def test_test_clips_choose_nothing():
     assert torch.equal(before.valid_score, after.valid_score)
 
 
+@pytest.mark.parametrize("kind", [{}, {"attentive": True}, {"batch": 16}])
+@pytest.mark.parametrize("d", [12, 150])
+def test_validation_clips_choose_and_nothing_else(kind, d):
+    """Not the features' means, nor their axes: to axes that they helped to find they would fit better than others."""
+    values, targets = blobs(d=d)
+    fold = three_folds(len(targets))[0]
+    config = ProbeConfig(learning_rates=(0.1,), decays=(1e-2,), seeds=2, steps=20, check_every=20, **kind)
+    before = run(values, targets, [fold], config, 3)
+    values = values.clone()
+    noise = torch.randn(len(fold.valid), d, dtype=torch.float64)
+    values[fold.valid] += 0.1 * values.std(0) * noise
+    after = run(values, targets, [fold], config, 3)
+    assert not after.untrained.any()
+    assert torch.equal(before.weights[0], after.weights[0])
+    assert not torch.equal(before.valid, after.valid)
+
+
+def test_validation_clips_fit_as_other_clips_do():
+    """Where there are more columns than clips, and training ends long before it is done."""
+    values, targets = blobs(n=600, d=1500, k=10, spread=4.0)
+    values, part = values.float(), np.arange(600) // 10 % 6
+    fold = Fold(np.flatnonzero(part < 2), np.flatnonzero(part > 2), np.flatnonzero(part == 2))
+    found = run(values, targets, [fold], ProbeConfig(decays=(0.1,), seeds=2), 10, dtype=torch.float32)
+    truth = torch.from_numpy(targets[fold.test])
+    test = torch.stack([F.nll_loss(scores.log(), truth) for scores in found.scores[0]])
+    torch.testing.assert_close(found.valid[0].double(), test, rtol=0.1, atol=0)
+
+
 def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_seed():
     values, targets = blobs(n=240)
     groups = np.array([f"g{i // 6}" for i in range(240)])
     fold = Fold(np.arange(180), np.arange(180, 240))
-    rows = Rows(values, np.arange(240), np.ones(240))
-    made = FoldProbes(rows, targets, groups, fold, 3, QUICK, torch.device("cpu"), torch.float64)
-    assert not np.array_equal(*made.valid_of)
-    for valid in made.valid_of:
-        assert 18 <= len(valid) <= 42
-        rest = np.setdiff1d(fold.train, valid)
-        assert not set(groups[valid]) & set(groups[rest])
-        assert np.isin(valid, fold.train).all()
+    parts = linear.split(fold, targets, groups, 2)
+    assert [list(seeds) for _, seeds in parts] == [[0], [1]]
+    assert not np.array_equal(*(part.valid for part, _ in parts))
+    for part, _ in parts:
+        assert 18 <= len(part.valid) <= 42
+        assert not set(groups[part.valid]) & set(groups[part.train])
+        assert sorted([*part.train, *part.valid]) == list(fold.train)
+        assert part.test is fold.test
+    config = dataclasses.replace(QUICK, patience=1000)
+    found = probe(
+        Rows(values, np.arange(240), np.ones(240)), targets, groups, [fold], 3, config, "accuracy", dtype=torch.float64
+    )
+    for seed, (part, _) in enumerate(parts):  # each as on a task with these validation clips
+        alone = run(values, targets, [part], config, 3)
+        torch.testing.assert_close(found.scores[0][seed], alone.scores[0][seed], rtol=0, atol=1e-9)
+    assert found.scores[0].shape == (2, 60, 3)
 
 
 def hold_out(groups: str, multi: bool = False) -> list[np.ndarray]:
@@ -200,13 +237,13 @@ def hold_out(groups: str, multi: bool = False) -> list[np.ndarray]:
     with `multi` the others are of no class."""
     names = np.array(list(groups))
     n, targets = len(names), np.array([int(name.isupper()) for name in groups])
-    values = torch.randn(n + 1, 4, dtype=torch.float64)
     targets, names = np.append(targets, 0), np.append(names, "test")
     targets = np.stack([0 * targets, targets], 1).astype(np.float32) if multi else targets
-    config, fold = dataclasses.replace(QUICK, seeds=4), Fold(np.arange(n), np.array([n]))
-    rows = Rows(values, np.arange(n + 1), np.ones(n + 1))
-    made = FoldProbes(rows, targets, names, fold, 2, config, torch.device("cpu"), torch.float64)
-    return made.valid_of
+    return held_of(Fold(np.arange(n), np.array([n])), targets, names, 4)
+
+
+def held_of(fold: Fold, targets: np.ndarray, groups: np.ndarray, seeds: int) -> list[np.ndarray]:
+    return [part.valid for part, _ in linear.split(fold, targets, groups, seeds) if part.valid is not None]
 
 
 def test_where_no_class_has_two_groups_nothing_can_be_held_out():
@@ -232,14 +269,11 @@ def test_a_group_with_a_class_of_its_own_is_trained_on_whole():
     groups = np.array([f"g{i // 8}" for i in range(n)])  # the last is the test clip's
     targets = np.arange(n) % 2
     targets[8:10] = 2
-    rows = Rows(torch.randn(n, 4, dtype=torch.float64), np.arange(n), np.ones(n))
-    fold = Fold(np.arange(n - 1), np.array([n - 1]))
-    config = dataclasses.replace(QUICK, seeds=20)
-    made = FoldProbes(rows, targets, groups, fold, 3, config, torch.device("cpu"), torch.float64)
-    held = [sorted(set(groups[valid].tolist())) for valid in made.valid_of]
+    parts = held_of(Fold(np.arange(n - 1), np.array([n - 1])), targets, groups, 20)
+    held = [sorted(set(groups[valid].tolist())) for valid in parts]
     assert {len(names) for names in held} == {1}
     assert {name for names in held for name in names} == {"g0", "g2", "g3", "g4", "g5"}
-    assert {len(valid) for valid in made.valid_of} == {8}
+    assert {len(valid) for valid in parts} == {8}
 
 
 def test_same_bits_twice_and_inputs_unchanged():
