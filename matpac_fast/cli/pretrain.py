@@ -20,7 +20,7 @@ import tyro
 from ..config import PRESETS, MatpacConfig
 from ..errors import ConfigError
 from ..train.config import Precision, TrainConfig, fit_to_run
-from ..train.logs import Record, Reporter, read_log
+from ..train.logs import Record, Reporter, iter_log
 from ..train.sampler import Short
 from ._progress import unbreakable_console
 from ._set import read_fields, refuse_both
@@ -247,7 +247,7 @@ def _warn_of_another_rate_s_front_end(model: MatpacConfig) -> None:
 def _is_complete(run: Path, steps: int) -> bool:
     from ..train.state import steps_done
 
-    return steps_done(run) == steps and any(record.get("event") == "finished" for record in read_log(run / "log.jsonl"))
+    return steps_done(run) == steps and any(record.get("event") == "finished" for record in iter_log(run / "log.jsonl"))
 
 
 def _given(**options: Any) -> dict[str, Any]:

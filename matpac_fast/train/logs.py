@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint import read_latest
 from ..errors import CheckpointError, first_line
-from ..files import write_text
+from ..files import atomic
 
 Record = dict[str, Any]
 
@@ -81,15 +81,21 @@ def read_log(path: str | os.PathLike[str]) -> list[Record]:
     Args:
         path: log.jsonl of a run folder.
     """
-    records = []
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    return list(iter_log(path))
+
+
+def iter_log(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """As `read_log`, one by one: the log of a long run is many times as large in memory as on the disk."""
+    for _, record in _lines(path):
+        yield record
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Record]]:
+    """Each line that is a record, as it stands, and what it says."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                yield line.rstrip("\n") + "\n", json.loads(line)
 
 
 class Log:
@@ -103,8 +109,8 @@ class Log:
 
     def __init__(self, path: Path, keep_until: int | None = None):
         if keep_until is not None:
-            kept = [record for record in read_log(path) if record.get("step", 0) <= keep_until]
-            write_text(path, "".join(_line(record) for record in kept))
+            with atomic(path) as beside, open(beside, "w", encoding="utf-8") as kept:
+                kept.writelines(line for line, record in _lines(path) if record.get("step", 0) <= keep_until)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, record: Record) -> None:

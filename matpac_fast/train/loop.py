@@ -28,7 +28,7 @@ from .flops import peak_flops, step_flops
 from .graph import GraphedStep
 from .joining import join
 from .journal import Journal
-from .logs import Log, Record, Reporter, Reporters, read_log
+from .logs import Log, Record, Reporter, Reporters, iter_log
 from .memory import freed_memory_kept
 from .oom import advice
 from .probing import Probe, ask
@@ -265,11 +265,11 @@ class _Run:
 
     def has_finished(self) -> bool:
         """Whether all was done that follows the last step, its probe too."""
-        return any(record.get("event") == "finished" for record in read_log(self.folder.log))
+        return any(record.get("event") == "finished" for record in iter_log(self.folder.log))
 
     def is_probe_due(self) -> bool:
         """Whether this step's probe was not made, as where the run was stopped at its checkpoint."""
-        probed = (r["step"] for r in read_log(self.folder.log) if r.get("event") == "probe")
+        probed = (r["step"] for r in iter_log(self.folder.log) if r.get("event") == "probe")
         return self.done % self.probe_every == 0 and self.done not in probed
 
     def step(self, batch: Batch, statistics: bool) -> Step:
