@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from matpac_fast.config import MatpacConfig
 from matpac_fast.nn.statistics import effective_rank
 from matpac_fast.train import journal as module
 from matpac_fast.train.journal import Journal
-from matpac_fast.train.logs import Log, Reporter, Reporters, read_log
+from matpac_fast.train.logs import Log, Reporter, Reporters, iter_log, read_log
 
 CONFIG = MatpacConfig.preset("nano")
 
@@ -95,3 +96,15 @@ def test_other_ranks_tell_and_compute_nothing(monkeypatch):
     journal.tell({"event": "probe", "step": 20})
     journal.sync()
     journal.close()
+
+
+def test_a_long_log_is_gone_on_with_in_little_memory(path):
+    """Of what is written as it was read; as Python's objects it is many times as large."""
+    lines = [f'{{"step": {step}, "loss": {step / 7}, "text": "{"x" * 300}"}}\n' for step in range(1, 20_001)]
+    path.write_text("".join(lines) + '{"step": 20001, "lo')
+    tracemalloc.start()
+    Log(path, keep_until=19_000).close()
+    assert any(record.get("step") == 19_000 for record in iter_log(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**20  # the log has 6.7 MB
+    tracemalloc.stop()
+    assert path.read_text() == "".join(lines[:19_000])

@@ -75,7 +75,7 @@ def test_what_a_killed_run_had_written_beyond_its_checkpoint_stands_there_once(t
 def test_a_picture_that_fails_is_warned_of_once_and_the_run_goes_on(
     tmp_path, corpus, model_config, train_config, monkeypatch
 ):
-    def broken(log, out):
+    def broken(log, out, shown):
         raise ValueError("a font without glyphs")
 
     monkeypatch.setattr(reporters, "draw_curves", broken)
@@ -89,7 +89,7 @@ def test_a_picture_that_fails_is_warned_of_once_and_the_run_goes_on(
 
 def test_curves_are_drawn_with_each_checkpoint_and_each_probe_after_one(tmp_path, monkeypatch):
     drawn, curves = [], Curves()
-    monkeypatch.setattr(reporters, "draw_curves", lambda log, out: drawn.append(out))
+    monkeypatch.setattr(reporters, "draw_curves", lambda log, out, shown: drawn.append(out))
     probe, line = {"event": "probe", "step": 0, "student_knn": 0.5}, {"step": 1, "loss": 1.0}
     curves.record(probe)
     assert drawn == []  # there is no folder yet
@@ -108,6 +108,40 @@ def test_curves_show_what_is_there(tmp_path):
         log.write('{"event": "probe", "step": 2, "student_knn": 0.5}\n')
     draw_curves(tmp_path / "log.jsonl", tmp_path / "b.png")
     assert size(tmp_path / "b.png")[1] > size(tmp_path / "a.png")[1]  # one row of panels more
+
+
+def test_a_log_is_read_on_from_where_it_was_drawn_last(tmp_path, monkeypatch):
+    log, read, real = tmp_path / "log.jsonl", [], json.loads
+    monkeypatch.setattr(json, "loads", lambda line: read.append(line) or real(line))
+    curves = Curves()
+    for step in range(1, 5):
+        line, probe = {"step": step, "loss": step / 7}, {"event": "probe", "step": step, "student_knn": 0.5}
+        with open(log, "a") as file:
+            file.write(f"{json.dumps(line)}\n{json.dumps(probe)}\n")
+        curves.saved(tmp_path, step)
+    assert len(read) == 8  # each line once
+    draw_curves(log, tmp_path / "anew.png")
+    assert (tmp_path / "anew.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+
+    other = tmp_path / "other"  # as a run that is gone on with writes it
+    other.write_text(log.read_text()[: log.read_text().index("0.5") + 5] + '{"step": 2, "loss": 0.9}\n{"step": 3, "lo')
+    other.replace(log)
+    curves.saved(tmp_path, 2)
+    draw_curves(log, tmp_path / "anew.png")
+    assert (tmp_path / "anew.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+
+
+def test_of_many_points_none_that_stands_out_is_left_out(tmp_path):
+    values = [0.5] * 100_000
+    values[4_321], values[54_321], values[-1] = 9.0, -9.0, 0.75
+    lines = (f'{{"step": {step}, "loss": {value}}}\n' for step, value in enumerate(values))
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    shown = reporters.Shown()
+    shown.read(tmp_path / "log.jsonl")
+    steps, drawn = shown.curve("loss")
+    assert 1000 < len(steps) == len(drawn) < 3000
+    assert (steps[1:] >= steps[:-1]).all()
+    assert {(4_321, 9.0), (54_321, -9.0), (99_999, 0.75)} <= set(zip(steps.tolist(), drawn.tolist(), strict=True))
 
 
 def test_no_picture_is_drawn_of_nothing(tmp_path):
