@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -114,15 +115,29 @@ def named(archive: str, inside: Iterable[Member]) -> dict[str, Member]:
 
 def contents(archive: Path, wanted: Sequence[Member]) -> Generator[Data, None, None]:
     """What members of one archive hold, in its order, one by one."""
-    reader, done, reason = _READERS[archive.suffix.lower()](archive, wanted), 0, _CHANGED
-    try:
-        for data in reader:
-            yield data
-            done += 1
-    except (*_damage(), OSError) as error:  # what comes after cannot be reached either
-        reason = f"in an archive that cannot be read on: {first_line(error)}"
-    for _ in wanted[done:]:
-        yield AudioError(reason)
+    return Reader(archive).contents(wanted)
+
+
+class Reader:
+    """An archive that may be read part by part, and is opened once: in a large one it takes long to find a place."""
+
+    def __init__(self, archive: Path):
+        self._archive = archive
+        self._read: Callable[[Sequence[Member]], Iterator[Data]] | None = None
+
+    def contents(self, wanted: Sequence[Member]) -> Generator[Data, None, None]:
+        """What members hold, in the archive's order, one by one; not while another part is read."""
+        done, reason = 0, _CHANGED
+        try:
+            if self._read is None:
+                self._read = _READERS[self._archive.suffix.lower()](self._archive)
+            for data in self._read(wanted):
+                yield data
+                done += 1
+        except (*_damage(), OSError) as error:  # what comes after cannot be reached either
+            reason = f"in an archive that cannot be read on: {first_line(error)}"
+        for _ in wanted[done:]:
+            yield AudioError(reason)
 
 
 @contextlib.contextmanager
@@ -280,34 +295,33 @@ def _list_zip(archive: Path) -> Iterator[Member]:
                 yield Member(archive, info.filename, i, info.file_size, reason)
 
 
-def _read_zip(archive: Path, wanted: Sequence[Member]) -> Iterator[zipfile.ZipExtFile | AudioError]:
-    with zipfile.ZipFile(archive) as file:
-        infos = file.infolist()
-        for member in wanted:
-            if member.reason:
-                yield AudioError(member.reason)
-                continue
-            info = infos[member.place] if member.place < len(infos) else None
-            if info is None or info.filename != member.name:
-                yield AudioError(_CHANGED)
-                continue
-            if info.flag_bits & 1:
-                yield AudioError("encrypted: unpack its archive with the password")
-                continue
-            try:
-                opened: zipfile.ZipExtFile = file.open(info)  # type: ignore[assignment] - for reading it is one
-            except (*_damage(), OSError) as error:
-                yield AudioError(f"cannot be read from its archive: {first_line(error)}")
-            else:
-                yield opened
+def _read_zip(file: zipfile.ZipFile, wanted: Sequence[Member]) -> Iterator[zipfile.ZipExtFile | AudioError]:
+    infos = file.infolist()
+    for member in wanted:
+        if member.reason:
+            yield AudioError(member.reason)
+            continue
+        info = infos[member.place] if member.place < len(infos) else None
+        if info is None or info.filename != member.name:
+            yield AudioError(_CHANGED)
+            continue
+        if info.flag_bits & 1:
+            yield AudioError("encrypted: unpack its archive with the password")
+            continue
+        try:
+            opened: zipfile.ZipExtFile = file.open(info)  # type: ignore[assignment] - for reading it is one
+        except (*_damage(), OSError) as error:
+            yield AudioError(f"cannot be read from its archive: {first_line(error)}")
+        else:
+            yield opened
 
 
 def _list_parquet(archive: Path) -> Iterator[Member]:
     return (Member(archive, *row) for row in parquet.listed(archive))
 
 
-def _read_parquet(archive: Path, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
-    return parquet.read(archive, [member.place for member in wanted])
+def _read_parquet(rows: parquet.Rows, wanted: Sequence[Member]) -> Iterator[bytes | AudioError]:
+    return rows.read([member.place for member in wanted])
 
 
 def _damage() -> tuple[type[Exception], ...]:
@@ -324,8 +338,8 @@ _LISTERS: dict[str, Callable[[Path], Iterator[Member]]] = {
     ".zip": _list_zip,
     ".parquet": _list_parquet,
 }
-_READERS: dict[str, Callable[[Path, Sequence[Member]], Iterator[Data]]] = {
-    ".tar": _read_tar,
-    ".zip": _read_zip,
-    ".parquet": _read_parquet,
+_READERS: dict[str, Callable[[Path], Callable[[Sequence[Member]], Iterator[Data]]]] = {
+    ".tar": lambda archive: partial(_read_tar, archive),
+    ".zip": lambda archive: partial(_read_zip, zipfile.ZipFile(archive)),
+    ".parquet": lambda archive: partial(_read_parquet, parquet.Rows(archive)),
 }

@@ -78,29 +78,46 @@ def listed(path: Path) -> Iterator[Row]:
                 number += 1
 
 
-def read(path: Path, numbers: Sequence[int]) -> Iterator[bytes | AudioError]:
-    """The bytes of rows, in their order, or why there are none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class Rows:
+    """The audio of a Parquet file, row by row. A row is reached through those before it in its row group, so whoever
+    reads the rows part by part goes on where the last part ended."""
 
-    with arrow_file(path) as opened, pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False) as file:
-        if (column := _audio_column(file)) is None:
+    def __init__(self, path: Path):
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(arrow_file(path), buffer_size=_BUFFER, pre_buffer=False)
+        self._column = _audio_column(self._file)
+        self._batches: Iterator[Any] = iter(())
+        self._group, self._next = -1, 0  # of the row that comes next
+
+    def read(self, numbers: Sequence[int]) -> Iterator[bytes | AudioError]:
+        """The bytes of rows, in their order, or why there are none."""
+        import pyarrow as pa
+
+        if self._column is None:
             return
         waiting, end = list(reversed(numbers)), 0
-        for group in range(file.num_row_groups):
-            start, end = end, end + file.metadata.row_group(group).num_rows
+        for group in range(self._file.num_row_groups):
+            start, end = end, end + self._file.metadata.row_group(group).num_rows
             if not waiting or waiting[-1] >= end:
                 continue
             try:
-                # A row at a time, for it may be an hour of audio; of short ones it costs 80 us each.
-                batches = file.iter_batches(1, row_groups=[group], columns=[column.place])
-                for number, batch in enumerate(batches, start):
-                    if waiting and waiting[-1] == number:
-                        cell = batch.column(0)[0].as_py()
-                        data = cell["bytes"] if isinstance(cell, dict) else cell
-                        waiting.pop()
-                        yield AudioError("no audio in its row, a name alone") if data is None else data
+                if group != self._group or waiting[-1] < self._next:
+                    # A row at a time, for it may be an hour of audio; of short ones it costs 80 us each.
+                    self._batches = self._file.iter_batches(1, row_groups=[group], columns=[self._column.place])
+                    self._group, self._next = group, start
+                for batch in self._batches:
+                    number, self._next = self._next, self._next + 1
+                    if waiting[-1] != number:
+                        continue
+                    cell = batch.column(0)[0].as_py()
+                    data = cell["bytes"] if isinstance(cell, dict) else cell
+                    waiting.pop()
+                    yield AudioError("no audio in its row, a name alone") if data is None else data
+                    if not waiting or waiting[-1] >= end:
+                        break
             except (pa.ArrowException, OSError, ValueError) as error:  # the other groups do not depend on it
+                self._group = -1
                 while waiting and waiting[-1] < end:
                     waiting.pop()
                     yield AudioError(f"in a part of its archive that cannot be read: {first_line(error)}")

@@ -89,6 +89,7 @@ class Packed:
     def __init__(self, place: Callable[[str], Path]):
         self._archive = functools.lru_cache(_KEPT)(lambda name: _Archive(name, place(name)))
         self._is_folder = functools.lru_cache(_KEPT)(lambda name: place(name).is_dir())
+        self._reading: tuple[Listing, archives.Reader] | None = None  # the archive at hand, shard after shard
 
     def archive(self, name: str) -> str | None:
         """The archive that a name leads into, "train-00.tar" of "train-00.tar/a.flac"; None of a file's own."""
@@ -107,10 +108,21 @@ class Packed:
         listing = self.listing(archive)
         found = [listing.members.get(name) for name in names]
         why = f"its archive: {listing.reason}" if listing.reason else "no longer in its archive"
-        missing, read = Content(AudioError(why)), _read(listing, [member for member in found if member])
+        missing, read = Content(AudioError(why)), self._read(listing, [member for member in found if member])
         jobs = ((member.size, partial(next, read)) if member else (0, lambda: missing) for member in found)
         with contextlib.closing(in_order(jobs, 1)) as ahead:
             yield from ahead
+
+    def _read(self, listing: Listing, wanted: Sequence[archives.Member]) -> Iterator[Content]:
+        """Members that lie one behind the other in one go: a row of a Parquet file is reached through those before."""
+        if self._reading is None or self._reading[0] is not listing:
+            self._reading = listing, archives.Reader(listing.path)
+        reader = self._reading[1]
+        starts = [i for i, member in enumerate(wanted) if i == 0 or member.place <= wanted[i - 1].place]
+        for start, end in itertools.pairwise([*starts, len(wanted)]):
+            run = wanted[start:end]
+            for member, data in zip(run, reader.contents(run), strict=True):
+                yield Content(data, member.suffix, listing)
 
 
 def state(path: Path) -> tuple[int, int, int] | None:
@@ -120,12 +132,3 @@ def state(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _read(listing: Listing, wanted: Sequence[archives.Member]) -> Iterator[Content]:
-    """Members that lie one behind the other in one go: a row of a Parquet file is reached through those before it."""
-    starts = [i for i, member in enumerate(wanted) if i == 0 or member.place <= wanted[i - 1].place]
-    for start, end in itertools.pairwise([*starts, len(wanted)]):
-        run = wanted[start:end]
-        for member, data in zip(run, archives.contents(listing.path, run), strict=True):
-            yield Content(data, member.suffix, listing)

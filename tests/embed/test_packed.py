@@ -73,10 +73,39 @@ def test_an_archive_gives_the_rows_of_its_files(files, tmp_path, name, files_per
     assert [row["path"] for row in listed] == ["beside.wav", *inside]  # and the archive as it is read
 
     before = crew.result(tmp_path / "out")
-    monkeypatch.setattr(archives, "contents", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(archives.Reader, "contents", lambda *_: pytest.fail("read"))
     again = embed(tmp_path / "in", tmp_path / "out", files_per_shard=files_per_shard)
     assert (again.before, again.files, again.changed, again.gone) == (4, 0, [], [])
     assert crew.result(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_an_archive_is_opened_once_for_all_shards(files, tmp_path, name, monkeypatch):
+    """It takes long to find a place in a large one: in zip files their whole list is read, in Parquet a row group."""
+    PACKERS[name](files, tmp_path / "in" / name)
+    opened, suffix = [], Path(name).suffix.lower()
+    real = archives._READERS[suffix]
+    monkeypatch.setitem(archives._READERS, suffix, lambda archive: opened.append(archive) or real(archive))
+    embed(tmp_path / "in", tmp_path / "out", files_per_shard=1)
+    assert len(list((tmp_path / "out").glob("shard-*"))) == 3
+    assert len(opened) == 2  # once to learn how many seconds a byte is
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_parts_of_an_archive_may_be_read_in_any_order(files, tmp_path, name):
+    PACKERS[name](files, tmp_path / "in" / name)
+    inside, _ = archives.members(tmp_path / "in" / name)
+    reader = archives.Reader(tmp_path / "in" / name)
+    for i in (0, 1, 2, 0, 1, 2, 2, 0):
+        (data,) = reader.contents([inside[i]])
+        with archives.unpacked(data, "") as path:
+            assert path.read_bytes() == (files / NAMES[i]).read_bytes()
+    broken = reader.contents(inside)
+    next(broken)
+    broken.close()  # as where a worker stops
+    (data,) = reader.contents(inside[1:2])
+    with archives.unpacked(data, "") as path:
+        assert path.read_bytes() == (files / NAMES[1]).read_bytes()
 
 
 @pytest.mark.parametrize("name", PACKERS)
