@@ -81,6 +81,7 @@ class Cache:
         encoder_id: str | None = None,
     ):
         self.encoder, self.view, self.batch_size = encoder, view, batch_size
+        self.sample_rate, self.embedding_dim = encoder.sample_rate, encoder.embedding_dim
         self.settings = view.settings(encoder, encoder_id or encoder.id)
         self.key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", encoder.name)[:40]
@@ -169,6 +170,10 @@ class Cache:
             ]
         return rows
 
+    def drop_encoder(self) -> None:
+        """All is embedded: what is there can still be read, and the weights need stay in memory no longer."""
+        del self.encoder
+
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
 
@@ -218,7 +223,7 @@ def fill(
     wanted = set().union(*lacking)
     clips = [name for name in first if name in wanted]
     parts = [clips[i : i + _CLIPS] for i in range(0, len(clips), _CLIPS)]
-    rate = caches[0].encoder.sample_rate if caches else 0
+    rate = caches[0].sample_rate if caches else 0
     jobs = (
         (os.stat(first[name]).st_size, functools.partial(_decode, first[name], rate)) for part in parts for name in part
     )

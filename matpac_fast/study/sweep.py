@@ -182,7 +182,11 @@ def embed_share(
         except AudioError as error:
             hint = "" if config.partial else "; mend or remove it, or leave such files out with --partial"
             raise AudioError(f"{error}{hint}") from error
-        encoder.cpu()  # makes room for the next one, and for the probes
+        # Makes room for the next one, and for the probes.
+        encoder.cpu()
+        for cache in caches[name]:
+            cache.drop_encoder()
+        del encoder
     return left_out, caches
 
 
@@ -274,9 +278,9 @@ def _probe_all(
             for cache in caches[name]:
                 part = lambda share, done=done: progress("probing", done + share, total)  # noqa: E731
                 probed = _probe(config, out, cache, task, audio[task.name], device, part)
-                windows, full = _windows(task, cache.view, cache.encoder.sample_rate)
+                windows, full = _windows(task, cache.view, cache.sample_rate)
                 mine = [costs[key] for key in costs if key[:2] == (name, cache.view.temporal_support)]
-                identity, dim, shared = cache.settings["encoder"], cache.encoder.embedding_dim, copies[task.name]
+                identity, dim, shared = cache.settings["encoder"], cache.embedding_dim, copies[task.name]
                 cell = Cell(task, name, identity, dim, cache.view, probed, windows, shared, mine, full)
                 cells[task.name].append(cell)
                 done += 1

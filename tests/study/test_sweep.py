@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -74,6 +76,24 @@ def test_weights_are_hashed_once(encoder_file, clips, tmp_path, monkeypatch):
         (name, ts) for name in ("tones", "again") for ts in (0.2, 0.5)
     ]
     assert len(hashed) == loading + loading + 1
+
+
+def test_one_encoder_is_in_memory_at_a_time(clips, tmp_path, monkeypatch):
+    loaded: list[weakref.ref] = []
+
+    def load(name, *args, **kwargs):
+        gc.collect()
+        assert not [ref for ref in loaded if ref() is not None]
+        encoder = load_encoder("untrained-nano" if name == "b" else "logmel-stats", *args, **kwargs)
+        loaded.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(sweep, "load_encoder", load)
+    cells = run_study(config("a", clips, encoders=("a", "b", "c")), tmp_path / "out")
+    assert [(cell.encoder, cell.embedding_dim) for cell in cells[::2]] == [("a", 160), ("b", 960), ("c", 160)]
+    assert len(loaded) == 3
+    gc.collect()
+    assert loaded[-1]() is None
 
 
 def test_an_encoder_that_is_trained_meanwhile_is_the_one_that_was_embedded(studied, encoder_file, clips, tmp_path):
