@@ -18,7 +18,7 @@ from matpac_fast.config import MatpacConfig
 from matpac_fast.errors import ConfigError
 from matpac_fast.model import Matpac
 from matpac_fast.nn.linear import is_plain
-from matpac_fast.nn.statistics import summarise, token_sums
+from matpac_fast.nn.statistics import effective_rank, summarise, token_sums
 from matpac_fast.nn.vit import shorten_positions
 
 # What no checkpoint holds, from the golden files' own description.
@@ -237,6 +237,19 @@ def test_the_teachers_entropy_is_that_of_its_probabilities():
         p = torch.tensor(rows)
         got = summarise(token_sums(latents, latents, p.flip(0), p))["teacher_entropy"]
         assert got.item() == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "directions"), [(300, 48), (20, 48), (300, 3)])
+def test_the_effective_rank_is_that_of_the_latents_singular_values(tokens, directions):
+    """Also of fewer than there are channels: the rest is 0, and neither a NaN nor the rounding of float32."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(tokens, directions, generator=generator) * torch.logspace(0, -2, directions)
+    latents = latents @ torch.randn(directions, 48, generator=generator)
+    p = torch.full((tokens, 2), 0.5)
+    singular = torch.linalg.svdvals(torch.nn.functional.normalize(latents.double(), dim=-1))
+    share = singular / singular.sum() + 1e-7
+    got = effective_rank(token_sums(latents, latents, p, p)["gram"])
+    assert got == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("center_of", ["probabilities", "logits"])
