@@ -63,6 +63,12 @@ def test_heat_rises_in_lightness_and_bears_silence() -> None:
     assert heat(np.zeros((3, 4))).shape == (3, 4, 3)
 
 
+def test_heat_is_of_the_range_there_is() -> None:
+    """Not of so many decibels: what is quiet throughout has the contrast of what is loud."""
+    values = np.random.default_rng(0).normal(size=(8, 50))
+    assert np.array_equal(heat(values / 8 - 4), heat(values))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "count", "expected"),
     [
@@ -87,6 +93,25 @@ def test_points_stand_where_their_numbers_are() -> None:
     label = re.search(r'y="([\d.]+)" text-anchor="end">4<', svg)
     assert label
     assert float(label[1]) - 4 == pytest.approx(y2, abs=0.1)
+
+
+@pytest.mark.parametrize("from_zero", [True, False])
+@pytest.mark.parametrize("log_x", [True, False])
+def test_points_and_intervals_lie_within_the_axes_which_begin_at_zero_or_do_not(log_x: bool, from_zero: bool) -> None:
+    x, y = [1.0, 10.0, 30.0], [52.0, 54.0, 53.0]
+    series = [Series("a", x, y, low=[v - 1 for v in y], high=[v + 1 for v in y])]
+    svg = line_chart(series, "x", "y", log_x=log_x, x_ticks=x, from_zero=from_zero)
+    axis = re.search(r'class="axis" x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)"', svg)
+    assert axis
+    left, right, floor = map(float, axis.groups())
+    xs, ys = zip(*marks(svg), strict=True)
+    ends = [float(end) for bar in re.findall(r'class="bar" d="M[\d.]+ ([\d.]+)V([\d.]+)', svg) for end in bar]
+    assert left < xs[0] < left + 40
+    assert right - 40 < xs[2] < right
+    assert 0 < min(ends) < min(ys)
+    assert max(ys) < max(ends) < floor
+    zero = f'y="{floor + 4}" text-anchor="end">0<' in svg
+    assert zero == from_zero
 
 
 def test_a_logarithmic_axis_is_one() -> None:
