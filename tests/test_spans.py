@@ -38,4 +38,14 @@ def test_a_gpu_is_waited_for_at_both_ends_of_what_is_timed(asked):
                 asked.append("work")
     assert asked == [device, "work", device] * 2
     assert list(seconds) == ["losses"]
-    assert seconds["losses"] > 0
+
+
+def test_a_parts_time_is_the_sum_of_what_its_spans_took(monkeypatch):
+    clock = iter([10.0, 13.0, 20.0, 21.0, 30.0, 35.0])
+    monkeypatch.setattr(spans.time, "perf_counter", lambda: next(clock))
+    seconds = {}
+    with spans.timed(seconds, torch.device("cpu")):
+        for part in ("losses", "EMA", "losses"):
+            with spans.span(part):
+                pass
+    assert seconds == {"losses": 3.0 + 5.0, "EMA": 1.0}
