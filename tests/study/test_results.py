@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
+from matpac_fast import __version__
 from matpac_fast.cli._study_words import choice_cells, cost_cells, sentences
 from matpac_fast.study import plots, sweep
 from matpac_fast.study.cache import View
-from matpac_fast.study.results import Tables, tabulate
+from matpac_fast.study.results import Tables, tabulate, write_table
 from matpac_fast.study.study_page import write_report
 from tests.study.conftest import made_cost
 from tests.study.test_choose import cell, rotating
@@ -30,6 +33,55 @@ def test_a_second_of_audio_costs_a_window_each_hop(hop, aggregate, step):
     cost = made_cost(2.0)
     assert row["ms_per_audio_second"] == pytest.approx(cost.batch_ms / cost.batch / step)
     assert row["macs_per_audio_second"] == pytest.approx(cost.macs / step)
+
+
+def test_a_row_says_of_its_cell_what_the_documentation_says():
+    task = rotating(3, 30)  # three clips a group, and of the first fold's every other one in the subset
+    task = dataclasses.replace(
+        task,
+        groups=np.array([f"group {i // 3:02d}" for i in range(90)]),
+        seconds=np.linspace(1.0, 9.9, 90),
+        subsets={"outdoors": np.arange(90) % 2 + np.arange(90) // 30 == 0, "absent": np.zeros(90, bool)},
+        left_out=[("x.wav", "missing")],
+    )
+    right = np.arange(90) % 30 < np.repeat([20, 10, 15], 30)
+    plain = cell(task, 2.0, right, valid=[0.5, 0.8, 0.5])
+    chosen = torch.tensor([[[0.1, 1e-3]], [[1.0, 1e-2]], [[1.0, 1e-3]]], dtype=torch.float64)
+    probed = dataclasses.replace(plain.probed, chosen=chosen, untrained=torch.tensor([[False], [True], [False]]))
+    view = View(2.0, 0.5, remainder="merge", aggregate="score")
+    costs = [dataclasses.replace(made_cost(2.0), batch=batch, batch_ms=3.0 * batch) for batch in (4, 1, 16)]
+    made = dataclasses.replace(plain, view=view, probed=probed, windows=7.5, shared_audio=3, costs=costs)
+    rows = tabulate([made], 0.01, resamples=400).results
+    want = dict(task="t", encoder="e", encoder_id="id", embedding_dim=8, metric="accuracy", subset="")
+    want |= dict(temporal_support=2.0, hop=0.5, remainder="merge", aggregate="score", windows=7.5)
+    want |= dict(clips=90, test_clips=90, test_groups=30, left_out=1, shared_audio=3, classes=2, folds=3, seeds=1)
+    want |= dict(clip_seconds=pytest.approx(5.45), longest_seconds=9.9, seconds_seen=pytest.approx(174.5 / 90))
+    want |= dict(score=0.5, valid_score=pytest.approx(0.6), untrained=1, probe_version=__version__)
+    want |= dict(learning_rates=[0.1, 1.0, 1.0], decays=[1e-3, 1e-2, 1e-3])
+    want |= dict(batch=16, latency_ms=3.0, ms_per_clip=22.5, device="cpu", dtype="float32", threads=1)
+    assert {name: rows[0][name] for name in want} == want
+    assert rows[0]["low_folds"] < rows[0]["low"] < 0.5 < rows[0]["high"] < rows[0]["high_folds"]
+    assert [(row["subset"], row["test_clips"], row["test_groups"]) for row in rows[1:]] == [("outdoors", 15, 10)]
+    assert rows[1]["score"] == pytest.approx(10 / 15)  # of the fold that has some
+
+
+def test_tables_have_the_same_types_with_costs_and_several_folds_or_without(tmp_path):
+    """So that those of several studies can be read together; what there is not is null."""
+    task = rotating(3, 10)
+    one = cell(dataclasses.replace(task, folds=task.folds[:1]), 2.0, np.arange(30) % 3 > 0)
+    schemas = []
+    for found in (one_cell(View(2.0)), dataclasses.replace(one, costs=[])):
+        tables = tabulate([found], 0.01, resamples=10)
+        write_table(tmp_path / "results.parquet", tables.results)
+        write_table(tmp_path / "choices.parquet", tables.choices)
+        schemas.append([pq.read_schema(tmp_path / f"{name}.parquet") for name in ("results", "choices")])
+    assert schemas[0] == schemas[1]
+    (row,) = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert (row["test_clips"], row["hop"], row["low_folds"], row["high_folds"]) == (10, 2.0, None, None)
+    costs = ("batch", "latency_ms", "ms_per_clip", "peak_mib", "macs_per_clip", "parameters", "device")
+    assert {row[name] for name in costs} == {None}
+    (choice,) = pq.read_table(tmp_path / "choices.parquet").to_pylist()
+    assert {value for name, value in choice.items() if name.startswith("cheapest") or "saved" in name} == {None}
 
 
 def test_the_cheapest_of_a_second_of_audio_is_so_at_the_hop():
