@@ -234,8 +234,6 @@ def sortable(name: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict
 
 
 def _cell(value: Any, form: str, text: str) -> str:
-    if value == "":
-        return f"<td{text}></td>"
     if value is None or value != value:  # NaN
         return f"<td{text}>–</td>"
     if isinstance(value, str) and form != "{}":  # words in the place of a number
