@@ -11,6 +11,7 @@ import torch
 from matpac_fast.config import MatpacConfig
 from matpac_fast.nn.statistics import effective_rank
 from matpac_fast.train import journal as module
+from matpac_fast.train import logs
 from matpac_fast.train.journal import Journal
 from matpac_fast.train.logs import Log, Reporter, Reporters, iter_log, read_log
 
@@ -60,6 +61,30 @@ def test_it_is_told_without_a_wait_once_it_is_known(path, gate):
     journal.settle(wait=False)
     assert [record["step"] for record in read_log(path)] == [20]
     journal.close()
+
+
+def test_all_that_was_told_is_on_the_disk_once_it_says_so(path, gate, monkeypatch):
+    """A checkpoint is saved behind it, and a run that goes on from there tells no step before it again."""
+    synced = []
+    monkeypatch.setattr(logs.os, "fsync", lambda _: synced.append([record["step"] for record in read_log(path)]))
+    journal = Journal(Log(path), Reporters(), CONFIG, beside=True)
+    journal.tell_measured({"step": 20}, gram(4))
+    gate.set()
+    journal.sync()
+    journal.close()
+    assert synced == [[20]]
+
+
+def test_a_rank_that_cannot_be_found_hides_not_what_ended_the_run(path, monkeypatch):
+    def fails(gram):
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr(module, "effective_rank", fails)
+    journal = Journal(Log(path), Reporters(), CONFIG, beside=True)
+    journal.tell({"event": "start", "step": 0})
+    journal.tell_measured({"step": 20}, gram(4))
+    journal.close()
+    assert [record["step"] for record in read_log(path)] == [0]
 
 
 def test_a_collapse_is_told_behind_its_line(path, gate):
