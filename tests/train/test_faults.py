@@ -71,7 +71,7 @@ def test_a_run_without_a_checkpoint_offers_no_weights_to_begin_from(
 ):
     with monkeypatch.context() as patch:
         Poisoned(patch, set(range(1_000)))
-        with pytest.raises(TrainingError):
+        with pytest.raises(TrainingError, match="stopped at step 3: "):
             pretrain(corpus, tmp_path / "run", model_config, dataclasses.replace(train_config, max_bad_steps=3))
     slower = dataclasses.replace(train_config, lr=1e-4)
     with pytest.raises(ConfigError, match=r"leave out --lr\. For another run, give a new folder to --out$"):
