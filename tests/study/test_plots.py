@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from matpac_fast.errors import ConfigError
@@ -118,6 +119,43 @@ def test_bars_are_the_intervals_and_where_clips_end_is_told(drawn, tmp_path, lon
     assert ends == [[0.4, 0.6], [0.4, 0.7]]
     assert axis.get_title().startswith(told)
     assert bool(axis.get_title()) == bool(told)
+
+
+def test_points_are_the_numbers_of_their_encoder_by_rising_temporal_support(drawn, tmp_path):
+    costs = []
+    for ts in (5.0, 0.5):
+        for name, more in (("e", 0.0), ("f", 1.0)):
+            ms = 4 * ts + more
+            plain = made_cost(name, ts, round(1e9 * ts**2), peak=ts + more)
+            costs.append(dataclasses.replace(plain, batch_ms=ms, batch_ms_low=0.8 * ms, batch_ms_high=1.5 * ms))
+    row = dict(task="t", subset="", metric="accuracy", low=0.0, high=1.0, longest_seconds=9.0)
+    rows = [
+        row
+        | dict(encoder=each.encoder, temporal_support=each.temporal_support, score=1 / each.batch_ms)
+        | dict(peak_mib=each.peak_mib, ms_per_audio_second=each.batch_ms / each.temporal_support)
+        for each in costs
+    ]
+    assert plots.write_plots(tmp_path, rows, costs)[1] == []
+
+    def lines(axis):
+        return [line.get_xydata().tolist() for line in ([bars.lines[0] for bars in axis.containers] or axis.lines)]
+
+    cost = panels(drawn["cost.png"])
+    (score,), (latency,) = drawn["score-t.png"].axes, drawn["latency.png"].axes
+    for axis, e, f in (
+        (score, ((0.5, 1 / 2), (5.0, 1 / 20)), ((0.5, 1 / 3), (5.0, 1 / 21))),
+        (latency, ((0.5, 2.0), (5.0, 20.0)), ((0.5, 3.0), (5.0, 21.0))),
+        (cost["milliseconds per second of audio"], ((0.5, 4.0), (5.0, 4.0)), ((0.5, 6.0), (5.0, 4.2))),
+        (cost["peak memory (MiB)"], ((0.5, 0.5), (5.0, 5.0)), ((0.5, 1.5), (5.0, 6.0))),
+        (cost["GMAC per second of audio"], ((0.5, 0.5), (5.0, 5.0)), ((0.5, 0.5), (5.0, 5.0))),
+    ):
+        np.testing.assert_allclose(lines(axis), (e, f), rtol=0.007)  # scores stand beside each other
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["0.5", "5"]
+    bars = [part[:, 1] for part in latency.containers[1].lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [(0.8 * 3, 1.5 * 3), (0.8 * 21, 1.5 * 21)])
+    for axis, column in zip(drawn["pareto-t.png"].axes, ("peak_mib", "ms_per_audio_second"), strict=True):
+        dots = [found.get_offsets()[0] for found in axis.collections]
+        np.testing.assert_allclose(dots, [(each[column], each["score"]) for each in rows])
 
 
 def test_the_front_is_what_none_beats_in_both():
