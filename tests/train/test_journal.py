@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import tracemalloc
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from matpac_fast.config import MatpacConfig
+from matpac_fast.errors import CheckpointError
 from matpac_fast.nn.statistics import effective_rank
 from matpac_fast.train import journal as module
 from matpac_fast.train import logs
@@ -73,6 +75,19 @@ def test_all_that_was_told_is_on_the_disk_once_it_says_so(path, gate, monkeypatc
     journal.sync()
     journal.close()
     assert synced == [[20]]
+
+
+def test_a_log_that_does_not_reach_the_disk_says_so(path, monkeypatch):
+    """As on a network's disk, which tells of no room only then."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    log = Log(path)
+    monkeypatch.setattr(logs.os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written: No space left$"):
+        log.sync()
+    log.close()
 
 
 def test_a_rank_that_cannot_be_found_hides_not_what_ended_the_run(path, monkeypatch):
