@@ -149,6 +149,15 @@ def test_encoders_are_compared_at_their_choices_fold_by_fold(tmp_path):
     assert "each fold's own validation clips choose" in html.unescape((tmp_path / "report.html").read_text())
 
 
+def test_what_every_fold_chooses_differs_from_itself_in_no_resample():
+    """Differences are of the same clips and the same folds: else chance alone would lie between them."""
+    task = rotating(3, 10)
+    cells = made(task, [[0.5, 0.9, 0.4], [0.4, 0.8, 0.3]]) + made(task, [[0.3, 0.3, 0.3]], encoder="other")
+    tables = tabulate(cells, 0.01, resamples=50)
+    assert [tables.comparisons[0][name] for name in ("difference", "low", "high")] == [0.0] * 3
+    assert [tables.choices[0][f"against_best{end}"] for end in ("", "_low", "_high")] == [0.0] * 3
+
+
 def test_the_best_encoder_is_that_of_all_folds_whatever_one_fold_prefers():
     task = rotating(3, 10)
     encoders = [made(task, [shares]) for shares in ([0.5, 0.9, 0.6], [0.9, 0.4, 0.9])]  # fold f validates on f + 1
