@@ -26,6 +26,7 @@ class Clips(Part):
         _, first, place, sizes = np.unique(self.clip, return_index=True, return_inverse=True, return_counts=True)
         self.first, self.sizes, self.place = first, sizes, torch.from_numpy(place).to(self.goal.device)
         self.goal = self.goal[torch.from_numpy(first).to(self.goal.device)]  # (C, [K])
+        self.log_share = self.share.log().to(self.weight)[:, None]  # (R, 1)
 
     def blocks(self, rows: int) -> list[slice]:
         """Clips that have so many rows at most, but one at least."""
@@ -56,12 +57,12 @@ class AttentiveFold(FoldProbes):
         rows = slice(first, int(part.first[last] + part.sizes[last]))
         found = self._logits(part.x[rows], weight, bias)  # (R, G, K + 1)
         place, n = part.place[rows] - block.start, block.stop - block.start
-        logits, counts = found[..., :-1], found[..., -1] + part.share[rows].to(found).log()[:, None]
+        logits, counts = found[..., :-1], found[..., -1] + part.log_share[rows]
         peak = counts.detach().new_full((n, counts.shape[1]), -torch.inf)  # so that no exponential overflows
         peak = peak.scatter_reduce(0, place[:, None].expand_as(counts), counts.detach(), "amax")
-        part_of = (counts - peak[place]).exp()
-        part_of = part_of / part_of.new_zeros(peak.shape).index_add(0, place, part_of)[place]  # (R, G)
-        return logits.new_zeros(n, *logits.shape[1:]).index_add(0, place, part_of[..., None] * logits)
+        shares = (counts - peak[place]).exp()
+        shares = shares / shares.new_zeros(peak.shape).index_add(0, place, shares)[place]  # (R, G)
+        return logits.new_zeros(n, *logits.shape[1:]).index_add(0, place, shares[..., None] * logits)
 
     def _sums(self, part: Clips, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
         """(G,) of each block of clips the share in the mean loss of a clip; autograd holds its logits four times."""
