@@ -61,26 +61,29 @@ def probe(
 
     kind = AttentiveFold if config.attentive else FoldProbes if config.batch is None else BatchedFold
     per_clip = np.bincount(rows.clip, minlength=len(targets))
-    parts = [part for fold in folds for part in (fold.train, fold.valid, fold.test) if part is not None]
-    used = np.unique(np.concatenate(parts))
+    used = np.unique(np.concatenate([part for f in folds for part in (f.train, f.valid, f.test) if part is not None]))
     if len(lacking := used[per_clip[used] == 0]):
         raise ConfigError(
             f"probe: {len(lacking)} of {len(used)} clips have no embedding, such as clip {lacking[0]}; "
             "expected one or more of each"
         )
+    splits = [split(fold, targets, groups, config.seeds) for fold in folds]
     n, width = rows.values.shape
     if config.batch is None:
-        work = n * min(n, width) * len(config.learning_rates) * len(config.decays) * config.seeds * n_classes
+        together = max(len(seeds) for parts in splits for _, seeds in parts)
+        work = n * min(n, width) * len(config.learning_rates) * len(config.decays) * together * n_classes
     else:  # one probe after the other
         work = min(n, config.batch) * width * n_classes
-    found = []
+    found, done, total = [], 0, sum(map(len, splits))
     with one_thread() if work < _SHARED else contextlib.nullcontext():
-        for i, fold in enumerate(folds):
-            parts, some = split(fold, targets, groups, config.seeds), []
-            for j, (part, seeds) in enumerate(parts):
-                told = lambda share, done=i + j / len(parts), of=len(parts): progress((done + share / of) / len(folds))  # noqa: E731
-                probes = kind(rows, targets, part, n_classes, config, torch.device(device), dtype, seeds)
-                some.append(probes.run(metric, told))
+        for parts in splits:
+            some = []
+            for part, seeds in parts:
+                told = lambda share, done=done: progress((done + share) / total)  # noqa: E731
+                some.append(
+                    kind(rows, targets, part, n_classes, config, torch.device(device), dtype, seeds).run(metric, told)
+                )
+                done += 1
             found.append([torch.cat(each) for each in zip(*some, strict=True)])
             _warn(found[-1][4], config)
     scores, *others, weights = zip(*found, strict=True)
