@@ -155,7 +155,7 @@ def _accuracy(rows: list[Row]) -> str:
         for name in NAMES
     ]
     label = "temporal support (s)"
-    return line_chart(series, label, "accuracy", log_x=True, x_ticks=ts, y_format="{:.0%}")
+    return line_chart(series, label, "accuracy", log_ticks=ts, y_format="{:.0%}")
 
 
 def _time(rows: list[Row]) -> str:
@@ -164,7 +164,7 @@ def _time(rows: list[Row]) -> str:
         Series("a clip, among 16", ts, [row.clip_ms for row in rows]),
         Series("one window alone", ts, [row.window_ms for row in rows]),
     ]
-    return line_chart(series, "temporal support (s)", "milliseconds", log_x=True, x_ticks=ts)
+    return line_chart(series, "temporal support (s)", "milliseconds", log_ticks=ts)
 
 
 def made_by(train: TrainConfig, run: Path, device: torch.device) -> dict[str, str]:

@@ -89,22 +89,21 @@ def line_chart(
     x_label: str,
     y_label: str,
     *,
-    log_x: bool = False,
-    x_ticks: Sequence[float] | None = None,
+    log_ticks: Sequence[float] | None = None,
     from_zero: bool = True,
     y_format: str = "{:g}",
 ) -> str:
     """Lines with marks and intervals over common axes, and a legend where there is more than one line.
 
-    With `log_x` the x axis is logarithmic; `x_ticks` names its ticks. The y axis starts at 0 unless `from_zero` is
-    false. `y_format` writes the y axis's numbers.
+    With `log_ticks` the x axis is logarithmic, and has these. The y axis starts at 0 unless `from_zero` is false.
+    `y_format` writes the y axis's numbers.
     """
     width, height, left, right, top, bottom = 460, 270, 58, 16, 12, 46
-    scale = math.log if log_x else float
+    scale = math.log if log_ticks else float
     xs = [scale(x) for one in series for x in one.x]
     ends = [value for one in series for values in (one.y, one.low, one.high) if values is not None for value in values]
     x_low, x_high = min(xs), max(xs)
-    pad = (x_high - x_low) * (0.08 if log_x else 0.02) or 1.0
+    pad = (x_high - x_low) * (0.08 if log_ticks else 0.02) or 1.0
     x_low, x_high = x_low - pad, x_high + pad
     y_low, y_high = (0.0 if from_zero else min(ends)), max(ends)
     spread = (y_high - y_low) or 1.0
@@ -121,7 +120,7 @@ def line_chart(
         y = at_y(tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{y_format.format(tick)}</text>')
-    for tick in x_ticks if x_ticks is not None else ticks(min(xs), max(xs)):
+    for tick in log_ticks or ticks(min(xs), max(xs)):
         x = at_x(tick)
         parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{height - bottom}" y2="{height - bottom}"/>')
