@@ -19,13 +19,17 @@ from .linear import CELLS, FoldProbes, Part, losses
 
 class Clips(Part):
     """A part that knows of each clip its `first` row (C,) and its `sizes` (C,), and of each row the `place` (R,) of its
-    clip among those C; `goal` is of the clips."""
+    clip among those C; `goal` and `weight` are of the clips."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         _, first, place, sizes = np.unique(self.clip, return_index=True, return_inverse=True, return_counts=True)
         self.first, self.sizes, self.place = first, sizes, torch.from_numpy(place).to(self.goal.device)
         self.goal = self.goal[torch.from_numpy(first).to(self.goal.device)]  # (C, [K])
+        self.clip_of, self.weight = (
+            self.clip[first],
+            torch.full_like(self.weight[: len(first)], 1 / len(first)),
+        )  # (C, 1)
         self.log_share = self.share.log().to(self.weight)[:, None]  # (R, 1)
 
     def blocks(self, rows: int) -> list[slice]:
@@ -67,7 +71,8 @@ class AttentiveFold(FoldProbes):
     def _sums(self, part: Clips, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
         """(G,) of each block of clips the share in the mean loss of a clip; autograd holds its logits four times."""
         for block in part.blocks(CELLS // (4 * len(bias) * self.columns)):
-            yield losses(self._pool(part, block, weight, bias), part.goal[block]).sum(0) / len(part.first)
+            found = losses(self._pool(part, block, weight, bias), part.goal[block])
+            yield (found * part.shares(block, len(bias))).sum(0)
 
     def _gradient(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)

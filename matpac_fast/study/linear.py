@@ -81,7 +81,9 @@ def probe(
             for part, seeds in parts:
                 told = lambda share, done=done: progress((done + share) / total)  # noqa: E731
                 some.append(
-                    kind(rows, targets, part, n_classes, config, torch.device(device), dtype, seeds).run(metric, told)
+                    kind(rows, targets, groups, part, n_classes, config, torch.device(device), dtype, seeds).run(
+                        metric, told
+                    )
                 )
                 done += 1
             found.append([torch.cat(each) for each in zip(*some, strict=True)])
@@ -140,6 +142,14 @@ def _held_out(learn: np.ndarray, targets: np.ndarray, groups: np.ndarray, seed: 
     )
 
 
+def _resampled(groups: np.ndarray, seed: int) -> np.ndarray:
+    """(N,) how often each clip of these groups stands in a resample of them, drawn whole, over the mean of it."""
+    _, group = np.unique(groups, return_inverse=True)
+    n = int(group.max()) + 1
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n))[group]
+    return counts / counts.mean()
+
+
 def _sum(blocks: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, blocks)
 
@@ -154,7 +164,8 @@ def losses(logits: Tensor, goal: Tensor) -> Tensor:
 
 
 class Part:
-    """The rows of some clips, clip by clip; `weight` (R, 1) is each one's share in the mean over the clips.
+    """The rows of some clips, clip by clip; `weight` (R, 1) is each one's share in the mean over the clips, or (R, S)
+    where these count otherwise for each seed.
 
     `x` (R, r) features, as the probes see them; `clip` (R,); `share` (R,) float64 of the row's clip, on the CPU;
     `goal` (R,) int64, or (R, K), of the row's clip.
@@ -169,8 +180,19 @@ class Part:
         self.rows, self.clip = torch.from_numpy(where), rows.clip[where]
         self.share = torch.from_numpy(rows.shares()[where])
         self.weight = (self.share / self.share.sum()).to(device, dtype)[:, None]
+        self.clip_of = self.clip  # of what is weighed
         goal = targets[torch.from_numpy(self.clip)]
         self.goal = goal.to(device, dtype) if targets.ndim == 2 else goal.to(device)
+
+    def weigh(self, counts: np.ndarray) -> None:
+        """Have clips count as often as `counts` (N, S), of mean 1, says of each seed."""
+        order = np.argsort(self.clips)
+        found = counts[order[np.searchsorted(self.clips, self.clip_of, sorter=order)]]
+        self.weight = self.weight * torch.from_numpy(found).to(self.weight)
+
+    def shares(self, block: slice, g: int) -> Tensor:
+        """The weights of some rows in each of G probes, which are by seed last."""
+        return self.weight[block].repeat(1, g // self.weight.shape[1])
 
 
 class FoldProbes:
@@ -184,6 +206,7 @@ class FoldProbes:
         self,
         rows: Rows,
         targets: np.ndarray,
+        groups: np.ndarray,
         fold: Fold,
         n_classes: int,
         config: ProbeConfig,
@@ -199,6 +222,8 @@ class FoldProbes:
         self.train, self.valid, self.test = (
             self.part(clips, rows, self.targets, device, dtype) for clips in (fold.train, fold.valid, fold.test)
         )
+        if len(seeds) > 1 and config.batch is None:
+            self.valid.weigh(np.stack([_resampled(groups[self.valid.clips], seed) for seed in seeds], 1))
         self._features(rows.values)
 
     def _features(self, values: Tensor) -> None:
@@ -343,7 +368,7 @@ class FoldProbes:
         loss = torch.zeros_like(bias[:, 0])
         for block in self._blocks(len(self.valid.x), len(bias)):
             logits = self._logits(self.valid.x[block], weight, bias)
-            loss += (losses(logits, self.valid.goal[block]) * self.valid.weight[block]).sum(0)
+            loss += (losses(logits, self.valid.goal[block]) * self.valid.shares(block, len(bias))).sum(0)
         return loss
 
     def _probabilities(self, part: Part, weight: Tensor, bias: Tensor) -> Tensor:

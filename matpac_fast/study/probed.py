@@ -17,9 +17,10 @@ class ProbeConfig:
 
     `learning_rates` x `decays` is the grid; each fold and seed takes the pair, and the step, of least validation loss.
     `decays` are strengths of an L2 penalty decay / 2 * |weight|^2 beside the mean loss of a clip. A seed draws the
-    initial weights, and the validation clips where the task names none. `standardize`: features to zero mean and unit
-    spread over the training clips. `attentive`: as attentive.py says; a study sets it.
-    `batch`: rows of a gradient, as batches.py says, where steps are passes; None: all.
+    initial weights, and the validation clips where the task names none, or else a resample of their groups, by which it
+    chooses: what the choice owes to chance shows between the seeds. With one seed, and in batches, all of them choose.
+    `standardize`: features to zero mean and unit spread over the training clips. `attentive`: as attentive.py says; a
+    study sets it. `batch`: rows of a gradient, as batches.py says, where steps are passes; None: all.
     """
 
     learning_rates: tuple[float, ...] = (0.1, 1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from matpac_fast.study import attentive
+from matpac_fast.study import attentive, linear
 from matpac_fast.study.attentive import AttentiveFold
 from matpac_fast.study.linear import Part, ProbeConfig, Rows, probe
 from matpac_fast.tasks import Fold
@@ -94,29 +94,32 @@ def test_loss_and_gradient_are_those_of_clip_after_clip(monkeypatch, several, ce
         targets = np.eye(CLASSES, dtype=np.float32)[targets]
         targets[3:9, 0] = np.nan
     config = dataclasses.replace(ATTENTIVE, learning_rates=(0.1,), decays=(0.1,))
-    made = AttentiveFold(rows, targets, fold(30), CLASSES, config, torch.device("cpu"), torch.float64, range(2))
+    names = np.arange(30)
+    made = AttentiveFold(rows, targets, names, fold(30), CLASSES, config, torch.device("cpu"), torch.float64, range(2))
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(made.train.x.shape[1], 2, CLASSES + 1, generator=random, dtype=torch.float64)
     bias = torch.randn(2, CLASSES + 1, generator=random, dtype=torch.float64)
     given = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
 
-    def mean_loss(part: Part, seed: int) -> torch.Tensor:
+    def mean_loss(part: Part, seed: int, counts: np.ndarray) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for i in part.clips:
+        for i, count in zip(part.clips, counts, strict=True):
             found = part.x[torch.from_numpy(part.clip == i)] @ given[0][:, seed] + given[1][seed]
             logits = (found[:, -1:].softmax(0) * found[:, :-1]).sum(0)
             if several:
                 known = ~np.isnan(targets[i])
                 wanted = torch.from_numpy(targets[i][known]).double()
-                total = total + F.binary_cross_entropy_with_logits(logits[known], wanted, reduction="sum")
+                total = total + F.binary_cross_entropy_with_logits(logits[known], wanted, reduction="sum") * count
             else:
-                total = total + F.cross_entropy(logits[None], torch.tensor([targets[i]]))
+                total = total + F.cross_entropy(logits[None], torch.tensor([targets[i]])) * count
         return total / len(part.clips)
 
-    sum(mean_loss(made.train, seed) for seed in range(2)).backward()
+    sum(mean_loss(made.train, seed, np.ones(len(made.train.clips))) for seed in range(2)).backward()
     for found, leaf in zip(made._gradient(weight, bias), given, strict=True):
         torch.testing.assert_close(found, leaf.grad)
-    expected = torch.stack([mean_loss(made.valid, seed) for seed in range(2)]).detach()
+    expected = torch.stack(
+        [mean_loss(made.valid, seed, linear._resampled(names[made.valid.clips], seed)) for seed in range(2)]
+    ).detach()
     torch.testing.assert_close(made._loss(weight, bias), expected)
 
 
@@ -138,7 +141,9 @@ def test_rows_count_by_their_seconds_however_large_the_query(size):
     """With a query of zero as in the mean embedding; with a large one no exponential overflows."""
     rows, targets = hidden(30)
     rows = Rows(rows.values, rows.clip, np.random.default_rng(1).uniform(0.1, 1.0, len(rows.clip)))
-    made = AttentiveFold(rows, targets, fold(30), CLASSES, ATTENTIVE, torch.device("cpu"), torch.float64, range(2))
+    made = AttentiveFold(
+        rows, targets, np.arange(30), fold(30), CLASSES, ATTENTIVE, torch.device("cpu"), torch.float64, range(2)
+    )
     part, n = made.train, len(made.train.first)
     weight = torch.randn(part.x.shape[1], 1, CLASSES + 1, dtype=torch.float64)
     weight[..., -1] *= size

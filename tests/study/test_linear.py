@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from matpac_fast.errors import ConfigError
 from matpac_fast.study import linear
+from matpac_fast.study.batches import BatchedFold
 from matpac_fast.study.linear import FoldProbes, ProbeConfig, Rows, probe
 from matpac_fast.tasks import Fold
 
@@ -204,7 +205,7 @@ def test_validation_clips_fit_as_other_clips_do():
     values, targets = blobs(n=600, d=1500, k=10, spread=4.0)
     values, part = values.float(), np.arange(600) // 10 % 6
     fold = Fold(np.flatnonzero(part < 2), np.flatnonzero(part > 2), np.flatnonzero(part == 2))
-    found = run(values, targets, [fold], ProbeConfig(decays=(0.1,), seeds=2), 10, dtype=torch.float32)
+    found = run(values, targets, [fold], ProbeConfig(decays=(0.1,), seeds=1), 10, dtype=torch.float32)
     truth = torch.from_numpy(targets[fold.test])
     test = torch.stack([F.nll_loss(scores.log(), truth) for scores in found.scores[0]])
     torch.testing.assert_close(found.valid[0].double(), test, rtol=0.1, atol=0)
@@ -226,10 +227,42 @@ def test_a_task_without_validation_clips_holds_out_whole_groups_anew_for_each_se
     found = probe(
         Rows(values, np.arange(240), np.ones(240)), targets, groups, [fold], 3, config, "accuracy", dtype=torch.float64
     )
-    for seed, (part, _) in enumerate(parts):  # each as on a task with these validation clips
-        alone = run(values, targets, [part], config, 3)
-        torch.testing.assert_close(found.scores[0][seed], alone.scores[0][seed], rtol=0, atol=1e-9)
+    # Each as on a task with these validation clips.
+    alone = run(values, targets, [parts[0][0]], dataclasses.replace(config, seeds=1), 3)
+    torch.testing.assert_close(found.scores[0][:1], alone.scores[0], rtol=0, atol=1e-9)
     assert found.scores[0].shape == (2, 60, 3)
+
+
+@pytest.mark.parametrize("several", [False, True])  # rows of a clip
+def test_each_seed_chooses_by_a_resample_of_the_validation_groups(several):
+    values, targets = blobs(spread=3.0)
+    groups = np.arange(120) // 4
+    fold = three_folds(120)[0]
+    fold = dataclasses.replace(fold, valid=fold.valid[::-1])
+    clip = np.repeat(np.arange(120), 2 if several else 1)
+    rows = Rows(values[torch.from_numpy(clip)], clip, np.ones(len(clip)))
+    config = dataclasses.replace(QUICK, seeds=3, learning_rates=(0.1, 0.3), decays=(0.1,))
+    made = FoldProbes(rows, targets, groups, fold, 3, config, torch.device("cpu"), torch.float64, range(3))
+    weight = torch.randn(made.train.x.shape[1], 6, 3, dtype=torch.float64)
+    loss = made._loss(weight, torch.zeros(6, 3, dtype=torch.float64))
+    each = linear.losses(torch.einsum("nr,rgk->ngk", made.valid.x, weight), made.valid.goal)  # (R, G)
+    drawn = []
+    for seed in range(3):
+        counts = dict(zip(fold.valid, linear._resampled(groups[fold.valid], seed), strict=True))
+        shares = torch.tensor([counts[i] for i in made.valid.clip])
+        for g in (seed, 3 + seed):
+            torch.testing.assert_close(loss[g], (each[:, g] * shares).mean())
+        assert all(counts[i] == counts[j] for i in counts for j in counts if groups[i] == groups[j])
+        assert sum(counts.values()) == pytest.approx(len(counts))
+        drawn.append(tuple(counts.values()))
+    assert len(set(drawn)) == 3
+    # One seed alone, and all that are trained in batches, choose by all.
+    plain = FoldProbes(rows, targets, groups, fold, 3, config, torch.device("cpu"), torch.float64, range(1))
+    torch.testing.assert_close(plain._loss(weight[:, :1], torch.zeros(1, 3, dtype=torch.float64))[0], each[:, 0].mean())
+    batches = dataclasses.replace(config, batch=16)
+    assert BatchedFold(
+        rows, targets, groups, fold, 3, batches, torch.device("cpu"), torch.float64, range(3)
+    ).valid.weight.shape == (len(made.valid.clip), 1)
 
 
 def hold_out(groups: str, multi: bool = False) -> list[np.ndarray]:
