@@ -98,8 +98,8 @@ def main(
         probe_batch: train each probe in shuffled batches of so many windows, until 20 passes have not lowered the
             validation loss, 300 passes at most, as papers do: MATPAC's is --probe-batch 128 --learning-rates 1e-4
             --decays 0 --seeds 5. Default: all at once.
-        seeds: how many times each probe is trained, each time from other initial weights, and choosing by another resample
-            of the validation clips, or by other ones where a task has none of its own.
+        seeds: how many times each probe is trained, each time from other initial weights, and choosing by another
+            resample of the validation clips, or by other ones where a task has none of its own.
         standardize: bring features to zero mean and unit spread before the probe.
         resamples: how often the test clips are drawn anew for the 95 % interval (bootstrap).
         batch_size: windows that the encoder embeds at a time. Default: 16 on a CPU, 128 on a GPU.
