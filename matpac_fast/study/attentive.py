@@ -26,10 +26,8 @@ class Clips(Part):
         _, first, place, sizes = np.unique(self.clip, return_index=True, return_inverse=True, return_counts=True)
         self.first, self.sizes, self.place = first, sizes, torch.from_numpy(place).to(self.goal.device)
         self.goal = self.goal[torch.from_numpy(first).to(self.goal.device)]  # (C, [K])
-        self.clip_of, self.weight = (
-            self.clip[first],
-            torch.full_like(self.weight[: len(first)], 1 / len(first)),
-        )  # (C, 1)
+        self.clip_of = self.clip[first]
+        self.weight = torch.full_like(self.weight[: len(first)], 1 / len(first))  # (C, 1)
         self.log_share = self.share.log().to(self.weight)[:, None]  # (R, 1)
 
     def blocks(self, rows: int) -> list[slice]:
@@ -92,6 +90,5 @@ class AttentiveFold(FoldProbes):
         for block in part.blocks(CELLS // (4 * len(bias) * self.columns)):
             logits = self._pool(part, block, weight, bias).double()
             said.append((logits.sigmoid() if self.multi else logits.softmax(2)).cpu())
-        # The part's rows stand by the numbers of their clips, which those asked for need not do.
-        order = torch.from_numpy(np.argsort(np.argsort(part.clips)))
+        order = torch.from_numpy(np.searchsorted(part.clip_of, part.clips))  # from that of the rows to that asked for
         return torch.cat(said)[order].transpose(0, 1).contiguous()

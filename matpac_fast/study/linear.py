@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..tasks.task import Fold, deal_groups
-from .metrics import METRICS
+from .metrics import METRICS, resample
 from .probe import one_thread
 from .probed import ProbeConfig, Probed, Rows
 
@@ -87,9 +87,11 @@ def probe(
                 )
                 done += 1
             found.append([torch.cat(each) for each in zip(*some, strict=True)])
-            _warn(found[-1][4], config)
     scores, *others, weights = zip(*found, strict=True)
-    return Probed(list(scores), *map(torch.stack, others), weights=list(weights))
+    probed = Probed(list(scores), *map(torch.stack, others), weights=list(weights))
+    for untrained in probed.untrained:
+        _warn(untrained, config)
+    return probed
 
 
 def _warn(untrained: Tensor, config: ProbeConfig) -> None:
@@ -145,8 +147,7 @@ def _held_out(learn: np.ndarray, targets: np.ndarray, groups: np.ndarray, seed: 
 def _resampled(groups: np.ndarray, seed: int) -> np.ndarray:
     """(N,) how often each clip of these groups stands in a resample of them, drawn whole, over the mean of it."""
     _, group = np.unique(groups, return_inverse=True)
-    n = int(group.max()) + 1
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n))[group]
+    counts = resample(np.random.default_rng(seed), int(group.max()) + 1)[0, group]
     return counts / counts.mean()
 
 
@@ -178,17 +179,20 @@ class Part:
         where = np.flatnonzero(np.isin(rows.clip, clips))
         where = where[np.argsort(rows.clip[where], kind="stable")]
         self.rows, self.clip = torch.from_numpy(where), rows.clip[where]
-        self.share = torch.from_numpy(rows.shares()[where])
+        self.share = torch.from_numpy(rows.shares[where])
         self.weight = (self.share / self.share.sum()).to(device, dtype)[:, None]
         self.clip_of = self.clip  # of what is weighed
         goal = targets[torch.from_numpy(self.clip)]
         self.goal = goal.to(device, dtype) if targets.ndim == 2 else goal.to(device)
 
+    def number(self, clip: np.ndarray) -> np.ndarray:
+        """Where each of these clips stands among the part's, which need not be sorted."""
+        order = np.argsort(self.clips)
+        return order[np.searchsorted(self.clips, clip, sorter=order)]
+
     def weigh(self, counts: np.ndarray) -> None:
         """Have clips count as often as `counts` (N, S), of mean 1, says of each seed."""
-        order = np.argsort(self.clips)
-        found = counts[order[np.searchsorted(self.clips, self.clip_of, sorter=order)]]
-        self.weight = self.weight * torch.from_numpy(found).to(self.weight)
+        self.weight = self.weight * torch.from_numpy(counts[self.number(self.clip_of)]).to(self.weight)
 
     def shares(self, block: slice, g: int) -> Tensor:
         """The weights of some rows in each of G probes, which are by seed last."""
@@ -373,8 +377,7 @@ class FoldProbes:
 
     def _probabilities(self, part: Part, weight: Tensor, bias: Tensor) -> Tensor:
         """(S, N, K) float64, the mean over each clip's rows, in the order of the part's clips."""
-        order = np.argsort(part.clips)
-        where = torch.from_numpy(order[np.searchsorted(part.clips, part.clip, sorter=order)])
+        where = torch.from_numpy(part.number(part.clip))
         total = torch.zeros(len(part.clips), *bias.shape, dtype=torch.float64, device="cpu")
         for block in self._blocks(len(part.x), len(bias)):
             logits = self._logits(part.x[block], weight, bias).double()

@@ -62,6 +62,11 @@ def _sums(table: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
     return F.embedding_bag(rows, table, starts, mode="sum")
 
 
+def resample(random: np.random.Generator, n: int, times: int = 1) -> np.ndarray:
+    """(times, n) how often each of `n` stands in a bootstrap resample of them."""
+    return random.multinomial(n, np.full(n, 1 / n), size=times)
+
+
 METRICS = {"accuracy": accuracy, "mAP": mean_average_precision}
 
 
@@ -88,12 +93,12 @@ class Draws:
             numbers.append(torch.from_numpy(inverse))
             n = inverse.max() + 1
             counts = np.ones((1 + resamples, n), np.float64)
-            counts[1:] = random.multinomial(n, np.full(n, 1 / n), size=resamples)
+            counts[1:] = resample(random, n, resamples)
             clips.append(torch.from_numpy(counts[:, inverse]))
         parts = []
         for n in (n_seeds, len(groups)):
             counts = np.full((1 + resamples, n), 1 / n)
-            counts[1:] = random.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+            counts[1:] = resample(random, n, resamples) / n
             parts.append(torch.from_numpy(counts))
         return cls(clips, numbers, *parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -54,6 +55,7 @@ class Rows:
     clip: np.ndarray
     seconds: np.ndarray
 
+    @functools.cached_property
     def shares(self) -> np.ndarray:
         """(R,) of its clip."""
         whole = np.bincount(self.clip, self.seconds)
